@@ -1,0 +1,213 @@
+"""
+The norm-free transformer and the MLP whose weights constrain.py bounds.
+
+    python model.py out/shakespeare/ckpt.pt --prompt "ROMEO:"     # write text with a trained model
+
+There is no layer norm, no QK norm, no bias and no logit softcap. What keeps activations small is the
+parametrization of Modula (Large et al., arXiv 2405.14813), in which every part is about 1-Lipschitz in the RMS norm
+|v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm 1. An (m, n) matrix, m outputs and
+n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant of the whole is the
+one that constrain.lipschitz_bound computes.
+"""
+import argparse
+import math
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is 1-Lipschitz.
+GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 65
+    block_size: int = 256        # longest context, in tokens
+    n_layer: int = 3
+    n_head: int = 4
+    n_embd: int = 256
+    softmax_scale: float = 1.0   # attention scores are softmax_scale * <q, k> / d_head
+    logit_scale: float = 1.0     # logits are logit_scale * head(x); part of the function that the bound is about
+
+    def __post_init__(self):
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: "
+                             "RoPE turns pairs of entries of each head")
+
+
+class Linear(nn.Module):
+    """
+    y = W x for weight (m, n), initialized to RMS->RMS norm 1 with all singular values equal, or to zero.
+
+    With stack=k the weight is (k, m, n), k matrices that are applied in one product but constrained one by one.
+    """
+    def __init__(self, n_in, n_out, stack=None, zero=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_out, n_in) if stack is None else torch.zeros(stack, n_out, n_in))
+        if not zero:
+            for W in self.weight.data.view(-1, n_out, n_in):
+                nn.init.orthogonal_(W, gain=math.sqrt(n_out / n_in))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.flatten(0, -2))  # (..., n) -> (..., m) or (..., k*m)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.d_head = config.n_head, config.n_embd // config.n_head
+        self.scale = config.softmax_scale / self.d_head
+        self.qkv = Linear(config.n_embd, config.n_embd, stack=3)
+        self.proj = Linear(config.n_embd, config.n_embd, zero=True)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                         # (B, n_head, T, d_head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.proj(y) / 3  # Modula: the value, query and key paths then have a third of the gain each
+
+
+def rotary_tables(block_size, d_head, base=10000.0):
+    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), each (block_size, 1, d_head/2)."""
+    freq = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
+    angle = torch.outer(torch.arange(block_size, dtype=torch.float64), freq)[:, None]
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by their angles: an orthogonal map."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = Linear(4 * config.n_embd, config.n_embd, zero=True)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x)) / GELU_SLOPE)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.alpha = 1 / (2 * config.n_layer)  # 2 * n_layer residual steps: the product of their gains stays bounded
+        self.attn = Attention(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x, cos, sin):
+        x = (1 - self.alpha) * x + self.alpha * self.attn(x, cos, sin)
+        return (1 - self.alpha) * x + self.alpha * self.mlp(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = Linear(config.n_embd, config.vocab_size)
+        rms = self.wte.weight.data.square().mean(dim=1, keepdim=True).sqrt()
+        self.wte.weight.data /= rms  # rows of RMS norm 1
+        cos, sin = rotary_tables(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), the mean cross entropy in nats."""
+        logits = self.forward_embeddings(self.wte(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def forward_embeddings(self, x):
+        """Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the Lipschitz bound is about."""
+        T = x.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
+        cos, sin = self.cos[:T], self.sin[:T]
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.config.logit_scale * self.head(x)
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Append max_new_tokens sampled tokens to idx (B, T); temperature 0 takes the likeliest one each time."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()  # (B, vocab_size)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                next_idx = logits.argmax(dim=-1, keepdim=True)
+            else:
+                next_idx = torch.multinomial((logits / temperature).softmax(dim=-1), num_samples=1)
+            idx = torch.cat((idx, next_idx), dim=1)
+        return idx
+
+
+@dataclass
+class MLPConfig:
+    n_in: int = 3072             # a 32 x 32 x 3 image
+    n_hidden: int = 256
+    n_out: int = 10
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between them, for images (B, ...) with n_in entries each (the paper's CIFAR-10 net)."""
+    def __init__(self, config=MLPConfig()):
+        super().__init__()
+        self.config = config
+        widths = (config.n_in, config.n_hidden, config.n_hidden, config.n_out)
+        self.layers = nn.ModuleList(Linear(n, m) for n, m in zip(widths, widths[1:]))
+
+    def forward(self, x, targets=None):
+        """Images (B, ...) -> logits (B, n_out) and, given labels (B,), the mean cross entropy in nats."""
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        logits = self.layers[-1](x)
+        return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of train.py -> (model, checkpoint dict). Only tensors and plain values are unpickled."""
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**ckpt["model_config"]))
+        model.load_state_dict(ckpt["model"])
+    except FileNotFoundError:
+        sys.exit(f"{path}: no such checkpoint; train one with `python train.py`")
+    except Exception as e:
+        sys.exit(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})")
+    return model.to(device), ckpt
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write text with a trained model.")
+    parser.add_argument("ckpt", help="checkpoint written by train.py")
+    parser.add_argument("--prompt", default="\n", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=500, help="number of tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_k", type=int, default=None, help="sample among the k likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, ckpt = load_checkpoint(args.ckpt)
+    from prepare import Tokenizer  # here, so that the networks can be imported without the data code
+    tokenizer = Tokenizer(ckpt["meta"])
+    torch.manual_seed(args.seed)
+    idx = torch.tensor([tokenizer.encode(args.prompt)])
+    print(tokenizer.decode(model.eval().generate(idx, args.tokens, args.temperature, args.top_k)[0].tolist()))
+
+
+if __name__ == "__main__":
+    main()

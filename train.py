@@ -1,0 +1,397 @@
+"""
+Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
+
+    python train.py                                                  # Shakespeare, Muon, soft cap
+    python train.py --method=hard_cap --optimizer=adamw --w_max=2    # any option of Config below
+    python train.py --resume                                         # go on from out_dir/ckpt.pt
+    python train.py --help                                           # all options
+
+Writes out_dir/ckpt.pt and one line per evaluation to out_dir/log.jsonl. Ctrl-C saves and exits.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import prepare
+from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap_coupling, svd_cap
+from model import GPT, GPTConfig
+from optim import UPDATE_NORM, Muon, map_by_shape
+
+
+@dataclass
+class Config:
+    # what to train on, and where to
+    out_dir: str = "out/shakespeare"  # checkpoint and log go here
+    dataset: str = "shakespeare"      # a folder of data/, made by prepare.py
+    # model
+    n_layer: int = 3                  # blocks
+    n_head: int = 4                   # attention heads per block
+    n_embd: int = 256                 # width
+    block_size: int = 256             # context length in tokens
+    softmax_scale: float = 1.0        # attention scores are softmax_scale * <q, k> / d_head
+    logit_scale: float = 1.0          # logits are logit_scale * head(x); the Lipschitz bounds include it
+    # constraint
+    method: str = "soft_cap"          # soft_cap, hard_cap, spectral_normalize, spectral_hammer, spectral_weight_decay, stiefel, svd_cap or none
+    w_max: float = 6.0                # largest RMS->RMS norm of a matrix
+    # optimizer
+    optimizer: str = "muon"           # muon or adamw
+    lr: float | None = None           # peak learning rate, falls linearly to 0; by default 0.1 for muon, 0.002 for adamw
+    weight_decay: float = 0.0         # a step decays weights by lr * weight_decay; spectral_weight_decay: their largest singular value alone
+    momentum: float = 0.95            # Muon's, or AdamW's beta1
+    batch_size: int = 16              # sequences per step
+    max_steps: int = 1000             # optimizer steps
+    eval_interval: int = 200          # steps between evaluations; a checkpoint is saved at each
+    # machine
+    seed: int = 0                     # of initialization, batches and the sample of text
+    device: str | None = None         # cpu, cuda, cuda:1, mps, ...; by default cuda where there is one, else cpu
+    dtype: str | None = None          # bfloat16 or float32 products; by default bfloat16 where the hardware has it
+    compile: bool | None = None       # use torch.compile; by default where a compiler is found
+    resume: bool = False              # go on from out_dir/ckpt.pt, with its options but for those given
+
+
+class UserError(Exception):
+    """What went wrong and what to do, in one line for the user."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(f"train.py: {message} (see python train.py --help)")
+
+
+def parse(argv):
+    """Command line -> {name: value} of the options given."""
+    def boolean(text):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() in ("true", "1")
+
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = Parser(description=__doc__.strip().split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # of `float | None`: float
+        help = comments[field.name] + ("" if field.default is None else f" [{field.default}]")
+        choices = {"method": METHODS, "optimizer": ("muon", "adamw"), "dtype": ("bfloat16", "float32")}.get(field.name)
+        if kind is bool:
+            parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
+        else:
+            parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=kind.__name__.upper(), help=help)
+    return vars(parser.parse_args(argv))
+
+
+def check(config):
+    """Raise UserError for values that no run could use."""
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "batch_size", "max_steps", "eval_interval",
+                 "softmax_scale", "logit_scale", "lr"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name}={value} must be positive and finite")
+    if not 0 <= config.weight_decay < math.inf or not 0 <= config.momentum < 1 or config.seed < 0:
+        raise UserError("--weight_decay and --seed must not be negative, --momentum must be in [0, 1)")
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies bf16 matrices itself, which emulation would make slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return device.type == "cpu" and cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
+
+
+def has_compiler(device):
+    """Whether torch.compile finds what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+        return has_triton()
+    return device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+def load_data(config):
+    """(meta, train tokens, validation tokens) of data/dataset, memory-mapped; Shakespeare is fetched when missing."""
+    folder = Path("data") / config.dataset
+    if not (folder / "meta.json").exists():
+        if config.dataset != "shakespeare":
+            raise UserError(f"{folder} holds no data set; make it with "
+                            f"python prepare.py text FILE... --name {config.dataset}")
+        prepare.shakespeare()
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = [np.memmap(folder / name, dtype=np.uint16, mode="r") for name in ("train.bin", "val.bin")]
+    for name, tokens in zip(("training", "validation"), splits):
+        if len(tokens) < config.block_size + 1:
+            raise UserError(f"the {name} split of {folder} has {len(tokens)} tokens, but block_size {config.block_size} needs "
+                            f"{config.block_size + 1}; use a longer text or a smaller --block_size")
+    return meta, *splits
+
+
+def windows(tokens, starts, length, device):
+    """Inputs and targets (len(starts), length), int64: the tokens at [s, s + length) and one later, for every start s."""
+    rows = np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64)
+    rows = torch.from_numpy(rows).to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def get_batch(tokens, step, config, device):
+    """The batch of a step: random windows that depend on (seed, step) alone, so that a resumed run sees the same."""
+    rng = np.random.default_rng((config.seed, step))
+    starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
+    return windows(tokens, starts, config.block_size, device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def make_optimizer(model, config, dtype):
+    """Muon or AdamW on all parameters; the weight decay is for the matrices alone."""
+    decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # there the method decays
+    groups = [{"params": list(matrices(model).values()), "weight_decay": decay},
+              {"params": [model.wte.weight], "weight_decay": 0.0}]
+    if config.optimizer == "muon":
+        groups[1]["embedding"] = True
+        return Muon(groups, lr=config.lr, momentum=config.momentum, dtype=dtype)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.95))
+
+
+@torch.no_grad()
+def constrain(model, config, lr):
+    """Apply the method to all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1."""
+    strength = config.w_max
+    if config.method == "soft_cap":
+        strength = soft_cap_coupling(config.w_max, lr * config.weight_decay, lr * UPDATE_NORM)
+    elif config.method == "spectral_weight_decay":
+        strength = lr * config.weight_decay
+    weights = list(matrices(model).values())
+    for W, new in zip(weights, map_by_shape(lambda W: METHODS[config.method](W, strength), weights)):
+        W.copy_(new)
+    E = model.wte.weight
+    E.div_(E.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1))
+
+
+@torch.inference_mode()
+def evaluate(model, tokens, device):
+    """
+    Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones before it in its
+    window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start one token apart.
+    """
+    T = model.config.block_size
+    whole = list(range(0, len(tokens) - 1, T))
+    if (len(tokens) - 1) % T:
+        whole, last = whole[:-1], whole[-1:]
+    else:
+        last = []
+
+    def score(starts, length):  # sums over the windows: loss, correct predictions, predictions
+        total = torch.zeros(3, dtype=torch.float64)
+        for i in range(0, len(starts), 64):
+            x, y = windows(tokens, starts[i:i + 64], length, device)
+            logits, loss = model(x, y)
+            total += torch.tensor([loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item(), y.numel()])
+        return total
+
+    loss, correct, count = (score(whole, T) + score(last, (len(tokens) - 1) % T)).tolist()
+    paper = score(range(min(20 * 64, len(tokens) - T)), T)
+    return {"val_loss": loss / count, "val_acc": correct / count, "paper_protocol_acc": (paper[1] / paper[2]).item()}
+
+
+@torch.inference_mode()
+def activations(model, x):
+    """Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs x (B, T)."""
+    largest = {"act_max": 0.0, "act_rms": 0.0}
+
+    def measure(module, args, y):
+        largest["act_max"] = max(largest["act_max"], y.abs().max().item())
+        largest["act_rms"] = max(largest["act_rms"], y.float().square().mean(dim=-1).max().sqrt().item())
+
+    hooks = [m.register_forward_hook(measure) for m in model.modules() if m not in (model, model.head, model.blocks)]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
+def save(path, checkpoint):
+    """Write a checkpoint so that path is always a whole one: under another name first, then renamed."""
+    tmp = path.with_name(path.name + ".part")
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
+
+
+def train(config, given=()):
+    """One run, from scratch or resumed; `given` names the options from the command line, which win over a checkpoint's."""
+    out = Path(config.out_dir)
+    ckpt_path, log_path, ckpt = out / "ckpt.pt", out / "log.jsonl", None
+    if config.resume:
+        config, ckpt = resume(config, given, ckpt_path)
+    check(config)
+    if config.lr is None:
+        config.lr = 0.1 if config.optimizer == "muon" else 0.002
+    try:
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device={config.device} cannot be used: {str(e).splitlines()[0]}")
+    dtype = torch.float32 if config.dtype == "float32" or not (config.dtype or has_bf16(device)) else torch.bfloat16
+    compile = has_compiler(device) if config.compile is None else config.compile
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    meta, train_tokens, val_tokens = load_data(config)
+    torch.manual_seed(config.seed)
+    try:
+        names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
+        model = GPT(GPTConfig(meta["vocab_size"], **{name: getattr(config, name) for name in names})).to(device)
+        if config.method == "soft_cap":
+            soft_cap_coupling(config.w_max, config.lr * config.weight_decay, config.lr * UPDATE_NORM)
+    except ValueError as e:
+        raise UserError(str(e))
+    if config.method in PROMISE_W_MAX:  # a cap below the initial norm, 1, holds from the start
+        for W in matrices(model).values():
+            W.data = svd_cap(W.data, config.w_max)
+    optimizer = make_optimizer(model, config, dtype)
+
+    step, loss_sum, loss_count = 0, 0.0, 0
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    if ckpt:
+        if ckpt["meta"] != meta:
+            raise UserError(f"{ckpt_path} was trained on other data than data/{config.dataset} now holds; prepare that "
+                            "again, or train from scratch")
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        torch.set_rng_state(ckpt["rng"])
+        step, loss_sum, loss_count = ckpt["step"], ckpt["loss_sum"], ckpt["loss_count"]
+        if log_path.exists():  # what an interrupted run logged after its last checkpoint comes again
+            lines = [line for line in log_path.read_text().splitlines(keepends=True) if logged_step(line) <= step]
+    log_path.write_text("".join(lines))
+
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, w_max {config.w_max:g}, on {device} in "
+          f"{str(dtype)[6:]}{', compiled' if compile else ''}{f', resumed at step {step}' if ckpt else ''}")
+    forward = torch.compile(model) if compile else model
+    interrupted = []
+    old_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+
+    def checkpoint():
+        save(ckpt_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                         "model_config": asdict(model.config), "config": asdict(config), "meta": meta, "step": step,
+                         "loss_sum": loss_sum, "loss_count": loss_count})
+
+    def stop(what):
+        last = f"last checkpoint: {ckpt_path}" if ckpt_path.exists() else "no checkpoint yet"
+        raise UserError(f"{what} at step {step}, learning rate {lr:.4g}; lower --lr or --w_max ({last})")
+
+    start, start_step, train_seconds = time.perf_counter(), step, 0.0
+    bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=None)
+    try:
+        while step < config.max_steps:
+            tick = time.perf_counter()
+            lr = config.lr * (1 - step / config.max_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x, y = get_batch(train_tokens, step, config, device)
+            with amp:
+                loss = forward(x, y)[1]
+            if not math.isfinite(loss.item()):
+                stop(f"the loss is {loss.item()}")
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            constrain(model, config, lr)
+            step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
+            train_seconds += time.perf_counter() - tick
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+            if step % config.eval_interval == 0 or step == config.max_steps:
+                norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
+                with amp:
+                    scores = evaluate(model, val_tokens, device)
+                    acts = activations(model, x)
+                if not math.isfinite(scores["val_loss"]):
+                    stop(f"the validation loss is {scores['val_loss']}")
+                line = {"step": step, "train_loss": loss_sum / loss_count, **scores,
+                        "log10_paper": lipschitz_bound(model, "paper"),
+                        "log10_certified": lipschitz_bound(model, "certified"),
+                        "norm_over_cap": norms.max().item() / config.w_max, **acts,
+                        "tokens_per_second": loss_count * config.batch_size * config.block_size / train_seconds,
+                        "seconds": time.perf_counter() - start}
+                bar.write(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
+                          f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%}), "
+                          f"log10 bound {line['log10_certified']:.2f} certified, {line['log10_paper']:.2f} paper, "
+                          f"norm/cap {line['norm_over_cap']:.4f}, activations {line['act_max']:.1f} max, "
+                          f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} tokens/s")
+                with open(log_path, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+                loss_sum, loss_count, train_seconds = 0.0, 0, 0.0
+                checkpoint()
+            if interrupted and step < config.max_steps:
+                checkpoint()
+                bar.close()
+                print(f"stopped at step {step} and saved {ckpt_path}; go on with --resume --out_dir={config.out_dir}")
+                return
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, old_handler)
+
+    prompt = torch.zeros((1, 1), dtype=torch.long, device=device)  # of `char`, token 0 is the first character, a newline
+    print(prepare.Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
+
+
+def resume(config, given, path):
+    """(config, checkpoint) to go on from path with: the checkpoint's options, but for those given."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        known = {**ckpt["config"], "resume": True}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, so there is nothing to resume; start without --resume")
+    except Exception as e:
+        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})")
+    for name in given:
+        if name in ckpt["model_config"] and getattr(config, name) != known[name]:
+            raise UserError(f"{path} has {name}={known[name]}, so it cannot go on with --{name}={getattr(config, name)}")
+        known[name] = getattr(config, name)
+    return Config(**known), ckpt
+
+
+def logged_step(line):
+    """The step of a line of log.jsonl; infinity if it was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def main():
+    given = parse(sys.argv[1:])
+    try:
+        train(Config(**given), given)
+    except (UserError, prepare.PrepareError) as e:
+        sys.exit(f"train.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
