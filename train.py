@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import prepare
 from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap_coupling, svd_cap
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_checkpoint
 from optim import UPDATE_NORM, Muon, map_by_shape
+from prepare import Tokenizer, UserError
 
 
 @dataclass
@@ -61,10 +62,6 @@ class Config:
     dtype: str | None = None          # bfloat16 or float32 products; by default bfloat16 where the hardware has it
     compile: bool | None = None       # use torch.compile; by default where a compiler is found
     resume: bool = False              # go on from out_dir/ckpt.pt, with its options but for those given
-
-
-class UserError(Exception):
-    """What went wrong and what to do, in one line for the user."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,7 +270,7 @@ def train(config, given=()):
             W.data = svd_cap(W.data, config.w_max)
     optimizer = make_optimizer(model, config, dtype)
 
-    step, loss_sum, loss_count = 0, 0.0, 0
+    step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     if ckpt:
@@ -283,7 +280,7 @@ def train(config, given=()):
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         torch.set_rng_state(ckpt["rng"])
-        step, loss_sum, loss_count = ckpt["step"], ckpt["loss_sum"], ckpt["loss_count"]
+        step, seconds, loss_sum, loss_count = (ckpt[key] for key in ("step", "seconds", "loss_sum", "loss_count"))
         if log_path.exists():  # what an interrupted run logged after its last checkpoint comes again
             lines = [line for line in log_path.read_text().splitlines(keepends=True) if logged_step(line) <= step]
     log_path.write_text("".join(lines))
@@ -293,18 +290,24 @@ def train(config, given=()):
           f"{str(dtype)[6:]}{', compiled' if compile else ''}{f', resumed at step {step}' if ckpt else ''}")
     forward = torch.compile(model) if compile else model
     interrupted = []
-    old_handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+
+    def on_sigint(*_):  # finish the step; a second Ctrl-C does not wait
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, old_handler)
+
+    old_handler = signal.signal(signal.SIGINT, on_sigint)
+    started = time.perf_counter() - seconds
 
     def checkpoint():
         save(ckpt_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
                          "model_config": asdict(model.config), "config": asdict(config), "meta": meta, "step": step,
-                         "loss_sum": loss_sum, "loss_count": loss_count})
+                         "seconds": time.perf_counter() - started, "loss_sum": loss_sum, "loss_count": loss_count})
 
     def stop(what):
         last = f"last checkpoint: {ckpt_path}" if ckpt_path.exists() else "no checkpoint yet"
         raise UserError(f"{what} at step {step}, learning rate {lr:.4g}; lower --lr or --w_max ({last})")
 
-    start, start_step, train_seconds = time.perf_counter(), step, 0.0
+    timed_steps, train_seconds = 0, 0.0
     bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=None)
     try:
         while step < config.max_steps:
@@ -322,7 +325,7 @@ def train(config, given=()):
             optimizer.zero_grad()
             constrain(model, config, lr)
             step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
-            train_seconds += time.perf_counter() - tick
+            timed_steps, train_seconds = timed_steps + 1, train_seconds + time.perf_counter() - tick
             bar.update()
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
@@ -337,8 +340,8 @@ def train(config, given=()):
                         "log10_paper": lipschitz_bound(model, "paper"),
                         "log10_certified": lipschitz_bound(model, "certified"),
                         "norm_over_cap": norms.max().item() / config.w_max, **acts,
-                        "tokens_per_second": loss_count * config.batch_size * config.block_size / train_seconds,
-                        "seconds": time.perf_counter() - start}
+                        "tokens_per_second": timed_steps * config.batch_size * config.block_size / train_seconds,
+                        "seconds": time.perf_counter() - started}
                 bar.write(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
                           f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%}), "
                           f"log10 bound {line['log10_certified']:.2f} certified, {line['log10_paper']:.2f} paper, "
@@ -346,7 +349,7 @@ def train(config, given=()):
                           f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} tokens/s")
                 with open(log_path, "a") as f:
                     f.write(json.dumps(line) + "\n")
-                loss_sum, loss_count, train_seconds = 0.0, 0, 0.0
+                loss_sum, loss_count, timed_steps, train_seconds = 0.0, 0, 0, 0.0
                 checkpoint()
             if interrupted and step < config.max_steps:
                 checkpoint()
@@ -358,23 +361,18 @@ def train(config, given=()):
         signal.signal(signal.SIGINT, old_handler)
 
     prompt = torch.zeros((1, 1), dtype=torch.long, device=device)  # of `char`, token 0 is the first character, a newline
-    print(prepare.Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
+    print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
 
 
 def resume(config, given, path):
     """(config, checkpoint) to go on from path with: the checkpoint's options, but for those given."""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        known = {**ckpt["config"], "resume": True}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so there is nothing to resume; start without --resume")
-    except Exception as e:
-        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})")
+    _, ckpt = load_checkpoint(path)
+    options = {**ckpt["config"], "resume": True}
     for name in given:
-        if name in ckpt["model_config"] and getattr(config, name) != known[name]:
-            raise UserError(f"{path} has {name}={known[name]}, so it cannot go on with --{name}={getattr(config, name)}")
-        known[name] = getattr(config, name)
-    return Config(**known), ckpt
+        if name in ckpt["model_config"] and getattr(config, name) != options[name]:
+            raise UserError(f"{path} has {name}={options[name]}, so it cannot go on with --{name}={getattr(config, name)}")
+        options[name] = getattr(config, name)
+    return Config(**options), ckpt
 
 
 def logged_step(line):
@@ -389,8 +387,12 @@ def main():
     given = parse(sys.argv[1:])
     try:
         train(Config(**given), given)
-    except (UserError, prepare.PrepareError) as e:
+    except UserError as e:
         sys.exit(f"train.py: {e}")
+    except OSError as e:
+        sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; go on from the last checkpoint with --resume")
 
 
 if __name__ == "__main__":

