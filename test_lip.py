@@ -563,7 +563,7 @@ def test_prepare_refuses_bad_text(tmp_path, monkeypatch):
     for name, content in good.items():
         Path(name).write_bytes(content)
         one_line(run_main(prepare, monkeypatch, "text", name, "--name", "bad"), name, parts[name])
-        one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", name), name)
+        one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", name), name, parts[name])
     one_line(run_main(prepare, monkeypatch, "text", "absent.txt", "--name", "bad"), "absent.txt")
     assert not Path("data").exists()
     Path("fine.txt").write_text("to be or not to be " * 50)
@@ -834,6 +834,7 @@ def test_bad_checkpoints_are_one_line(data, monkeypatch):
     one_line(run_main(model, monkeypatch, "out/ckpt.pt"), "not a checkpoint")
     assert Path("out/ckpt.pt").read_bytes() == b"not a checkpoint"
     assert run_main(train, monkeypatch, *tiny) is None
+    assert Path("out/ckpt.old.pt").read_bytes() == b"not a checkpoint"
     before = Path("out/ckpt.pt").read_bytes()
     one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume", "--n_embd=32"), "n_embd=16", "--n_embd=32")
     one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "Zounds"), "'Z'")
@@ -846,7 +847,7 @@ def test_bad_checkpoints_are_one_line(data, monkeypatch):
 def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
     tiny = [f"--{k}={v}" for k, v in (TINY | dict(method="none", max_steps=60)).items()]
     one_line(run_main(train, monkeypatch, *tiny, "--lr=1e20", "--eval_interval=50"), "loss is", "at step", "learning rate",
-             "no checkpoint yet")
+             "of step 0, is out/ckpt.pt")
     forward, calls = GPT.forward, []
 
     def broken(self, idx, targets=None):
@@ -855,7 +856,7 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
         return logits, loss * math.nan if sum(calls) > 6 else loss
 
     monkeypatch.setattr(GPT, "forward", broken)
-    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=4"), "loss is nan at step 6", "last checkpoint: out/ckpt.pt")
+    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=4"), "loss is nan at step 6", "of step 4, is out/ckpt.pt")
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 4
 
 

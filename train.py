@@ -6,7 +6,8 @@ Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint af
     python train.py --resume                                         # go on from out_dir/ckpt.pt
     python train.py --help                                           # all options
 
-Writes out_dir/ckpt.pt and one line per evaluation to out_dir/log.jsonl. Ctrl-C saves and exits.
+Writes out_dir/ckpt.pt and one line per evaluation to out_dir/log.jsonl; those of an earlier run there are kept once, as
+ckpt.old.pt and log.old.jsonl. Ctrl-C saves and exits.
 """
 import argparse
 import dataclasses
@@ -54,8 +55,8 @@ class Config:
     weight_decay: float = 0.0         # a step decays weights by lr * weight_decay; spectral_weight_decay: their largest singular value alone
     momentum: float = 0.95            # Muon's, or AdamW's beta1
     batch_size: int = 16              # sequences per step
-    max_steps: int = 1000             # optimizer steps
-    eval_interval: int = 200          # steps between evaluations; a checkpoint is saved at each
+    max_steps: int = 750              # optimizer steps
+    eval_interval: int = 250          # steps between evaluations; a checkpoint is saved at each
     # machine
     seed: int = 0                     # of initialization, batches and the sample of text
     device: str | None = None         # cpu, cuda, cuda:1, mps, ...; by default cuda where there is one, else cpu
@@ -272,6 +273,10 @@ def train(config, given=()):
 
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
+    if not ckpt:
+        for path in (ckpt_path, log_path):
+            if path.exists():
+                os.replace(path, path.with_stem(path.stem + ".old"))
     lines = []
     if ckpt:
         if ckpt["meta"] != meta:
@@ -296,17 +301,21 @@ def train(config, given=()):
         signal.signal(signal.SIGINT, old_handler)
 
     old_handler = signal.signal(signal.SIGINT, on_sigint)
-    started = time.perf_counter() - seconds
+    started, saved_step = time.perf_counter() - seconds, step
 
     def checkpoint():
+        nonlocal saved_step
+        saved_step = step
         save(ckpt_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
                          "model_config": asdict(model.config), "config": asdict(config), "meta": meta, "step": step,
                          "seconds": time.perf_counter() - started, "loss_sum": loss_sum, "loss_count": loss_count})
 
     def stop(what):
-        last = f"last checkpoint: {ckpt_path}" if ckpt_path.exists() else "no checkpoint yet"
-        raise UserError(f"{what} at step {step}, learning rate {lr:.4g}; lower --lr or --w_max ({last})")
+        raise UserError(f"{what} at step {step}, learning rate {lr:.4g}; lower --lr or --w_max (the last checkpoint, of "
+                        f"step {saved_step}, is {ckpt_path})")
 
+    if not ckpt:
+        checkpoint()  # so that there is something to resume from at any moment
     timed_steps, train_seconds = 0, 0.0
     bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=None)
     try:
