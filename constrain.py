@@ -1,7 +1,7 @@
 """
 Weight constraints, and the Lipschitz bound that they give to the network.
 
-    python constrain.py out/shakespeare/ckpt.pt            # norms of every matrix, both bounds
+    python constrain.py out/shakespeare/ckpt.pt            # norms, bounds, an attack on them, certified predictions
     python constrain.py out/shakespeare/ckpt.pt --json     # the same for programs
     python constrain.py --bench                            # time and error of every method against an exact SVD
 
@@ -11,11 +11,14 @@ Each method maps a batch (..., m, n) to a new one; train.py calls it after every
 write one such function and name it in METHODS.
 """
 import argparse
+import copy
 import json
 import math
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import GELU_SLOPE, GPT, load_checkpoint
@@ -238,69 +241,144 @@ def paper_bound(model):
     return total
 
 
-def attention_bound(attn, softmax_scale):
+def attention_norms(attn, softmax_scale):
     """
-    (A_V, A_QK / R^2) of one attention layer: with all tokens of RMS norm <= R its output has RMS norm <= A_V R / 3 and
-    its derivative the norm <= (A_V + A_QK) / 3, both in the largest RMS norm over tokens.
+    (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R / 3, and its
+    derivative has norm <= (A_V + A_QK R^2) / 3, both in the largest RMS norm over tokens.
 
-    Rows of W_q, W_k, W_v and columns of W_o that belong to head h are W^h. A change of the input moves the output through
-    the values (score fixed) and through the scores (values fixed).
+    W^h are the rows of W_q, W_k, W_v and the columns of W_o that belong to head h; c is softmax_scale, d the width. A
+    change dx of the input moves the output through the values (scores fixed) and the scores (values fixed).
 
     Values. Head h returns W_v^h applied to a convex combination of tokens, another one for each head. So the output is
-    at most, times the norm of the largest token or of its change:
+    at most, times the norm of the largest token or of its change, each of
       sigma(W_o) sqrt(sum_h sigma(W_v^h)^2)           since the heads' outputs stand below each other
       sum_h sigma(W_o^h W_v^h)                        triangle inequality
       sqrt(H) sigma([W_o^1 W_v^1 ... W_o^H W_v^H])    since H combinations below each other have norm sqrt(H)
 
-    Scores. With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r), so sum_s |dp_s| is the mean absolute deviation of da,
-    at most half its range and so at most max_s |da_s|. The head's output moves by at most max_s |v_s| max_s |da_s|, where
-      a_s = c <q, k_s> / d_head,    |k_s| <= sigma(W_k^h) R sqrt(d),    |v_s| <= sigma(W_v^h) R sqrt(d).
-    Let g_h = sigma(W_v^h) sigma(W_k^h), x the query's token and dx its change. The part with dq is at most
-    (c/d_head) |W_q^h dx| |k_s| |v_s| <= (c/d_head) R^2 d g_h |W_q^h dx|. In the part with dk the norm of dk_s is at most
-    sigma(W_k^h) |dx_s|, which gives (c/d_head) R sqrt(d) g_h |W_q^h x| max_s |dx_s|. Over heads, sum_h g_h^2 |W_q^h y|^2 <=
-    sigma(diag_h(g_h) W_q)^2 |y|^2 for the one y = dx, or y = x. Both parts together, through W_o:
-      A_QK = 2 c (d/d_head) R^2 sigma(W_o) sigma(diag_h(g_h) W_q).
-    RoPE turns q and k of each head by orthogonal matrices, which changes no norm. (q and k may not swap roles in the last
-    step: the query is one token for all heads, while each head may look at a key of another token.)
+    Scores a_s = c/d_head <q, k_s>, where RoPE turns q and k_s by orthogonal matrices, which changes none of the norms
+    below. With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r): a head's output moves by sum_s dp_s v_s = Cov_p(da, v).
+    - By dq: da_s = c/d_head <dq, k_s>, so it moves by c/d_head Cov_p(v, k) dq. For unit vectors u, w and any t > 0
+      Cov_p(<u,v>, <w,k>) <= t/2 E<u,v>^2 + 1/(2t) E<w,k>^2 <= max_s (t |v_s|^2 + |k_s|^2 / t) / 2 <= gamma_h R^2 d with
+      gamma_h = sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2: v_s and k_s are images of one token, which cannot lie along
+      the top singular vectors of both matrices. We take t = sigma(W_k^h) / sigma(W_v^h), which gives gamma_h <= g_h.
+    - By dk: |Cov_p(da, v)| <= sqrt(E da^2 E|v|^2) <= c/d_head |q| max_s |dk_s| max_s |v_s|
+      <= c/d_head |W_q^h x| R sqrt(d) g_h max_s |dx_s|, with g_h = sigma(W_v^h) sigma(W_k^h) and x the query's token.
+    Over heads, sum_h g_h^2 |W_q^h y|^2 <= sigma(diag_h(g_h) W_q)^2 |y|^2 with y = x, and so for gamma_h with y = dx.
+    Through W_o, and with |x| <= R sqrt(d), both together move the output by at most R^2 A_QK / 3 |dx|,
+      A_QK = c d/d_head sigma(W_o) (sigma(diag_h(gamma_h) W_q) + sigma(diag_h(g_h) W_q)).
+    (q and k may not swap roles here: a query is one token for all heads, but each head may look at another key's token.)
     """
     H, dh = attn.n_head, attn.d_head
     Wq, Wk, Wv = attn.qkv.weight.detach().double().view(3, H, dh, H * dh)  # each (H, d_head, d)
-    Wo = attn.proj.weight.detach().double()
-    Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                          # (H, d, d_head)
+    Wo = attn.proj.weight.detach().double()                                # (d, d)
+    OV = Wo.view(H * dh, H, dh).transpose(0, 1) @ Wv                       # (H, d, d): W_o^h W_v^h
     sigma = lambda W: torch.linalg.svdvals(W)[..., 0]
-    OV = Wo_h @ Wv                                                         # (H, d, d)
-    A_V = min((sigma(Wo) * sigma(Wv).square().sum().sqrt()).item(),
+    v, k = sigma(Wv), sigma(Wk)                                            # (H,)
+    A_V = min((sigma(Wo) * v.square().sum().sqrt()).item(),
               sigma(OV).sum().item(),
               (math.sqrt(H) * sigma(OV.transpose(0, 1).flatten(1))).item())
-    g = sigma(Wv) * sigma(Wk)                                              # (H,)
-    A_QK = 2 * softmax_scale * H * sigma(Wo) * sigma((g[:, None, None] * Wq).flatten(0, 1))  # d / d_head = H
-    return A_V, A_QK.item()
+    t = (k / v.clamp_min(1e-300)).clamp(1e-9, 1e9).sqrt()[:, None, None]   # sqrt of the proof's; any is valid
+    gamma = torch.minimum(sigma(torch.cat((t * Wv, Wk / t), dim=1)) ** 2 / 2, v * k)
+    scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
+    return A_V, (softmax_scale * H * sigma(Wo) * sum(scores)).item()       # d / d_head = H
 
 
-def certificate(model):
+def mlp_norms(block):
     """
-    (log10 of the certified bound, its parts layer by layer) of a GPT on embeddings of RMS norm <= R_0, where R_0 is the
+    (gain, growth) of x -> (1 - alpha) x + alpha mlp(x): the norm of its derivative, and of its output over its input's.
+
+    The derivative is (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE. As
+    GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] = [m - r, m + r]. So with
+    D = m I + E, |E| <= r, its norm is at most |(1 - alpha) I + alpha m W_out W_in| + alpha r |W_out| |W_in|. The output is
+    the same with GELU(z) / z, which lies in [0, 1], in place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
+    """
+    W_in, W_out = (layer.weight.detach().double() for layer in (block.mlp.fc, block.mlp.proj))
+    io = (rms_norm(W_in) * rms_norm(W_out)).item()
+    identity, alpha = torch.eye(len(W_out), dtype=torch.float64, device=W_out.device), block.alpha
+    whole = lambda m, r: (rms_norm((1 - alpha) * identity + alpha * m * W_out @ W_in) + alpha * r * io).item()
+    r = 1 - 1 / (2 * GELU_SLOPE)
+    return whole(1 - r, r), whole(1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE))
+
+
+def certificate(model, R=None, layers=None):
+    """
+    (log10 of the certified bound, its parts layer by layer) of a GPT on embeddings of RMS norm <= R, by default the
     embedding table's largest row: K with max_t |dlogits_t|_rms <= K max_t |dx_t|_rms there.
 
     The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the chain rule
-    multiplies the layers' bounds, each on the ball of radius R that its input stays in. x -> (1 - alpha) x + alpha f(x)
-    has the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|. For the MLP |f'| <= i o, since
-    GELU / GELU_SLOPE is 1-Lipschitz, and |f| <= i o R / GELU_SLOPE, since |GELU(z)| <= |z|.
-
-    Everything is a log10, since K of a large model exceeds the largest float.
+    multiplies the layers' bounds, each on the ball of radius R that its input stays in. x -> (1 - alpha) x + alpha f(x) has
+    the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|.
+    Everything is a log10, since K of a large model exceeds the largest float. `layers` saves computing layer_norms again.
     """
-    alpha, log10_R = 1 / (2 * model.config.n_layer), log10(embedding_norm(model))
+    alpha, log10_R = 1 / (2 * model.config.n_layer), log10(embedding_norm(model) if R is None else R)
     total, parts = log10(model.config.logit_scale * rms_norm(model.head.weight).item()), []
-    for block in model.blocks:
-        A_V, A_QK = attention_bound(block.attn, model.config.softmax_scale)
+    for A_V, A_QK, mlp_gain, mlp_growth in layers or layer_norms(model):
         value, score = log10(A_V / 3), log10(A_QK / 3) + 2 * log10_R
-        mlp = log10(rms_norm(block.mlp.fc.weight).item()) + log10(rms_norm(block.mlp.proj.weight).item())
         attention = max(value, score) + log10(1 + 10 ** -abs(value - score)) if A_V else -math.inf
-        gain = log10_mix(alpha, attention) + log10_mix(alpha, mlp)
-        parts.append({"R": log10_R, "value": value, "score": score, "mlp": mlp, "gain": gain})
-        log10_R += log10_mix(alpha, value) + log10_mix(alpha, mlp - log10(GELU_SLOPE))
+        gain = log10_mix(alpha, attention) + log10(mlp_gain)
+        parts.append({"R": log10_R, "value": value, "score": score, "mlp": log10(mlp_gain), "gain": gain})
+        log10_R += log10_mix(alpha, value) + log10(mlp_growth)
         total += gain
     return total, parts
+
+
+def layer_norms(model):
+    """What certificate needs of each layer and no R changes: [(A_V, A_QK, MLP gain, MLP growth)]."""
+    return [attention_norms(block.attn, model.config.softmax_scale) + mlp_norms(block) for block in model.blocks]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The attack, and certified predictions
+
+def ascend(f, X, R, steps=100):
+    """
+    The largest gain |df_T|_rms / max_t |dx_t|_rms, T the last token, found by gradient ascent over X and the direction dX.
+
+    f maps (B, T, n) to (B, T, m), each of the B sequences by itself; X (B, T, n) are B starting points, which stay in the
+    ball {|x_t|_rms <= R}. Given the direction u in which the output moves, the best dX is J^T u with every token scaled to
+    norm 1, by duality; given dX, u is that of J dX. These two take turns, while X climbs u^T J(X) dX.
+    """
+    rms = lambda x: x.square().mean(dim=-1, keepdim=True).sqrt()
+    unit = lambda x: x / rms(x).clamp_min(1e-30)
+    project = lambda x: x * (R / rms(x).clamp_min(1e-30)).clamp_max(1)
+    last = lambda x: f(x)[:, -1]                                     # (B, m): with causal attention it sees all tokens
+    X = project(X).requires_grad_()
+    u, best = unit(torch.randn(last(X).shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype).to(X.device)), 0.0
+    optimizer = torch.optim.Adam([X], maximize=True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the one that jvp can differentiate
+        for step in range(steps + 1):
+            optimizer.param_groups[0]["lr"] = 0.1 * R * (1 - step / (steps + 1))
+            with torch.no_grad():
+                for _ in range(5 if step == 0 else 1):
+                    dX = unit(torch.func.vjp(last, X)[1](u)[0])
+                    u = unit(torch.func.jvp(last, (X,), (dX,))[1])
+            dY = torch.func.jvp(last, (X,), (dX,))[1]
+            best = max(best, (rms(dY) / rms(dX).amax(dim=1).clamp_min(1e-30)).max().item())
+            X.grad, = torch.autograd.grad((u * dY).mean(dim=-1).clamp_min(1e-30).log().sum(), X)
+            optimizer.step()
+            X.data = project(X.data)
+    return best
+
+
+def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
+    """
+    A lower bound on the Lipschitz constant that `certified` bounds from above: the largest gain that `ascend` finds on
+    sequences of block_size tokens in the same ball, in float64. Half of the restarts begin at embeddings of text, cut from
+    tokens (N,) or else of random ids, half at random points.
+    """
+    net = copy.deepcopy(model).double().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    if not isinstance(model, GPT):  # the MLP's bound is global; one image is a sequence of one token
+        X = torch.randn(restarts, 1, model.config.n_in, generator=g, dtype=torch.float64)
+        return ascend(lambda X: net(X.flatten(0, 1))[0][:, None], X, 1.0, steps)
+    n, R = min(block_size, model.config.block_size), embedding_norm(model)
+    ids = torch.randint(model.config.vocab_size, (restarts // 2, n), generator=g)
+    if tokens is not None and len(tokens) > n:
+        ids = tokens[torch.randint(len(tokens) - n, (restarts // 2, 1), generator=g) + torch.arange(n)]
+    X = torch.randn(restarts, n, model.config.n_embd, generator=g, dtype=torch.float64).to(net.wte.weight.device)
+    X = R * X / X.square().mean(dim=-1, keepdim=True).sqrt()
+    X[:restarts // 2] = net.wte.weight[ids.to(X.device)]
+    return ascend(net.forward_embeddings, X, R, steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,27 +388,91 @@ def matrices(model):
     return {name.removesuffix(".weight"): p for name, p in model.named_parameters() if name != "wte.weight"}
 
 
-def report(path, as_json):
-    """Norms of every matrix of a checkpoint, the parts of its certificate, and both bounds."""
+@torch.inference_mode()
+def margins(model, tokens):
+    """
+    What each prediction of tokens (N,) can bear, and whether it is right: two tensors (N - 1,), every token but the first
+    predicted once in windows of block_size.
+
+    If the head's input h moves by |dh|_rms <= delta, the difference of logits i and j moves by at most
+    logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up to
+    min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
+    """
+    T, W, bears, right = model.config.block_size, model.head.weight, [], []
+    for start in range(0, len(tokens) - 1, 16 * T):
+        chunk = tokens[start:start + 16 * T + 1]
+        n = (len(chunk) - 1) // T * T or len(chunk) - 1  # whole windows, and at the end of the text a shorter one
+        for a, b in ((0, n), (n, len(chunk) - 1)):
+            if a == b:
+                continue
+            z = model(chunk[a:b].view(-1, min(T, b - a)))[0].flatten(0, 1)  # (windows * T, V)
+            top = z.max(dim=-1)
+            distance = torch.cdist(W[top.indices], W, compute_mode="donot_use_mm_for_euclid_dist")
+            delta = (top.values[:, None] - z) / distance.clamp_min(1e-30)
+            delta.scatter_(1, top.indices[:, None], math.inf)
+            bears.append(delta.min(dim=-1).values / (model.config.logit_scale * math.sqrt(W.shape[1])))
+            right.append(top.indices == chunk[a + 1:b + 1])
+    return torch.cat(bears).double(), torch.cat(right)
+
+
+def log10_radii(model, bears, layers):
+    """
+    log10 of the certified radius of predictions that bear a change `bears` (N,) of the head's input: no change of the
+    embeddings with max_t |dx_t|_rms below the radius alters them. The ball grows by the radius, and the bound K with it:
+    the radius is the largest r with r K(R_0 + r) <= bears, K without the head; found on a grid of 1 %, rounded down.
+    """
+    R, head = embedding_norm(model), log10(model.config.logit_scale * rms_norm(model.head.weight).item())
+    K = lambda r: certificate(model, R + r, layers)[0] - head
+    wanted = bears.clamp_min(1e-12).log10()  # a tie, or one lost in rounding, bears nothing worth reporting
+    low = math.floor(wanted.min().item() - max(K(0), 0)) - 1
+    grid = low + torch.arange(0, int((wanted.max().item() + 3 - low) / 0.0043) + 1, dtype=torch.float64) * 0.0043
+    reached = torch.tensor([x + K(10 ** x) for x in grid.tolist()], dtype=torch.float64)
+    return grid[torch.searchsorted(reached, wanted).clamp_min(1) - 1]
+
+
+def report(path, as_json, steps):
+    """Norms of every matrix of a checkpoint, its bounds with their parts, an attack, and certified predictions."""
     model, ckpt = load_checkpoint(path)
     norms = {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}
-    certified, parts = certificate(model)
-    paper = paper_bound(model)
+    layers, R = layer_norms(model), embedding_norm(model)
+    certified, parts = certificate(model, R, layers)
+    paper, val = paper_bound(model), Path("data") / ckpt["config"]["dataset"] / "val.bin"
+    text = torch.from_numpy(np.fromfile(val, dtype=np.uint16).astype(np.int64)) if val.exists() else None
+    found = log10(attack(model, steps=steps, tokens=text))
+    result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
+              "w_max": ckpt["config"]["w_max"], "embedding": R, "norms": norms, "log10_layers": parts,
+              "log10_attack": found, "log10_certified": certified, "log10_paper": paper, "paper_broken": found > paper}
+    if text is not None:
+        bears, right = margins(model, text)
+        radii = log10_radii(model, bears, layers)
+        middle = round(radii[right].median().item())
+        result["certified_accuracy"] = {"1e%d" % x: (right & (radii > x)).double().mean().item()
+                                        for x in range(middle - 2, middle + 2)}
+        result["val_acc"] = right.double().mean().item()
+        result["log10_median_radius"] = radii[right].median().item()
+        result["characters"] = [{"token": t, "right": r, "log10_radius": x} for t, r, x in
+                                zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())]
     if as_json:
-        print(json.dumps({"checkpoint": str(path), "step": ckpt["step"], "embedding": embedding_norm(model),
-                          "norms": norms, "log10_layers": parts, "log10_paper": paper, "log10_certified": certified}))
+        print(json.dumps(result))
         return
-    print(f"{path} at step {ckpt['step']}, method {ckpt['config']['method']}, w_max {ckpt['config']['w_max']:g}\n")
+    print(f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n")
     print(f"{'RMS->RMS norms':<14} {'W_q':>8} {'W_k':>8} {'W_v':>8} {'W_o':>8} {'W_in':>8} {'W_out':>8}")
     for i in range(len(model.blocks)):
         row = [norm for layer in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj") for norm in norms[f"blocks.{i}.{layer}"]]
         print(f"layer {i:<8} " + " ".join(f"{norm:8.4f}" for norm in row))
-    print(f"embedding {embedding_norm(model):.4f}, head {norms['head'][0]:.4f}, logit_scale {model.config.logit_scale:g}\n")
+    print(f"embedding {R:.4f}, head {norms['head'][0]:.4f}, logit_scale {model.config.logit_scale:g}\n")
     print(f"{'log10 of':<14} {'R':>8} {'value':>8} {'score':>8} {'MLP':>8} {'gain':>8}   (R: norm of the layer's input)")
     for i, part in enumerate(parts):
         print(f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in part.values()))
-    print(f"\nlog10 Lipschitz bound, embeddings -> logits: certified {certified:.4f}   (published formula, "
-          f"not an upper bound: {paper:.4f})")
+    print("\nlog10 of the Lipschitz constant, embeddings -> logits:")
+    print(f"  attack {found:.4f} <= certified {certified:.4f}    (published formula {paper:.4f}, "
+          f"{'broken by the attack' if found > paper else 'not an upper bound in general'})")
+    if text is None:
+        print(f"no {val}, so the attack began at random tokens and no prediction was certified")
+        return
+    print(f"\naccuracy on {val}: {result['val_acc']:.2%}; median certified radius of a right prediction "
+          f"{10 ** result['log10_median_radius']:.1e}")
+    print("certified accuracy at radius " + ", ".join(f"{r}: {a:.2%}" for r, a in result["certified_accuracy"].items()))
 
 
 BENCH_SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
@@ -376,13 +518,14 @@ def main():
     parser = argparse.ArgumentParser(description="Norms and Lipschitz bounds of a checkpoint, or a benchmark.")
     parser.add_argument("ckpt", nargs="?", help="checkpoint written by train.py")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--steps", type=int, default=100, help="of the attack's gradient ascent")
     parser.add_argument("--bench", action="store_true", help="time every method against the exact SVD")
     args = parser.parse_args()
     if args.bench:
         bench()
     elif args.ckpt:
         try:
-            report(args.ckpt, args.json)
+            report(args.ckpt, args.json, args.steps)
         except UserError as e:
             sys.exit(f"constrain.py: {e}")
     else:

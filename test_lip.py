@@ -334,7 +334,7 @@ def test_certified_bound_by_hand():
         set_identities(net)
         # every head has sigma = 1 in W_q^h, W_k^h and W_v^h, and W_o^h W_v^h is a projection: A_V = sqrt(H),
         # A_QK = 2 c H; then MLP 1 * 1
-        A_V, A_QK = constrain.attention_bound(net.blocks[0].attn, 0.5)
+        A_V, A_QK = constrain.attention_norms(net.blocks[0].attn, 0.5)
         assert (A_V, A_QK) == (pytest.approx(math.sqrt(H), rel=1e-6), pytest.approx(2 * 0.5 * H, rel=1e-6))
         K = 0.5 + 0.5 * (A_V + A_QK) / 3
         assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(3 * K), abs=1e-6)
@@ -349,7 +349,7 @@ def test_certified_bound_sees_one_heavy_head():
     attn.qkv.weight.data.zero_()
     attn.qkv.weight.data[:, :4, :4] = torch.eye(4)  # everything in head 0
     attn.proj.weight.data = torch.eye(16)  # so that head 0 has the scores of H heads
-    A_V, A_QK = constrain.attention_bound(attn, 1.0)
+    A_V, A_QK = constrain.attention_norms(attn, 1.0)
     assert A_V == pytest.approx(1.0) and A_QK == pytest.approx(2 * 4)
 
 
@@ -370,6 +370,211 @@ def test_fresh_model_and_mlp_bounds():
         assert lipschitz_bound(net, kind) == pytest.approx(math.log10(30), abs=1e-6)
     with pytest.raises(ValueError, match="kind"):
         lipschitz_bound(net, "best")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# constrain.py: the certificate against attacks
+
+def layer_gains(net, R=1.0):
+    """Certified gains, for inputs of norm <= R, of a one-layer net: attention alone, its output norm, MLP block, all."""
+    (A_V, A_QK, mlp_gain, mlp_growth), = constrain.layer_norms(net)
+    a = net.blocks[0].alpha
+    attention = (A_V + A_QK * R ** 2) / 3
+    return attention, A_V * R / 3, mlp_gain, mlp_growth, (1 - a + a * attention) * mlp_gain
+
+
+def isometry(d, pairs):
+    """d x d matrix with ones at (row, column) pairs."""
+    W = torch.zeros(d, d)
+    for row, column in pairs:
+        W[row, column] = 1
+    return W
+
+
+@pytest.mark.parametrize("c", (1.0, 3.0))
+@pytest.mark.parametrize("H", (2, 4, 8, 16))
+def test_counterexample_to_the_published_formula(H, c):
+    """
+    certificate.md's: one head holds everything. Keys and values are a direction e of the tokens, which come in pairs +e and
+    -e, and the query lies across, so that all look alike to it. Moving the query along the keys, and each key along the
+    query, moves every score with the sign of its value: 2 c H / 3 in all.
+    """
+    dh, pairs = 16, 16
+    d, T = H * dh, 2 * pairs + 1
+    net = gpt(H=H, d=d, L=1, c=c, T=T).double().requires_grad_(False)
+    attn, slow = net.blocks[0].attn, (dh - 1, dh // 2 - 1)  # the two entries that RoPE turns by the smallest angle
+    Wk = isometry(d, ((slow[0], 0), (slow[1], 1)))
+    attn.qkv.weight.copy_(torch.stack((isometry(d, ((slow[1], 2), (slow[0], 3))), Wk, Wk)))
+    attn.proj.weight.copy_(torch.eye(d))
+    X = torch.zeros(1, T, d, dtype=torch.float64)
+    X[0, :-1, 0] = torch.tensor([1.0, -1.0]).repeat(pairs) * math.sqrt(d)
+    X[0, -1, 2] = math.sqrt(d)
+    found = constrain.ascend(lambda X: attn(X, net.cos[:T].double(), net.sin[:T].double()), X, 1.0, steps=0)
+    assert (rms_norm(attn.qkv.weight) == 1).all() and rms_norm(attn.proj.weight) == 1
+    published, certified = c * (1 + 2) / 3, layer_gains(net)[0]  # all norms and R are 1
+    assert published < found <= certified <= 1.35 * found
+
+
+def test_published_formula_forgets_the_value_path_at_small_softmax_scale():
+    net = gpt(H=2, d=8, L=1, c=0.01).double().requires_grad_(False)
+    set_identities(net)
+    net.double()
+    cos, sin = net.cos.double(), net.sin.double()
+    found = constrain.ascend(lambda X: net.blocks[0].attn(X, cos, sin), torch.ones(1, 12, 8, dtype=torch.float64), 1.0, 5)
+    assert 0.01 * (1 + 2) / 3 < 0.33 < found <= layer_gains(net)[0]
+
+
+def test_values_of_heads_that_look_at_different_tokens():
+    """Output norm sqrt(H)/3: head h looks at a token that lies in its own block of entries. Full-matrix norms say 1/3."""
+    H, dh = 8, 16
+    d = H * dh
+    net = gpt(H=H, d=d, L=1, c=1000.0, T=H + 1).double().requires_grad_(False)
+    attn = net.blocks[0].attn
+    attn.qkv.weight.copy_(torch.eye(d).expand(3, d, d))
+    attn.proj.weight.copy_(torch.eye(d))
+    X = torch.zeros(1, H + 1, d, dtype=torch.float64)
+    for h in range(H):
+        X[0, h, h * dh + dh - 1] = math.sqrt(d)
+        X[0, -1, h * dh + dh - 1] = math.sqrt(d / H)
+    norm = attn(X, net.cos[:H + 1].double(), net.sin[:H + 1].double())[0, -1].square().mean().sqrt().item()
+    assert 0.99 * math.sqrt(H) / 3 < norm <= layer_gains(net)[1] == pytest.approx(math.sqrt(H) / 3)
+
+
+def test_queries_and_keys_may_not_swap_roles():
+    """
+    With g'_h = sigma(W_v^h) sigma(W_q^h) and W_k in place of g_h and W_q the score path would be too small by sqrt(H)/4:
+    all heads share the query's directions, and each looks at keys of its own.
+    """
+    H, dh = 64, 4
+    d = H * dh
+    net = gpt(H=H, d=d, L=1, c=300.0, T=2 * H + 1).double().requires_grad_(False)
+    attn = net.blocks[0].attn
+    Wq = isometry(d, [(h * dh + i, i) for h in range(H) for i in range(2)])  # entries 0 and 1 of x, to every head
+    Wk = isometry(d, [(h * dh, 4 + 2 * h) for h in range(H)])                # head h: an entry of its own for the direction
+    Wk += isometry(d, [(h * dh + 1, 140 + h) for h in range(H)])             # in which q moves, another to be found by
+    Wv = isometry(d, [(h * dh, 5 + 2 * h) for h in range(H)])
+    attn.qkv.weight.copy_(torch.stack((Wq, Wk, Wv)))
+    attn.proj.weight.copy_(torch.eye(d))
+    X = torch.zeros(1, 2 * H + 1, d, dtype=torch.float64)
+    for h in range(H):
+        for i, sign in enumerate((1, -1)):
+            X[0, 2 * h + i, [4 + 2 * h, 5 + 2 * h, 140 + h]] = math.sqrt(d) * torch.tensor([sign * 0.65, sign * 0.65, 0.39]).double()
+    X[0, -1, 1] = math.sqrt(d)
+    cos, sin = torch.ones(2 * H + 1, 1, dh // 2).double(), torch.zeros(2 * H + 1, 1, dh // 2).double()  # all at one position
+    found = constrain.ascend(lambda X: attn(X, cos, sin), X, 1.0, steps=0)
+    assert sigma(Wk).max() == 1
+    swapped = (math.sqrt(H) + 2 * 300.0 * H * 1 * 1) / 3
+    assert swapped < found <= layer_gains(net)[0]
+
+
+def test_mlp_block_reaches_its_gain():
+    net = gpt(H=1, d=4, L=1).double().requires_grad_(False)
+    set_identities(net)
+    net.double()
+    block = net.blocks[0]
+    z = torch.full((1, 1, 4), math.sqrt(2) / 2, dtype=torch.float64)  # W_in doubles: GELU's slope is largest there
+    found = constrain.ascend(lambda x: 0.5 * x + 0.5 * block.mlp(x), z, 10.0, steps=0)
+    assert found == pytest.approx(1, abs=1e-6) and found <= layer_gains(net)[2] + 1e-9
+    large = torch.full((1, 1, 4), 50.0, dtype=torch.float64)
+    assert (0.5 * large + 0.5 * block.mlp(large)).mean().item() / 50 == pytest.approx(layer_gains(net)[3])
+    block.mlp.proj.weight.neg_()  # a negative slope, least of all -0.114, times a negative weight
+    found = constrain.ascend(block.mlp, -z, 10.0, steps=30)
+    assert 0.1 < found and layer_gains(net)[2] == pytest.approx(0.5 + 0.5 * (1 - 1 / GELU_SLOPE))
+    found = constrain.ascend(lambda x: 0.5 * x + 0.5 * block.mlp(x), -z, 10.0, steps=30)
+    assert 0.999 * layer_gains(net)[2] < found <= layer_gains(net)[2] + 1e-9
+
+
+def random_net(seed):
+    """A GPT of random shape, scale and norms, every second one with low-rank matrices, and every third one trained."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    H, L, c = rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 3)), 2 ** rng.uniform(-2, 4)
+    net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8)
+    net.wte.weight.data *= rng.choice((0.3, 1.0))
+    for W in matrices(net).values():
+        W.data = torch.randn(W.shape) if seed % 2 else torch.randn(*W.shape[:-1], 1) @ torch.randn(*W.shape[:-2], 1, W.shape[-1])
+    if seed % 3 == 0:
+        opt, ids = Muon(list(matrices(net).values()), lr=0.3), torch.randint(11, (8, 9))
+        for _ in range(10):
+            net(ids[:, :-1], ids[:, 1:])[1].backward()
+            opt.step(), opt.zero_grad()
+    for W in matrices(net).values():
+        W.data *= 10 ** rng.uniform(-0.5, 0.5) / rms_norm(W).view(*W.shape[:-2], 1, 1).float()
+    return net
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_attack_exceeds_the_certificate(seed):
+    net = random_net(seed)
+    certified, paper = lipschitz_bound(net, "certified"), lipschitz_bound(net, "paper")
+    found = math.log10(constrain.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50,))))
+    assert math.isfinite(paper) and found <= certified, (found, certified)
+    net = net.double().requires_grad_(False)
+    one = GPT(dataclasses.replace(net.config, n_layer=1)).double().requires_grad_(False)
+    one.blocks[0].load_state_dict(net.blocks[-1].state_dict())
+    block, cos, sin = one.blocks[0], net.cos[:6].double(), net.sin[:6].double()
+    for R in (0.5, 2.0):
+        attention, norm, mlp_gain, mlp_growth, whole = layer_gains(one, R)
+        a, X = block.alpha, torch.randn(4, 6, net.config.n_embd, dtype=torch.float64)
+        for f, bound in ((lambda X: block.attn(X, cos, sin), attention), (lambda X: block(X, cos, sin), whole),
+                         (lambda X: (1 - a) * X + a * block.mlp(X), mlp_gain),
+                         (block.mlp, (rms_norm(block.mlp.fc.weight) * rms_norm(block.mlp.proj.weight)).item())):
+            assert constrain.ascend(f, X, R, steps=4) <= bound * (1 + 1e-9)
+        X *= R / X.square().mean(dim=-1, keepdim=True).sqrt()
+        assert block.attn(X, cos, sin).square().mean(dim=-1).sqrt().max() <= norm * (1 + 1e-9)
+        grown = (1 - a) * X + a * block.mlp(X)
+        assert grown.square().mean(dim=-1).sqrt().max() <= R * mlp_growth * (1 + 1e-9)
+
+
+def test_no_attack_exceeds_the_certificate_of_the_mlp():
+    for seed in range(6):
+        torch.manual_seed(seed)
+        net = MLP(MLPConfig(20, 16, 5))
+        for layer in net.layers:
+            layer.weight.data *= 10 ** random.Random(seed).uniform(-0.5, 0.5)
+        found = math.log10(constrain.attack(net, restarts=4, steps=30))
+        assert lipschitz_bound(net, "certified") - 1.5 < found <= lipschitz_bound(net, "certified")
+    set_identities(net, 2.0)  # where the bound is reached: all units on
+    net.double()
+    found = constrain.ascend(lambda X: net(X.flatten(0, 1))[0][:, None], torch.ones(1, 1, 20).double(), 1.0, 10)
+    assert 0.99 * 8 < found <= 8 * (1 + 1e-6)
+
+
+def test_ascend_finds_the_norm_of_a_linear_map():
+    torch.manual_seed(0)
+    W = torch.randn(7, 12, dtype=torch.float64)
+    assert constrain.ascend(lambda X: X @ W.T, torch.randn(2, 3, 12).double(), 1.0, 30) == pytest.approx(rms_norm(W).item(), rel=1e-3)
+
+
+def test_certified_predictions():
+    """Radii against the formula, one prediction at a time; and no step within a radius changes a prediction."""
+    torch.manual_seed(0)
+    net = random_weights(gpt(H=2, d=8, L=2, T=12, logit_scale=3.0), 0.8)
+    tokens, layers = torch.randint(11, (12 * 3 + 6,)), constrain.layer_norms(net)
+    bears, right = constrain.margins(net, tokens)
+    radii = 10 ** constrain.log10_radii(net, bears, layers)
+    assert bears.shape == right.shape == (41,)
+    windows = [(0, 12), (12, 24), (24, 36), (36, 41)]
+    z = torch.cat([net(tokens[None, a:b])[0][0] for a, b in windows]).detach().double()
+    assert torch.equal(right, z.argmax(-1) == tokens[1:])
+    R, head = constrain.embedding_norm(net), math.log10(3 * rms_norm(net.head.weight))
+    for t in range(41):
+        i = z[t].argmax().item()
+        expected = min((z[t, i] - z[t, j]).item() / (3 * (net.head.weight[i] - net.head.weight[j]).norm().item() * math.sqrt(8))
+                       for j in range(11) if j != i)
+        assert bears[t].item() == pytest.approx(expected, rel=1e-3)
+        r = radii[t].item()
+        reach = lambda r: r * 10 ** (constrain.certificate(net, R + r, layers)[0] - head)
+        assert reach(r) <= bears[t] <= reach(1.011 * r)
+    net.double()
+    for a, b in windows:
+        x = net.wte.weight[tokens[None, a:b]].detach().requires_grad_()
+        t = radii[a:b].argmax().item()  # move all embeddings by its radius, against its margin
+        out = net.forward_embeddings(x)[0, t]
+        best, second = out.topk(2).indices
+        grad, = torch.autograd.grad(out[best] - out[second], x)
+        step = radii[a + t] * grad / grad.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+        assert net.forward_embeddings(x - step)[0, t].argmax() == best
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -787,10 +992,13 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "to be", "--tokens", 40) is None
     text = capsys.readouterr().out
     assert text.startswith("to be") and len(text) == 5 + 40 + 1
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt") is None
-    assert "certified" in capsys.readouterr().out
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--json") is None
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=3") is None
+    assert "<= certified" in capsys.readouterr().out
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=3", "--json") is None
     result = json.loads(capsys.readouterr().out)
+    assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"]) and len(result["characters"]) == 256
+    assert result["log10_attack"] <= result["log10_certified"]
+    assert list(result["certified_accuracy"].values()) == sorted(result["certified_accuracy"].values(), reverse=True)
     assert result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"]) and result["step"] == 60
     assert max(sum(result["norms"].values(), [])) / 6 == pytest.approx(lines[-1]["norm_over_cap"])
 
