@@ -271,12 +271,13 @@ def attention_norms(attn, softmax_scale):
     H, dh = attn.n_head, attn.d_head
     Wq, Wk, Wv = attn.qkv.weight.detach().double().view(3, H, dh, H * dh)  # each (H, d_head, d)
     Wo = attn.proj.weight.detach().double()                                # (d, d)
-    OV = Wo.view(H * dh, H, dh).transpose(0, 1) @ Wv                       # (H, d, d): W_o^h W_v^h
+    Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                          # (H, d, d_head)
     sigma = lambda W: torch.linalg.svdvals(W)[..., 0]
+    beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v, k = sigma(Wv), sigma(Wk)                                            # (H,)
-    A_V = min((sigma(Wo) * v.square().sum().sqrt()).item(),
-              sigma(OV).sum().item(),
-              (math.sqrt(H) * sigma(OV.transpose(0, 1).flatten(1))).item())
+    # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), and so side by side
+    OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
+    A_V = min((sigma(Wo) * v.square().sum().sqrt()).item(), sigma(OV).sum().item(), (math.sqrt(H) * sigma(beside(OV))).item())
     t = (k / v.clamp_min(1e-300)).clamp(1e-9, 1e9).sqrt()[:, None, None]   # sqrt of the proof's; any is valid
     gamma = torch.minimum(sigma(torch.cat((t * Wv, Wk / t), dim=1)) ** 2 / 2, v * k)
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]

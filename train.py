@@ -131,7 +131,11 @@ def load_data(config):
             raise UserError(f"{folder} holds no data set; make it with "
                             f"python prepare.py text FILE... --name {config.dataset}")
         prepare.shakespeare()
-    meta = json.loads((folder / "meta.json").read_text())
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        Tokenizer(meta)
+    except (ValueError, KeyError):
+        raise UserError(f"{folder}/meta.json is damaged; make the data set again with prepare.py")
     splits = [np.memmap(folder / name, dtype=np.uint16, mode="r") for name in ("train.bin", "val.bin")]
     for name, tokens in zip(("training", "validation"), splits):
         if len(tokens) < config.block_size + 1:
@@ -277,7 +281,6 @@ def train(config, given=()):
         for path in (ckpt_path, log_path):
             if path.exists():
                 os.replace(path, path.with_stem(path.stem + ".old"))
-    lines = []
     if ckpt:
         if ckpt["meta"] != meta:
             raise UserError(f"{ckpt_path} was trained on other data than data/{config.dataset} now holds; prepare that "
@@ -288,7 +291,8 @@ def train(config, given=()):
         step, seconds, loss_sum, loss_count = (ckpt[key] for key in ("step", "seconds", "loss_sum", "loss_count"))
         if log_path.exists():  # what an interrupted run logged after its last checkpoint comes again
             lines = [line for line in log_path.read_text().splitlines(keepends=True) if logged_step(line) <= step]
-    log_path.write_text("".join(lines))
+            log_path.with_suffix(".part").write_text("".join(lines))
+            os.replace(log_path.with_suffix(".part"), log_path)
 
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, w_max {config.w_max:g}, on {device} in "
@@ -339,12 +343,12 @@ def train(config, given=()):
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
             if step % config.eval_interval == 0 or step == config.max_steps:
-                norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
                 with amp:
                     scores = evaluate(model, val_tokens, device)
                     acts = activations(model, x)
                 if not math.isfinite(scores["val_loss"]):
                     stop(f"the validation loss is {scores['val_loss']}")
+                norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
                 line = {"step": step, "train_loss": loss_sum / loss_count, **scores,
                         "log10_paper": lipschitz_bound(model, "paper"),
                         "log10_certified": lipschitz_bound(model, "certified"),
