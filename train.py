@@ -400,9 +400,7 @@ def main():
     given = parse(sys.argv[1:])
     try:
         train(Config(**given), given)
-    except UserError as e:
-        sys.exit(f"train.py: {e}")
-    except OSError as e:
+    except (UserError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; go on from the last checkpoint with --resume")
