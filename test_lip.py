@@ -343,6 +343,16 @@ def test_certified_bound_by_hand():
         assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(3 * K), abs=1e-6)
 
 
+def test_certified_bound_of_two_layers_by_hand():
+    net = gpt(H=2, L=2, c=0.5)
+    set_identities(net, 2.0)
+    R, K, a = 1.0, 2.0, 0.25  # all norms 2: A_V = 4 sqrt(H), A_QK = 2 c H 2^4, and W_out W_in = 4 I
+    for _ in range(2):
+        K *= (1 - a + a / 3 * (4 * math.sqrt(2) + 2 * 0.5 * 2 * 16 * R ** 2)) * (1 - a + 4 * a)
+        R *= (1 - a + a / 3 * 4 * math.sqrt(2)) * (1 - a + 4 * a / GELU_SLOPE)
+    assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(K), abs=1e-6)
+
+
 def test_certified_bound_sees_one_heavy_head():
     net = gpt(H=4, d=16)
     attn = net.blocks[0].attn
