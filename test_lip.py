@@ -425,6 +425,25 @@ def test_counterexample_to_the_published_formula(H, c):
     assert published < found <= certified <= 1.35 * found
 
 
+@pytest.mark.parametrize("H", (8, 16))
+def test_counterexample_with_keys_and_values_apart(H):
+    """The same with values along a direction of their own, which tokens share with the keys: 1.3 H / 3, of at most 1.5 H / 3."""
+    dh, pairs = 16, 16
+    d, T = H * dh, 2 * pairs + 1
+    net = gpt(H=H, d=d, L=1, T=T).double().requires_grad_(False)
+    attn, slow = net.blocks[0].attn, (dh - 1, dh // 2 - 1)
+    attn.qkv.weight.copy_(torch.stack((isometry(d, ((slow[1], 2), (slow[0], 3))), isometry(d, ((slow[0], 0), (slow[1], 1))),
+                                       isometry(d, ((slow[0], 4),)))))
+    attn.proj.weight.copy_(torch.eye(d))
+    X = torch.zeros(1, T, d, dtype=torch.float64)
+    for entry, share in ((0, 0.5), (4, math.sqrt(0.75))):
+        X[0, :-1, entry] = torch.tensor([1.0, -1.0]).repeat(pairs) * share * math.sqrt(d)
+    X[0, -1, 2] = math.sqrt(d)
+    found = constrain.ascend(lambda X: attn(X, net.cos[:T].double(), net.sin[:T].double()), X, 1.0, steps=0)
+    certified = layer_gains(net)[0]
+    assert certified == pytest.approx((1 + 1.5 * H) / 3) and 1.2 * H / 3 < found <= certified <= 1.35 * found
+
+
 def test_published_formula_forgets_the_value_path_at_small_softmax_scale():
     net = gpt(H=2, d=8, L=1, c=0.01).double().requires_grad_(False)
     set_identities(net)
