@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,11 +114,12 @@ def has_bf16(device):
 
 
 def has_compiler(device):
-    """Whether torch.compile finds what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    """Whether torch.compile finds what it needs: Triton on a GPU, a C++ compiler and Python's headers on a CPU."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
         return has_triton()
-    return device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return device.type == "cpu" and headers.exists() and any(map(shutil.which, ("g++", "clang++")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
