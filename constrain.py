@@ -103,18 +103,22 @@ def stiefel(W, w_max):
     return w_max * rms_unit(W) * orthogonalize(W, EXACT_POLAR)
 
 
-def cubic(X, c):
-    """sigma -> sigma + c sigma^3 on the singular values of X (..., m, n), multiplied on the small side."""
-    return X + c * (X @ (X.mT @ X) if X.shape[-2] >= X.shape[-1] else (X @ X.mT) @ X)
-
-
-def soft_cap(W, alpha):
+def soft_cap(W, alpha, dtype=torch.float32):
     """
     sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values (the paper,
     section 3). Close to the identity for small sigma, with a largest image that soft_cap_coupling makes w_max.
+
+    With y = alpha sigma^2 that is sigma (1 - y) (1 + y (1 - y)^2) = sigma (1 - y^2 (3 - 3y + y^2)), so in terms of the Gram
+    matrix B of eigenvalues y it is W - W B^2 (3 I - 3 B + B^2): only a correction of W, which `dtype` may round. In
+    bfloat16 it is off by up to 2.3 %, so a cap that moves singular values by up to 3 % holds to 1e-3.
     """
-    r = rms_unit(W)
-    return r * cubic(cubic(W / r, -alpha), alpha)
+    X = (W * (math.sqrt(alpha) / rms_unit(W))).to(dtype)
+    tall = X.shape[-2] >= X.shape[-1]
+    B = X.mT @ X if tall else X @ X.mT
+    C = B @ B
+    D = C @ (C - 3 * B + 3 * torch.eye(B.shape[-1], dtype=dtype, device=B.device))
+    W_ = W.to(dtype)
+    return W - (W_ @ D if tall else D @ W_)
 
 
 def soft_cap_coupling(w_max, weight_decay, update_norm):

@@ -298,6 +298,20 @@ def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
             soft_cap_coupling(2.0, 1.001 * lr * decay, 1.001 * lr * UPDATE_NORM)
 
 
+def test_soft_cap_in_bfloat16_holds_what_it_says():
+    """A cap that moves singular values by up to 3 %, with its correction rounded to bfloat16, ends within 1e-3 of w_max."""
+    torch.manual_seed(0)
+    for m, n in ((1, 1), (2, 2), (3, 3), (16, 16), (65, 64), (64, 256), (256, 64), (128, 128)):
+        for kind, W in zoo(m, n).items():
+            if rms_norm(W) > 0:
+                W = W / rms_norm(W).float()
+                for lr in (0.001, 0.02, 0.03):
+                    alpha = soft_cap_coupling(1.0, 0.0, lr * UPDATE_NORM)
+                    for size in (1 + lr, 1.0, 1 + lr / 2):
+                        norm = rms_norm(constrain.soft_cap(W * size, alpha, torch.bfloat16))
+                        assert norm <= 1.001, (m, n, kind, lr, norm)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # constrain.py: the bounds
 
@@ -1040,6 +1054,15 @@ def test_bench(monkeypatch, capsys):
     for name in METHODS:
         errors = [float(line.split()[-1]) for line in printed.splitlines() if f" {name} " in line]
         assert len(errors) == 2 and (max(errors) < 0.01 or name == "stiefel")
+
+
+def test_bench_of_a_step(data, monkeypatch, capsys):
+    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in TINY.items()], "--bench") is None
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert set(result) == {"step_over_floor", "optimizer_share", "tokens_per_second", "matmul_share"}
+    assert result["step_over_floor"] > 1 and 0 < result["optimizer_share"] < 1 and 0 < result["matmul_share"] < 1
+    assert "(a) step" in lines[-3] and not Path("out").exists()
 
 
 def test_options(monkeypatch):

@@ -3,6 +3,7 @@ Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint af
 
     python train.py                                                  # Shakespeare, Muon, soft cap
     python train.py --method=hard_cap --optimizer=adamw --w_max=2    # any option of Config below
+    python train.py --bench --batch_size=64                          # time of a step against its matrix products
     python train.py --resume                                         # go on from out_dir/ckpt.pt
     python train.py --help                                           # all options
 
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import prepare
-from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap_coupling, svd_cap
+from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap, soft_cap_coupling, svd_cap
 from model import GPT, GPTConfig, load_checkpoint
 from optim import UPDATE_NORM, Muon, map_by_shape
 from prepare import Tokenizer, UserError
@@ -64,6 +66,7 @@ class Config:
     dtype: str | None = None          # bfloat16 or float32 products; by default bfloat16 where the hardware has it
     compile: bool | None = None       # use torch.compile; by default where a compiler is found
     resume: bool = False              # go on from out_dir/ckpt.pt, with its options but for those given
+    bench: bool = False               # do not train; measure where a step's time goes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,12 +181,15 @@ def make_optimizer(model, config, dtype):
 def constrain(model, config, lr):
     """Apply the method to all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1."""
     strength = config.w_max
+    method = METHODS[config.method]
     if config.method == "soft_cap":
         strength = soft_cap_coupling(config.w_max, lr * config.weight_decay, lr * UPDATE_NORM)
+        if config.dtype == "bfloat16" and lr * UPDATE_NORM <= 0.03 * config.w_max:  # see soft_cap for this limit
+            method = partial(soft_cap, dtype=torch.bfloat16)
     elif config.method == "spectral_weight_decay":
         strength = lr * config.weight_decay
     weights = list(matrices(model).values())
-    for W, new in zip(weights, map_by_shape(lambda W: METHODS[config.method](W, strength), weights)):
+    for W, new in zip(weights, map_by_shape(lambda W: method(W, strength), weights)):
         W.copy_(new)
     E = model.wte.weight
     E.div_(E.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1))
@@ -245,13 +251,8 @@ def save(path, checkpoint):
         raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
 
 
-def train(config, given=()):
-    """One run, from scratch or resumed; `given` names the options from the command line, which win over a checkpoint's."""
-    out = Path(config.out_dir)
-    ckpt_path, log_path, ckpt = out / "ckpt.pt", out / "log.jsonl", None
-    if config.resume:
-        config, ckpt = resume(config, given, ckpt_path)
-    check(config)
+def build(config, vocab_size):
+    """(model, the same compiled, optimizer, device, autocast context) of a run; settles what config leaves open."""
     if config.lr is None:
         config.lr = 0.1 if config.optimizer == "muon" else 0.002
     try:
@@ -259,15 +260,12 @@ def train(config, given=()):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={config.device} cannot be used: {str(e).splitlines()[0]}")
-    dtype = torch.float32 if config.dtype == "float32" or not (config.dtype or has_bf16(device)) else torch.bfloat16
-    compile = has_compiler(device) if config.compile is None else config.compile
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    meta, train_tokens, val_tokens = load_data(config)
+    config.dtype = config.dtype or ("bfloat16" if has_bf16(device) else "float32")
+    config.compile = has_compiler(device) if config.compile is None else config.compile
     torch.manual_seed(config.seed)
     try:
         names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
-        model = GPT(GPTConfig(meta["vocab_size"], **{name: getattr(config, name) for name in names})).to(device)
+        model = GPT(GPTConfig(vocab_size, **{name: getattr(config, name) for name in names})).to(device)
         if config.method == "soft_cap":
             soft_cap_coupling(config.w_max, config.lr * config.weight_decay, config.lr * UPDATE_NORM)
     except ValueError as e:
@@ -275,7 +273,88 @@ def train(config, given=()):
     if config.method in PROMISE_W_MAX:  # a cap below the initial norm, 1, holds from the start
         for W in matrices(model).values():
             W.data = svd_cap(W.data, config.w_max)
-    optimizer = make_optimizer(model, config, dtype)
+    dtype = getattr(torch, config.dtype)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
+          f"w_max {config.w_max:g}, on {device} in {config.dtype}{', compiled' if config.compile else ''}")
+    return (model, torch.compile(model) if config.compile else model, make_optimizer(model, config, dtype), device,
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
+
+
+def bench(config):
+    """
+    Print where a step's time goes: (a) a training step, (b) the same without optimizer and constraint, and (c) its bare
+    matrix products, one after the other, at the model's shapes and in its dtype; and the share of the machine's best
+    matmul rate that the step reaches. The last line is JSON. Times are medians, (a) and (b) in turns.
+    """
+    check(config)
+    vocab_size = GPTConfig.vocab_size
+    model, forward, optimizer, device, amp = build(config, vocab_size)
+    dtype, B, T, H = getattr(torch, config.dtype), config.batch_size, config.block_size, config.n_head
+    ids = torch.randint(vocab_size, (B, T + 1), device=device)
+
+    def seconds(f):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def gradients():
+        with amp:
+            loss = forward(ids[:, :-1], ids[:, 1:])[1]
+        loss.item()
+        loss.backward()
+
+    def step():
+        gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        constrain(model, config, config.lr)
+
+    def without():
+        gradients()
+        optimizer.zero_grad()
+
+    # (batch, m, k, n): m x k times k x n. Three products per matrix, y = x W^T and the gradients of x and W; and six for
+    # attention, of which causality leaves half: scores, outputs, and two gradients of each
+    products, d_head = [], config.n_embd // H
+    for W in (W for p in matrices(model).values() for W in [p.flatten(0, -2)]):
+        m, n = W.shape
+        products += [(1, B * T, n, m), (1, B * T, m, n), (1, m, B * T, n)]
+    products += config.n_layer * (3 * [(B * H, T, d_head, T // 2)] + 3 * [(B * H, T, T // 2, d_head)])
+    flops = sum(2 * b * m * k * n for b, m, k, n in products)
+
+    def best(shape, repeats):
+        b, m, k, n = shape
+        x, y = torch.randn(b, m, k, device=device, dtype=dtype), torch.randn(b, k, n, device=device, dtype=dtype)
+        return sorted(seconds(lambda: torch.bmm(x, y)) for _ in range(repeats))[repeats // 2]
+
+    for _ in range(3):
+        step(), without()
+    times = [(seconds(step), seconds(without)) for _ in range(10)]
+    a, b = (sorted(column)[len(column) // 2] for column in zip(*times))
+    c = sum(products.count(shape) * best(shape, 11) for shape in set(products))
+    side = 8192 if device.type == "cuda" else 2048
+    peak = max(2 * side ** 3 / best((1, side, side, side), 7), flops / c)
+    result = {"step_over_floor": a / c, "optimizer_share": (a - b) / a, "tokens_per_second": B * T / a,
+              "matmul_share": flops / a / peak}
+    print(f"(a) step {1e3 * a:.1f} ms, (b) without optimizer and constraint {1e3 * b:.1f} ms, (c) its matrix products "
+          f"{1e3 * c:.1f} ms\na/c {a / c:.2f}, (a-b)/a {(a - b) / a:.1%}, {B * T / a:,.0f} tokens/s, "
+          f"{result['matmul_share']:.1%} of the best matmul rate, {peak / 1e9:,.0f} GFLOP/s")
+    print(json.dumps(result))
+
+
+def train(config, given=()):
+    """One run, from scratch or resumed; `given` names the options from the command line, which win over a checkpoint's."""
+    out = Path(config.out_dir)
+    ckpt_path, log_path, ckpt = out / "ckpt.pt", out / "log.jsonl", None
+    if config.resume:
+        config, ckpt = resume(config, given, ckpt_path)
+    check(config)
+    meta, train_tokens, val_tokens = load_data(config)
+    model, forward, optimizer, device, amp = build(config, meta["vocab_size"])
 
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
@@ -291,15 +370,12 @@ def train(config, given=()):
         optimizer.load_state_dict(ckpt["optimizer"])
         torch.set_rng_state(ckpt["rng"])
         step, seconds, loss_sum, loss_count = (ckpt[key] for key in ("step", "seconds", "loss_sum", "loss_count"))
+        print(f"resumed at step {step}")
         if log_path.exists():  # what an interrupted run logged after its last checkpoint comes again
             lines = [line for line in log_path.read_text().splitlines(keepends=True) if logged_step(line) <= step]
             log_path.with_suffix(".part").write_text("".join(lines))
             os.replace(log_path.with_suffix(".part"), log_path)
 
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, w_max {config.w_max:g}, on {device} in "
-          f"{str(dtype)[6:]}{', compiled' if compile else ''}{f', resumed at step {step}' if ckpt else ''}")
-    forward = torch.compile(model) if compile else model
     interrupted = []
 
     def on_sigint(*_):  # finish the step; a second Ctrl-C does not wait
@@ -401,7 +477,8 @@ def logged_step(line):
 def main():
     given = parse(sys.argv[1:])
     try:
-        train(Config(**given), given)
+        config = Config(**given)
+        bench(config) if config.bench else train(config, given)
     except (UserError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt:
