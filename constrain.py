@@ -199,7 +199,7 @@ def lipschitz_bound(model, kind):
     log10 of a Lipschitz bound of the model, a GPT or an MLP: `paper` or `certified`.
 
     Of a GPT it is about forward_embeddings, from the largest RMS norm over tokens at the input to that at the logits.
-    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see certificate); `paper`
+    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see body_bound); `paper`
     is the formula of the authors' code, whose value can lie below the true constant (see paper_bound).
     """
     if kind not in ("paper", "certified"):
@@ -213,10 +213,14 @@ def log10(x):
     return math.log10(x) if x > 0 else -math.inf
 
 
+def log10_add(a, b):
+    """log10(10^a + 10^b), for powers that may be too large for a float."""
+    return max(a, b) + math.log10(1 + 10 ** -abs(a - b)) if max(a, b) > -math.inf else -math.inf
+
+
 def log10_mix(alpha, log10_x):
-    """log10((1 - alpha) + alpha x) from log10(x), for an x that may be too large for a float."""
-    a, b = math.log10(1 - alpha), math.log10(alpha) + log10_x
-    return max(a, b) + math.log10(1 + 10 ** -abs(a - b))
+    """log10((1 - alpha) + alpha x) from log10(x)."""
+    return log10_add(math.log10(1 - alpha), math.log10(alpha) + log10_x)
 
 
 def embedding_norm(model):
@@ -308,19 +312,26 @@ def mlp_norms(block):
 def certificate(model, R=None, layers=None):
     """
     (log10 of the certified bound, its parts layer by layer) of a GPT on embeddings of RMS norm <= R, by default the
-    embedding table's largest row: K with max_t |dlogits_t|_rms <= K max_t |dx_t|_rms there.
+    embedding table's largest row: K with max_t |dlogits_t|_rms <= K max_t |dx_t|_rms there. That is the bound of all blocks
+    times the norm of the output matrix times logit_scale. `layers` saves computing layer_norms again.
+    """
+    body, parts = body_bound(layers or layer_norms(model), embedding_norm(model) if R is None else R)
+    return body + log10(model.config.logit_scale * rms_norm(model.head.weight).item()), parts
+
+
+def body_bound(layers, R):
+    """
+    The certificate without the output matrix, from layer_norms, for embeddings of RMS norm <= R: (log10 K, parts).
 
     The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the chain rule
     multiplies the layers' bounds, each on the ball of radius R that its input stays in. x -> (1 - alpha) x + alpha f(x) has
     the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|.
-    Everything is a log10, since K of a large model exceeds the largest float. `layers` saves computing layer_norms again.
+    Everything is a log10, since K of a large model exceeds the largest float.
     """
-    alpha, log10_R = 1 / (2 * model.config.n_layer), log10(embedding_norm(model) if R is None else R)
-    total, parts = log10(model.config.logit_scale * rms_norm(model.head.weight).item()), []
-    for A_V, A_QK, mlp_gain, mlp_growth in layers or layer_norms(model):
+    alpha, log10_R, total, parts = 1 / (2 * len(layers)), log10(R), 0.0, []
+    for A_V, A_QK, mlp_gain, mlp_growth in layers:
         value, score = log10(A_V / 3), log10(A_QK / 3) + 2 * log10_R
-        attention = max(value, score) + log10(1 + 10 ** -abs(value - score)) if A_V else -math.inf
-        gain = log10_mix(alpha, attention) + log10(mlp_gain)
+        gain = log10_mix(alpha, log10_add(value, score)) + log10(mlp_gain)
         parts.append({"R": log10_R, "value": value, "score": score, "mlp": log10(mlp_gain), "gain": gain})
         log10_R += log10_mix(alpha, value) + log10(mlp_growth)
         total += gain
@@ -404,19 +415,16 @@ def margins(model, tokens):
     min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
     T, W, bears, right = model.config.block_size, model.head.weight, [], []
-    for start in range(0, len(tokens) - 1, 16 * T):
-        chunk = tokens[start:start + 16 * T + 1]
-        n = (len(chunk) - 1) // T * T or len(chunk) - 1  # whole windows, and at the end of the text a shorter one
-        for a, b in ((0, n), (n, len(chunk) - 1)):
-            if a == b:
-                continue
-            z = model(chunk[a:b].view(-1, min(T, b - a)))[0].flatten(0, 1)  # (windows * T, V)
-            top = z.max(dim=-1)
-            distance = torch.cdist(W[top.indices], W, compute_mode="donot_use_mm_for_euclid_dist")
-            delta = (top.values[:, None] - z) / distance.clamp_min(1e-30)
-            delta.scatter_(1, top.indices[:, None], math.inf)
-            bears.append(delta.min(dim=-1).values / (model.config.logit_scale * math.sqrt(W.shape[1])))
-            right.append(top.indices == chunk[a + 1:b + 1])
+    n = (len(tokens) - 1) // T * T  # 16 whole windows at a time, and at the end of the text a shorter one
+    edges = sorted({*range(0, n, 16 * T), n, len(tokens) - 1})
+    for a, b in zip(edges, edges[1:]):
+        z = model(tokens[a:b].view(-1, min(T, b - a)))[0].flatten(0, 1)  # (windows * T, V)
+        top = z.max(dim=-1)
+        distance = torch.cdist(W[top.indices], W, compute_mode="donot_use_mm_for_euclid_dist")
+        delta = (top.values[:, None] - z) / distance.clamp_min(1e-30)
+        delta.scatter_(1, top.indices[:, None], math.inf)
+        bears.append(delta.min(dim=-1).values / (model.config.logit_scale * math.sqrt(W.shape[1])))
+        right.append(top.indices == tokens[a + 1:b + 1])
     return torch.cat(bears).double(), torch.cat(right)
 
 
@@ -426,8 +434,8 @@ def log10_radii(model, bears, layers):
     embeddings with max_t |dx_t|_rms below the radius alters them. The ball grows by the radius, and the bound K with it:
     the radius is the largest r with r K(R_0 + r) <= bears, K without the head; found on a grid of 1 %, rounded down.
     """
-    R, head = embedding_norm(model), log10(model.config.logit_scale * rms_norm(model.head.weight).item())
-    K = lambda r: certificate(model, R + r, layers)[0] - head
+    R = embedding_norm(model)
+    K = lambda r: body_bound(layers, R + r)[0]
     wanted = bears.clamp_min(1e-12).log10()  # a tie, or one lost in rounding, bears nothing worth reporting
     low = math.floor(wanted.min().item() - max(K(0), 0)) - 1
     grid = low + torch.arange(0, int((wanted.max().item() + 3 - low) / 0.0043) + 1, dtype=torch.float64) * 0.0043

@@ -202,11 +202,7 @@ def evaluate(model, tokens, device):
     window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start one token apart.
     """
     T = model.config.block_size
-    whole = list(range(0, len(tokens) - 1, T))
-    if (len(tokens) - 1) % T:
-        whole, last = whole[:-1], whole[-1:]
-    else:
-        last = []
+    n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
 
     def score(starts, length):  # sums over the windows: loss, correct predictions, predictions
         total = torch.zeros(3, dtype=torch.float64)
@@ -216,7 +212,7 @@ def evaluate(model, tokens, device):
             total += torch.tensor([loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item(), y.numel()])
         return total
 
-    loss, correct, count = (score(whole, T) + score(last, (len(tokens) - 1) % T)).tolist()
+    loss, correct, count = (score(range(0, n, T), T) + score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n)).tolist()
     paper = score(range(min(20 * 64, len(tokens) - T)), T)
     return {"val_loss": loss / count, "val_acc": correct / count, "paper_protocol_acc": (paper[1] / paper[2]).item()}
 
@@ -292,13 +288,13 @@ def bench(config):
     dtype, B, T, H = getattr(torch, config.dtype), config.batch_size, config.block_size, config.n_head
     ids = torch.randint(vocab_size, (B, T + 1), device=device)
 
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
     def seconds(f):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - start
 
     def gradients():
@@ -320,8 +316,8 @@ def bench(config):
     # (batch, m, k, n): m x k times k x n. Three products per matrix, y = x W^T and the gradients of x and W; and six for
     # attention, of which causality leaves half: scores, outputs, and two gradients of each
     products, d_head = [], config.n_embd // H
-    for W in (W for p in matrices(model).values() for W in [p.flatten(0, -2)]):
-        m, n = W.shape
+    for W in matrices(model).values():
+        m, n = W.flatten(0, -2).shape
         products += [(1, B * T, n, m), (1, B * T, m, n), (1, m, B * T, n)]
     products += config.n_layer * (3 * [(B * H, T, d_head, T // 2)] + 3 * [(B * H, T, T // 2, d_head)])
     flops = sum(2 * b * m * k * n for b, m, k, n in products)
