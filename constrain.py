@@ -436,11 +436,12 @@ def log10_radii(model, bears, layers):
     """
     R = embedding_norm(model)
     K = lambda r: body_bound(layers, R + r)[0]
-    wanted = bears.clamp_min(1e-12).log10()  # a tie, or one lost in rounding, bears nothing worth reporting
+    wanted = bears.clamp_min(1e-30).log10()
     low = math.floor(wanted.min().item() - max(K(0), 0)) - 1
     grid = low + torch.arange(0, int((wanted.max().item() + 3 - low) / 0.0043) + 1, dtype=torch.float64) * 0.0043
     reached = torch.tensor([x + K(10 ** x) for x in grid.tolist()], dtype=torch.float64)
-    return grid[torch.searchsorted(reached, wanted).clamp_min(1) - 1]
+    radii = grid[torch.searchsorted(reached, wanted).clamp_min(1) - 1]
+    return torch.where(bears >= 1e-30, radii, -math.inf)  # a tie bears nothing
 
 
 def report(path, as_json, steps):
@@ -463,7 +464,7 @@ def report(path, as_json, steps):
                                         for x in range(middle - 2, middle + 2)}
         result["val_acc"] = right.double().mean().item()
         result["log10_median_radius"] = radii[right].median().item()
-        result["characters"] = [{"token": t, "right": r, "log10_radius": x} for t, r, x in
+        result["characters"] = [{"token": t, "right": r, "log10_radius": x if x > -math.inf else None} for t, r, x in
                                 zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())]
     if as_json:
         print(json.dumps(result))

@@ -597,6 +597,7 @@ def test_certified_predictions():
     bears, right = constrain.margins(net, tokens)
     radii = 10 ** constrain.log10_radii(net, bears, layers)
     assert bears.shape == right.shape == (41,)
+    assert constrain.log10_radii(net, torch.tensor([0.0, 0.1]).double(), layers)[0] == -math.inf  # a tie
     windows = [(0, 12), (12, 24), (24, 36), (36, 41)]
     z = torch.cat([net(tokens[None, a:b])[0][0] for a, b in windows]).detach().double()
     assert torch.equal(right, z.argmax(-1) == tokens[1:])
