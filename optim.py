@@ -7,6 +7,8 @@ the gradient was (constrain.soft_cap_coupling). For AdamW use torch.optim.AdamW.
     python optim.py     # time orthogonalize and print the singular values that it returns
 """
 import math
+import re
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,14 @@ POLAR = ((7.2050, -18.6075, 12.3746),
 UPDATE_NORM = 1.0
 
 
+def has_bf16(device):
+    """Whether the hardware multiplies bf16 matrices itself, which emulation would make slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return device.type == "cpu" and cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
+
+
 def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     """
     The polar factor U V^T of G = U S V^T, (..., m, n) -> float32 (..., m, n), by matrix products alone.
@@ -40,13 +50,19 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT  # products on the small side
+    X = polar_steps(X, coefficients)
+    if tall:
+        X = X.mT
+    return X.float().reshape(G.shape)
+
+
+def polar_steps(X, coefficients=POLAR):
+    """The steps of orthogonalize on a batch X (k, m, n), m <= n, of spectral norm <= 1."""
     for a, b, c in coefficients:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
         X = torch.baddbmm(X, B, X, beta=a)           # a X + b A X + c A^2 X
-    if tall:
-        X = X.mT
-    return X.float().reshape(G.shape)
+    return X
 
 
 def dual_rows(G, max_inflation=16.0):
