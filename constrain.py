@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from model import GELU_SLOPE, GPT, load_checkpoint
-from optim import POLAR, UPDATE_NORM, has_bf16, orthogonalize, polar_steps
+from optim import POLAR, UPDATE_NORM, has_bf16, keep_memory, orthogonalize, polar_steps
 from prepare import UserError
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others in their
@@ -521,6 +521,7 @@ def bench():
     against its exact target. Inner products are in bfloat16 where the hardware has it, as in train.py.
     """
     torch.manual_seed(0)
+    keep_memory()
     dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
     w_max, lr = 1.0, 0.03  # the largest step for which train.py rounds soft_cap
     alpha = soft_cap_coupling(w_max, 0, lr * UPDATE_NORM)

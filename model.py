@@ -89,7 +89,7 @@ def attend(q, k, v, scale):
     for start, end in ((0, T // 2), (T // 2, T)):
         scores = q[:, :, start:end] @ k[:, :, :end].mT * scale
         scores = scores.masked_fill(later[start:end, :end], -math.inf)
-        halves.append(scores.float().softmax(dim=-1).to(v.dtype) @ v[:, :, :end])
+        halves.append(scores.softmax(dim=-1) @ v[:, :, :end])
     return torch.cat(halves, dim=2)
 
 

@@ -6,6 +6,7 @@ the gradient was (constrain.soft_cap_coupling). For AdamW use torch.optim.AdamW.
 
     python optim.py     # time orthogonalize and print the singular values that it returns
 """
+import ctypes
 import math
 import re
 from pathlib import Path
@@ -34,6 +35,20 @@ def has_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
     return device.type == "cpu" and cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
+
+
+def keep_memory():
+    """
+    Have glibc keep freed memory instead of returning it to the system, which would hand it back page by page and zeroed at
+    the next step: a fifth of a step on a CPU. Other C libraries are left alone.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+    mallopt(M_TRIM_THRESHOLD, -1)          # never shrink the heap
+    mallopt(M_MMAP_MAX, 0)                 # take large blocks from it too
 
 
 def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):

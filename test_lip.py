@@ -1084,7 +1084,7 @@ def test_bench_of_a_step(data, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert set(result) == {"step_over_floor", "optimizer_share", "tokens_per_second", "matmul_share"}
-    assert result["step_over_floor"] > 1 and 0 < result["optimizer_share"] < 1 and 0 < result["matmul_share"] < 1
+    assert result["step_over_floor"] > 1 and result["optimizer_share"] < 1 and 0 < result["matmul_share"] < 1
     assert "(a) step" in lines[-3] and not Path("out").exists()
 
 

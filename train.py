@@ -11,7 +11,6 @@ Writes out_dir/ckpt.pt and one line per evaluation to out_dir/log.jsonl; those o
 ckpt.old.pt and log.old.jsonl. Ctrl-C saves and exits.
 """
 import argparse
-import ctypes
 import dataclasses
 import inspect
 import json
@@ -35,7 +34,7 @@ import prepare
 from constrain import (METHODS, PROMISE_W_MAX, TAKE_DTYPE, lipschitz_bound, matrices, rms_norm, soft_cap_coupling,
                        svd_cap)
 from model import GPT, GPTConfig, load_checkpoint
-from optim import UPDATE_NORM, Muon, has_bf16, map_by_shape
+from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import Tokenizer, UserError
 
 
@@ -242,22 +241,8 @@ def save(path, checkpoint):
         raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
 
 
-def keep_memory():
-    """
-    Have glibc keep freed memory instead of returning it to the system, which would hand it back page by page and zeroed at
-    the next step: a fifth of a step on a CPU. Other C libraries are left alone.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-    mallopt(M_TRIM_THRESHOLD, -1)          # never shrink the heap
-    mallopt(M_MMAP_MAX, 0)                 # take large blocks from it too
-
-
 def build(config, vocab_size):
-    """(model, the same compiled, optimizer, device, autocast context) of a run; settles what config leaves open."""
+    """(model, optimizer, device, autocast context) of a run; settles what config leaves open."""
     if config.lr is None:
         config.lr = 0.1 if config.optimizer == "muon" else 0.002
     try:
@@ -283,7 +268,10 @@ def build(config, vocab_size):
     dtype = getattr(torch, config.dtype)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
           f"w_max {config.w_max:g}, on {device} in {config.dtype}{', compiled' if config.compile else ''}")
-    return (model, torch.compile(model) if config.compile else model, make_optimizer(model, config, dtype), device,
+    if config.compile:
+        for block in model.blocks:  # one by one: they are alike, so that only the first takes time to compile
+            block.compile()
+    return (model, make_optimizer(model, config, dtype), device,
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
 
 
@@ -295,7 +283,7 @@ def bench(config):
     """
     check(config)
     vocab_size = GPTConfig.vocab_size
-    model, forward, optimizer, device, amp = build(config, vocab_size)
+    model, optimizer, device, amp = build(config, vocab_size)
     dtype, B, T, H = getattr(torch, config.dtype), config.batch_size, config.block_size, config.n_head
     ids = torch.randint(vocab_size, (B, T + 1), device=device)
 
@@ -310,7 +298,7 @@ def bench(config):
 
     def gradients():
         with amp:
-            loss = forward(ids[:, :-1], ids[:, 1:])[1]
+            loss = model(ids[:, :-1], ids[:, 1:])[1]
         loss.item()
         loss.backward()
 
@@ -361,7 +349,7 @@ def train(config, given=()):
         config, ckpt = resume(config, given, ckpt_path)
     check(config)
     meta, train_tokens, val_tokens = load_data(config)
-    model, forward, optimizer, device, amp = build(config, meta["vocab_size"])
+    model, optimizer, device, amp = build(config, meta["vocab_size"])
 
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
@@ -415,7 +403,7 @@ def train(config, given=()):
                 group["lr"] = lr
             x, y = get_batch(train_tokens, step, config, device)
             with amp:
-                loss = forward(x, y)[1]
+                loss = model(x, y)[1]
             if not math.isfinite(loss.item()):
                 stop(f"the loss is {loss.item()}")
             loss.backward()
@@ -428,7 +416,7 @@ def train(config, given=()):
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
 
             if step % config.eval_interval == 0 or step == config.max_steps:
-                with amp:
+                with amp, torch.compiler.set_stance("force_eager"):
                     scores = evaluate(model, val_tokens, device)
                     acts = activations(model, x)
                 if not math.isfinite(scores["val_loss"]):
@@ -459,7 +447,8 @@ def train(config, given=()):
         signal.signal(signal.SIGINT, old_handler)
 
     prompt = torch.zeros((1, 1), dtype=torch.long, device=device)  # of `char`, token 0 is the first character, a newline
-    print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
+    with torch.compiler.set_stance("force_eager"):
+        print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
 
 
 def resume(config, given, path):
