@@ -969,7 +969,7 @@ def data(tmp_path, monkeypatch):
     rng = random.Random(0)
     words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
     text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
-    prepare.write_dataset(text, "data/shakespeare", "char", "test")
+    prepare.write_dataset(text, "data/shakespeare", "test")
     return tmp_path
 
 
@@ -981,14 +981,27 @@ def log_lines(out="out"):
 
 def test_batches_depend_on_seed_and_step_alone(data):
     config = train.Config(**TINY)
-    _, tokens, _ = train.load_data(config)
-    x, y = train.get_batch(tokens, 3, config, "cpu")
+    _, shards, _ = train.load_data(config)
+    x, y = train.get_batch(shards, 3, config, "cpu")
     assert x.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    assert torch.equal(x, train.get_batch(tokens, 3, config, "cpu")[0])
-    assert not torch.equal(x, train.get_batch(tokens, 4, config, "cpu")[0])
-    assert not torch.equal(x, train.get_batch(tokens, 3, dataclasses.replace(config, seed=1), "cpu")[0])
-    seen = torch.cat([train.get_batch(tokens[:40], s, config, "cpu")[1] for s in range(200)])  # every token comes up
-    assert torch.equal(seen[:, -1].unique(), torch.from_numpy(tokens[16:40].astype(np.int64)).unique())
+    train.epoch_order.cache_clear()
+    assert torch.equal(x, train.get_batch(shards, 3, config, "cpu")[0])
+    assert not torch.equal(x, train.get_batch(shards, 4, config, "cpu")[0])
+    assert not torch.equal(x, train.get_batch(shards, 3, dataclasses.replace(config, seed=1), "cpu")[0])
+
+
+@pytest.mark.parametrize("lengths", ((17,), (18,), (31, 32, 33), (160, 17, 500)))
+def test_an_epoch_takes_every_window_once(lengths):
+    """Tokens that count up: a window's first one says where it was cut."""
+    config = train.Config(**TINY | dict(batch_size=1))
+    starts = np.cumsum([0, *lengths])
+    shards = [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, starts[1:])]
+    n = sum(max(1, (length - 16) // 16) for length in lengths)
+    for epoch in range(20):
+        x = torch.cat([train.get_batch(shards, step, config, "cpu")[0] for step in range(epoch * n, (epoch + 1) * n)])
+        assert torch.equal(x, x[:, :1] + torch.arange(16)) and len(x.unique()) == 16 * n  # no token twice
+        shard = np.searchsorted(starts, x[:, 0].numpy(), side="right") - 1
+        assert (x[:, -1] + 1 < torch.from_numpy(starts[shard + 1])).all()  # the last target is in the same shard
 
 
 def test_evaluate_predicts_every_token_once():

@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ class Config:
     # optimizer
     optimizer: str = "muon"           # muon or adamw
     lr: float | None = None           # peak learning rate, falls linearly to 0; by default 0.1 for muon, 0.002 for adamw
+    embedding_lr: float = 0.3         # learning rate of the embedding table, as a multiple of lr
     weight_decay: float = 0.0         # a step decays weights by lr * weight_decay; spectral_weight_decay: their largest singular value alone
     momentum: float = 0.95            # Muon's, or AdamW's beta1
     batch_size: int = 16              # sequences per step
@@ -101,7 +102,7 @@ def parse(argv):
 def check(config):
     """Raise UserError for values that no run could use."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "batch_size", "max_steps", "eval_interval",
-                 "softmax_scale", "logit_scale", "lr"):
+                 "softmax_scale", "logit_scale", "lr", "embedding_lr"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive and finite")
@@ -122,24 +123,32 @@ def has_compiler(device):
 # Data
 
 def load_data(config):
-    """(meta, train tokens, validation tokens) of data/dataset, memory-mapped; Shakespeare is fetched when missing."""
+    """
+    (meta, training shards, validation tokens) of data/dataset, memory-mapped: a list of arrays of uint16 tokens and one.
+    Shakespeare is fetched when missing.
+    """
     folder = Path("data") / config.dataset
     if not (folder / "meta.json").exists():
         if config.dataset != "shakespeare":
-            raise UserError(f"{folder} holds no data set; make it with "
-                            f"python prepare.py text FILE... --name {config.dataset}")
+            how = "fineweb --shards 10" if config.dataset == "fineweb" else f"text FILE... --name {config.dataset}"
+            raise UserError(f"{folder} holds no data set; make it with python prepare.py {how}")
         prepare.shakespeare()
     try:
         meta = json.loads((folder / "meta.json").read_text())
         Tokenizer(meta)
     except (ValueError, KeyError):
         raise UserError(f"{folder}/meta.json is damaged; make the data set again with prepare.py")
-    splits = [np.memmap(folder / name, dtype=np.uint16, mode="r") for name in ("train.bin", "val.bin")]
-    for name, tokens in zip(("training", "validation"), splits):
-        if len(tokens) < config.block_size + 1:
-            raise UserError(f"the {name} split of {folder} has {len(tokens)} tokens, but block_size {config.block_size} needs "
+    if meta["tokenizer"] == "gpt2":
+        train, val = ([prepare.read_shard(path, meta["vocab_size"]) for path in sorted(folder.glob(f"*{split}_*.bin"))]
+                      for split in ("train", "val"))
+    else:
+        train, val = ([np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r")] for split in ("train", "val"))
+    for name, shards in (("training", train), ("validation", val)):
+        shortest = min(map(len, shards), default=0)
+        if shortest < config.block_size + 1:
+            raise UserError(f"the {name} split of {folder} has {shortest} tokens, but block_size {config.block_size} needs "
                             f"{config.block_size + 1}; use a longer text or a smaller --block_size")
-    return meta, *splits
+    return meta, train, val[0]
 
 
 def windows(tokens, starts, length, device):
@@ -149,11 +158,30 @@ def windows(tokens, starts, length, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def get_batch(tokens, step, config, device):
-    """The batch of a step: random windows that depend on (seed, step) alone, so that a resumed run sees the same."""
-    rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
-    return windows(tokens, starts, config.block_size, device)
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """(a random offset, the windows 0 .. n - 1 in random order) of an epoch."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(1 << 32)), rng.permutation(n)
+
+
+def get_batch(shards, step, config, device):
+    """
+    Inputs and targets (batch_size, block_size) of a step. An epoch takes every window of every shard once, in random order;
+    where the windows begin differs from epoch to epoch. All depends on (seed, step) alone, so that a resumed run sees the same.
+    """
+    T, rows = config.block_size, []
+    counts = [max(1, (len(shard) - T) // T) for shard in shards]
+    ends = np.cumsum(counts)
+    for i in range(step * config.batch_size, (step + 1) * config.batch_size):
+        epoch, k = divmod(i, int(ends[-1]))
+        offset, order = epoch_order(config.seed, epoch, int(ends[-1]))
+        which = int(np.searchsorted(ends, order[k], side="right"))
+        shard, count = shards[which], counts[which]
+        start = offset % (len(shard) - count * T) % T + int(order[k] - ends[which] + count) * T
+        rows.append(shard[start:start + T + 1])
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+    return rows[:, :-1], rows[:, 1:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,8 +190,8 @@ def get_batch(tokens, step, config, device):
 def make_optimizer(model, config, dtype):
     """Muon or AdamW on all parameters; the weight decay is for the matrices alone."""
     decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # there the method decays
-    groups = [{"params": list(matrices(model).values()), "weight_decay": decay},
-              {"params": [model.wte.weight], "weight_decay": 0.0}]
+    groups = [{"params": list(matrices(model).values()), "weight_decay": decay, "lr_scale": 1.0},
+              {"params": [model.wte.weight], "weight_decay": 0.0, "lr_scale": config.embedding_lr}]
     if config.optimizer == "muon":
         groups[1]["embedding"] = True
         return Muon(groups, lr=config.lr, momentum=config.momentum, dtype=dtype)
@@ -400,7 +428,7 @@ def train(config, given=()):
             tick = time.perf_counter()
             lr = config.lr * (1 - step / config.max_steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             x, y = get_batch(train_tokens, step, config, device)
             with amp:
                 loss = model(x, y)[1]
