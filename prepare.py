@@ -76,6 +76,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """List of token ids -> str."""
+        ids = [i for i in ids if i < self.vocab_size]  # a model's vocabulary may be padded
         return self.gpt2.decode(ids) if self.name == "gpt2" else "".join(self.itos[i] for i in ids)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -736,14 +737,19 @@ def test_config_refuses_heads_that_do_not_fit():
 class Handler(BaseHTTPRequestHandler):
     """Serves server.files by path: bytes, or a list of bytes and exceptional behaviours, one per request."""
     def do_GET(self):
-        self.server.requests.append(self.path)
+        start = self.headers.get("Range", "")
+        self.server.requests.append(f"{self.path} {start}".strip())
         what = self.server.files.get(self.path, "404")
         if isinstance(what, list):
             what = what.pop(0) if len(what) > 1 else what[0]
         if isinstance(what, str) and what.isdigit():
             return self.send_error(int(what))
         kind, body = what if isinstance(what, tuple) else ("whole", what)
-        self.send_response(200)
+        first = int(start.removeprefix("bytes=").removesuffix("-")) if start else 0
+        if start and first >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        body = body[first:]
         self.send_header("Content-Type", "text/html")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -943,16 +949,119 @@ def test_canonical_shakespeare(tmp_path):
     assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16)[:5].tolist() == [18, 47, 56, 57, 58]  # "First"
 
 
-def test_gpt2_tokenizer(monkeypatch, tmp_path):
+def test_gpt2_tokens_of_pieces_are_those_of_the_whole(monkeypatch, tmp_path):
     cache = CANONICAL.parent / "tiktoken"
     if not cache.exists():
         pytest.skip("needs tiktoken's gpt2 files")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    text = "The quick brown fox, <|endoftext|> as plain text.\n" * 100
-    meta = prepare.write_dataset(text, tmp_path / "data", "gpt2", "test")
-    ids = np.fromfile(tmp_path / "data" / "train.bin", dtype=np.uint16).tolist()
-    assert meta["vocab_size"] == 50257 and ids[:4] == [464, 2068, 7586, 21831] and 50256 not in ids
-    assert text.startswith(prepare.Tokenizer(meta).decode(ids))
+    rng = random.Random(0)
+    text = "".join(rng.choice(["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "é", "42", "...", "\t"]) for _ in range(20_000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
+    ids = shard_tokens(tmp_path / "data")
+    tok = prepare.Tokenizer({"tokenizer": "gpt2"})
+    assert ids == [50256] + tok.encode(text) and tok.decode(ids[1:] + [50300]) == text
+
+
+class BytesTokens:
+    """Stands in for tiktoken's gpt2 encoding, whose files may not be here: a token is a byte."""
+    n_vocab = 50257
+    encode_ordinary = staticmethod(lambda text: list(text.encode()))
+    decode = staticmethod(lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"))
+
+
+@pytest.fixture
+def fake_gpt2(monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: BytesTokens)
+
+
+def shard_tokens(folder, split=""):
+    paths = [path for part in ("train", "val") for path in sorted(Path(folder).glob(f"*{part}_*.bin")) if split in part]
+    return np.concatenate([prepare.read_shard(path) for path in paths]).tolist()
+
+
+def test_text_in_shards(fake_gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.write_shards, "__defaults__", (10_000,))
+    Path("a.txt").write_text("one two\n" * 3000 + "<|endoftext|>" + "three four\n" * 3000 + "<|endoftext|>", encoding="utf-8")
+    Path("b.txt").write_bytes(b"\xef\xbb\xbffive\r\nsix\n")
+    assert run_main(prepare, monkeypatch, "text", "a.txt", "b.txt", "--name", "mine", "--tokenizer", "gpt2") is None
+    end = [prepare.GPT2_END]
+    whole = end + list(b"one two\n" * 3000) + end + list(b"three four\n" * 3000) + end + list(b"five\nsix\n")
+    assert shard_tokens("data/mine") == whole and shard_tokens("data/mine", "train") == whole[:len(shard_tokens("data/mine", "train"))]
+    assert [len(prepare.read_shard(p)) for p in sorted(Path("data/mine").glob("train*"))[:-1]] == [10_000] * 5
+    assert abs(len(shard_tokens("data/mine", "val")) / len(whole) - 0.1) < 0.02
+    meta = json.loads(Path("data/mine/meta.json").read_text())
+    assert meta["train_tokens"] + meta["val_tokens"] == len(whole) and not list(Path("data/mine").glob("*.part"))
+    before = {path.name: path.read_bytes() for path in Path("data/mine").iterdir()}
+    for name, content, part in (("latin1", b"caf\xe9 " * 200, "not UTF-8"), ("short", b"hello", "6 tokens"), ("absent", None, "absent")):
+        if content:
+            Path(name).write_bytes(content)
+        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "mine", "--tokenizer", "gpt2"), name, part)
+        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "other", "--tokenizer", "gpt2"), name, part)
+    assert {path.name: path.read_bytes() for path in Path("data/mine").iterdir()} == before and os.listdir("data") == ["mine"]
+
+
+def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch):
+    """40 MB of text in pieces of at most a few MB: the memory of Python objects stays far below the text's size."""
+    (tmp_path / "big.txt").write_text("to be or not to be, that is\n" * 1_500_000)
+    monkeypatch.setattr(BytesTokens, "encode_ordinary", staticmethod(lambda text: [1] * (len(text) // 8)))
+    tracemalloc.start()
+    prepare.write_shards([tmp_path / "big.txt"], tmp_path / "data")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6, peak
+
+
+def shard(n, magic=prepare.SHARD_MAGIC, version=1, count=None, largest=50256):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, n if count is None else count
+    tokens = np.arange(n) % 1000
+    tokens[n // 2] = largest
+    return header.tobytes() + tokens.astype(np.uint16).tobytes()
+
+
+def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    monkeypatch.setattr(prepare, "FINEWEB_URL", server.url)
+    monkeypatch.setattr(prepare.fineweb, "__defaults__", ("data/fineweb", server.url))
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    content = {name: shard(200_000 + i) for i, name in enumerate(names)}
+    server.files |= {"/" + name: body for name, body in content.items()}
+    folder = Path("data/fineweb")
+
+    server.files["/" + names[1]] = ("truncate", content[names[1]])  # each try gets half of what it asks for
+    assert run_main(prepare, monkeypatch, "fineweb", "--shards", 2) is not None
+    part = folder / (names[1] + ".part")
+    have = part.stat().st_size
+    assert content[names[1]].startswith(part.read_bytes()) and have > len(content[names[1]]) // 2 and not (folder / names[2]).exists()
+    server.files["/" + names[1]] = content[names[1]]
+    server.requests.clear()
+    assert run_main(prepare, monkeypatch, "fineweb", "--shards", 2) is None
+    assert server.requests == [f"/{names[1]} bytes={have}-", f"/{names[2]}"]  # the rest of one, the other; not what is whole
+    assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == content
+    assert json.loads((folder / "meta.json").read_text())["train_tokens"] == 400_003 and not list(folder.glob("*.part"))
+
+    part.write_bytes(b"of another file" * 100)  # what is there does not fit what comes: from the start
+    (folder / names[1]).write_bytes(content[names[1]][:-10])  # damaged: replaced
+    assert run_main(prepare, monkeypatch, "fineweb", "--shards", 1) is None
+    assert "cut off" in capsys.readouterr().out and (folder / names[1]).read_bytes() == content[names[1]]
+    part.write_bytes(content[names[1]])  # all of it, but not yet renamed
+    (folder / names[1]).unlink()
+    assert run_main(prepare, monkeypatch, "fineweb", "--shards", 1) is None
+    assert (folder / names[1]).read_bytes() == content[names[1]]
+
+    for bad, message in ((shard(5000, magic=7), "not a shard"), (shard(5000, version=2), "version 1"), (b"short", "not a shard"),
+                         (shard(5000, count=6000), "cut off"), (shard(5000, count=4000), "too long"),
+                         (shard(5000, largest=50257), "token 50257, past the vocabulary")):
+        server.files["/" + names[1]] = bad
+        (folder / names[1]).unlink(missing_ok=True)
+        one_line(run_main(prepare, monkeypatch, "fineweb", "--shards", 1), message)
+        assert not (folder / names[1]).exists() and not part.exists()
+        (folder / names[1]).write_bytes(bad)
+        one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, names[1])
+    one_line(run_main(prepare, monkeypatch, "fineweb", "--shards", 104), "1 to 103")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1044,7 +1153,7 @@ def test_constraints_hold_during_training(data):
                 _, tokens, _ = train.load_data(config)
                 for W in matrices(net).values():
                     W.data = constrain.svd_cap(W.data, w_max)
-                opt, largest, losses = train.make_optimizer(net, config, torch.float32), 0, []
+                (opt,), largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
                 for step in range(15):
                     loss = net(*train.get_batch(tokens, step, config, "cpu"))[1]
                     loss.backward()

@@ -40,6 +40,7 @@ from prepare import Tokenizer, UserError
 
 @dataclass
 class Config:
+    preset: str | None = None         # a row of PRESETS, whose options hold unless given too
     # what to train on, and where to
     out_dir: str = "out/shakespeare"  # checkpoint and log go here
     dataset: str = "shakespeare"      # a folder of data/, made by prepare.py
@@ -56,12 +57,17 @@ class Config:
     # optimizer
     optimizer: str = "muon"           # muon or adamw
     lr: float | None = None           # peak learning rate, falls linearly to 0; by default 0.1 for muon, 0.002 for adamw
+    embedding: str = "dual"           # with muon, the embedding table's optimizer: dual (rows of norm 1, see optim.py) or adam
     embedding_lr: float = 0.3         # learning rate of the embedding table, as a multiple of lr
     weight_decay: float = 0.0         # a step decays weights by lr * weight_decay; spectral_weight_decay: their largest singular value alone
     momentum: float = 0.95            # Muon's, or AdamW's beta1
+    momentum_warmup: int = 0          # steps over which Muon's momentum rises from 0.85
     batch_size: int = 16              # sequences per step
+    accumulate: int = 1               # parts of a batch that go through the model one after the other, for less memory
     max_steps: int = 750              # optimizer steps
+    cooldown: float = 1.0             # share of the steps, at the end, over which the learning rate falls linearly to 0
     eval_interval: int = 250          # steps between evaluations; a checkpoint is saved at each
+    eval_tokens: int | None = None    # of the validation split to evaluate on, from its beginning; by default all
     # machine
     seed: int = 0                     # of initialization, batches and the sample of text
     device: str | None = None         # cpu, cuda, cuda:1, mps, ...; by default cuda where there is one, else cpu
@@ -69,6 +75,13 @@ class Config:
     compile: bool | None = None       # use torch.compile; by default where a compiler is found
     resume: bool = False              # go on from out_dir/ckpt.pt, with its options but for those given
     bench: bool = False               # do not train; measure where a step's time goes
+
+
+# The paper's 145 M model on FineWeb10B: w_max 1 has the bound of about 10, w_max 16 matches NanoGPT's accuracy.
+FINEWEB = dict(out_dir="out/fineweb", dataset="fineweb", n_layer=12, n_head=6, n_embd=768, block_size=1024, w_max=16.0,
+               embedding="adam", embedding_lr=0.1, momentum_warmup=300, batch_size=512, accumulate=16, max_steps=1770,
+               cooldown=0.4, eval_interval=125, eval_tokens=10_485_760)
+PRESETS = {"fineweb": FINEWEB, **{f"fineweb-w{w}": FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}") for w in (1, 4, 16)}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,7 +104,8 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # of `float | None`: float
         help = comments[field.name] + ("" if field.default is None else f" [{field.default}]")
-        choices = {"method": METHODS, "optimizer": ("muon", "adamw"), "dtype": ("bfloat16", "float32")}.get(field.name)
+        choices = {"preset": PRESETS, "method": METHODS, "optimizer": ("muon", "adamw"), "embedding": ("dual", "adam"),
+                   "dtype": ("bfloat16", "float32")}.get(field.name)
         if kind is bool:
             parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
         else:
@@ -102,12 +116,16 @@ def parse(argv):
 def check(config):
     """Raise UserError for values that no run could use."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "batch_size", "max_steps", "eval_interval",
-                 "softmax_scale", "logit_scale", "lr", "embedding_lr"):
+                 "softmax_scale", "logit_scale", "lr", "embedding_lr", "accumulate", "eval_tokens"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive and finite")
     if not 0 <= config.weight_decay < math.inf or not 0 <= config.momentum < 1 or config.seed < 0:
         raise UserError("--weight_decay and --seed must not be negative, --momentum must be in [0, 1)")
+    if config.momentum_warmup < 0 or not 0 < config.cooldown <= 1:
+        raise UserError("--momentum_warmup must not be negative, --cooldown must be in (0, 1]")
+    if config.batch_size % config.accumulate:
+        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate={config.accumulate}")
 
 
 def has_compiler(device):
@@ -148,7 +166,7 @@ def load_data(config):
         if shortest < config.block_size + 1:
             raise UserError(f"the {name} split of {folder} has {shortest} tokens, but block_size {config.block_size} needs "
                             f"{config.block_size + 1}; use a longer text or a smaller --block_size")
-    return meta, train, val[0]
+    return meta, train, val[0][:config.eval_tokens]
 
 
 def windows(tokens, starts, length, device):
@@ -187,15 +205,31 @@ def get_batch(shards, step, config, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def make_optimizer(model, config, dtype):
-    """Muon or AdamW on all parameters; the weight decay is for the matrices alone."""
+def make_optimizers(model, config, dtype):
+    """
+    [Muon or AdamW on all parameters] or, with Muon and embedding=adam, [Muon on the matrices, Adam on the embedding table].
+    The weight decay is for the matrices alone. A group's learning rate is lr_scale times that of the run.
+    """
     decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # there the method decays
-    groups = [{"params": list(matrices(model).values()), "weight_decay": decay, "lr_scale": 1.0},
-              {"params": [model.wte.weight], "weight_decay": 0.0, "lr_scale": config.embedding_lr}]
-    if config.optimizer == "muon":
-        groups[1]["embedding"] = True
-        return Muon(groups, lr=config.lr, momentum=config.momentum, dtype=dtype)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.95))
+    matrix = {"params": list(matrices(model).values()), "weight_decay": decay, "lr_scale": 1.0}
+    table = {"params": [model.wte.weight], "weight_decay": 0.0, "lr_scale": config.embedding_lr}
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([matrix, table], lr=config.lr, betas=(config.momentum, 0.95))]
+    muon = partial(Muon, lr=config.lr, momentum=config.momentum, dtype=dtype)
+    if config.embedding == "adam":
+        return [muon([matrix]), torch.optim.Adam([table], lr=config.lr, betas=(0.9, 0.95))]
+    return [muon([matrix, table | {"embedding": True}])]
+
+
+def set_schedule(optimizers, step, config):
+    """Set every group's learning rate and Muon's momentum for a step; returns the learning rate of the matrices."""
+    lr = config.lr * min(1, (1 - step / config.max_steps) / config.cooldown)
+    warm = min(1, step / config.momentum_warmup) if config.momentum_warmup else 1
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group["lr_scale"]
+        if "momentum" in group:
+            group["momentum"] = config.momentum - (1 - warm) * max(0, config.momentum - 0.85)
+    return lr
 
 
 @torch.no_grad()
@@ -225,11 +259,12 @@ def evaluate(model, tokens, device):
     """
     T = model.config.block_size
     n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
+    B = max(1, min(64, 2 ** 28 // (T * model.config.vocab_size)))  # at most 1 GiB of logits
 
     def score(starts, length):  # sums over the windows: loss, correct predictions, predictions
         total = torch.zeros(3, dtype=torch.float64)
-        for i in range(0, len(starts), 64):
-            x, y = windows(tokens, starts[i:i + 64], length, device)
+        for i in range(0, len(starts), B):
+            x, y = windows(tokens, starts[i:i + B], length, device)
             logits, loss = model(x, y)
             total += torch.tensor([loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item(), y.numel()])
         return total
@@ -270,7 +305,7 @@ def save(path, checkpoint):
 
 
 def build(config, vocab_size):
-    """(model, optimizer, device, autocast context) of a run; settles what config leaves open."""
+    """(model, optimizers, device, autocast context) of a run; settles what config leaves open."""
     if config.lr is None:
         config.lr = 0.1 if config.optimizer == "muon" else 0.002
     try:
@@ -299,7 +334,7 @@ def build(config, vocab_size):
     if config.compile:
         for block in model.blocks:  # one by one: they are alike, so that only the first takes time to compile
             block.compile()
-    return (model, make_optimizer(model, config, dtype), device,
+    return (model, make_optimizers(model, config, dtype), device,
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
 
 
@@ -311,7 +346,7 @@ def bench(config):
     """
     check(config)
     vocab_size = GPTConfig.vocab_size
-    model, optimizer, device, amp = build(config, vocab_size)
+    model, optimizers, device, amp = build(config, vocab_size)
     dtype, B, T, H = getattr(torch, config.dtype), config.batch_size, config.block_size, config.n_head
     ids = torch.randint(vocab_size, (B, T + 1), device=device)
 
@@ -332,13 +367,14 @@ def bench(config):
 
     def step():
         gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         constrain(model, config, config.lr)
 
     def without():
         gradients()
-        optimizer.zero_grad()
+        model.zero_grad()
 
     # (batch, m, k, n): m x k times k x n. Three products per matrix, y = x W^T and the gradients of x and W; and six for
     # attention, of which causality leaves half: scores, outputs, and two gradients of each
@@ -376,8 +412,9 @@ def train(config, given=()):
     if config.resume:
         config, ckpt = resume(config, given, ckpt_path)
     check(config)
-    meta, train_tokens, val_tokens = load_data(config)
-    model, optimizer, device, amp = build(config, meta["vocab_size"])
+    meta, train_shards, val_tokens = load_data(config)
+    vocab_size = meta["vocab_size"] if meta["tokenizer"] == "char" else -(-meta["vocab_size"] // 128) * 128  # 50,257 to 50,304
+    model, optimizers, device, amp = build(config, vocab_size)
 
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
@@ -390,7 +427,8 @@ def train(config, given=()):
             raise UserError(f"{ckpt_path} was trained on other data than data/{config.dataset} now holds; prepare that "
                             "again, or train from scratch")
         model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+            optimizer.load_state_dict(state)
         torch.set_rng_state(ckpt["rng"])
         step, seconds, loss_sum, loss_count = (ckpt[key] for key in ("step", "seconds", "loss_sum", "loss_count"))
         print(f"resumed at step {step}")
@@ -411,7 +449,7 @@ def train(config, given=()):
     def checkpoint():
         nonlocal saved_step
         saved_step = step
-        save(ckpt_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+        save(ckpt_path, {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
                          "model_config": asdict(model.config), "config": asdict(config), "meta": meta, "step": step,
                          "seconds": time.perf_counter() - started, "loss_sum": loss_sum, "loss_count": loss_count})
 
@@ -426,27 +464,29 @@ def train(config, given=()):
     try:
         while step < config.max_steps:
             tick = time.perf_counter()
-            lr = config.lr * (1 - step / config.max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            x, y = get_batch(train_tokens, step, config, device)
-            with amp:
-                loss = model(x, y)[1]
-            if not math.isfinite(loss.item()):
-                stop(f"the loss is {loss.item()}")
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            lr = set_schedule(optimizers, step, config)
+            x, y = get_batch(train_shards, step, config, device)
+            batch_loss = 0.0
+            for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
+                with amp:
+                    loss = model(x_part, y_part)[1] / config.accumulate
+                loss.backward()
+                batch_loss += loss.item()
+            if not math.isfinite(batch_loss):
+                stop(f"the loss is {batch_loss}")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             constrain(model, config, lr)
-            step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
+            step, loss_sum, loss_count = step + 1, loss_sum + batch_loss, loss_count + 1
             timed_steps, train_seconds = timed_steps + 1, train_seconds + time.perf_counter() - tick
             bar.update()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {batch_loss:.3f}", refresh=False)
 
             if step % config.eval_interval == 0 or step == config.max_steps:
                 with amp, torch.compiler.set_stance("force_eager"):
                     scores = evaluate(model, val_tokens, device)
-                    acts = activations(model, x)
+                    acts = activations(model, x_part)
                 if not math.isfinite(scores["val_loss"]):
                     stop(f"the validation loss is {scores['val_loss']}")
                 norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
@@ -501,7 +541,7 @@ def logged_step(line):
 def main():
     given = parse(sys.argv[1:])
     try:
-        config = Config(**given)
+        config = Config(**PRESETS.get(given.get("preset"), {}) | given)
         bench(config) if config.bench else train(config, given)
     except (UserError, OSError) as e:
         sys.exit(f"train.py: {e}")
