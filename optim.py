@@ -110,15 +110,17 @@ class Muon(torch.optim.Optimizer):
     Parameters are matrices (..., m, n), stacks of them counting as separate matrices; a step is
         M <- momentum M + (1 - momentum) G,   W <- (1 - lr weight_decay) W - lr sqrt(m/n) orthogonalize(M)
     with (1 - momentum) G + momentum M in place of M if nesterov: it moves W by RMS->RMS norm lr, or up to 1 % less.
-    A group with embedding=True holds tables (V, n) instead; their rows move by RMS norm lr (see dual_rows).
+    A group with embedding=True holds tables (V, n) instead; their rows move by RMS norm lr (see dual_rows). With `mine`, a
+    list of parameters, only those move: one process's share, while every process keeps the momentum of all.
     """
     def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, embedding=False,
-                 coefficients=POLAR, dtype=torch.float32):
+                 coefficients=POLAR, dtype=torch.float32, mine=None):
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
             raise ValueError(f"Muon needs lr >= 0, weight_decay >= 0 and 0 <= momentum < 1, "
                              f"not {lr}, {weight_decay} and {momentum}")
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       embedding=embedding, coefficients=coefficients, dtype=dtype))
+        self.mine = None if mine is None else set(mine)
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim < 2:
                 raise ValueError(f"Muon is for matrices (..., m, n), not for a parameter of shape {tuple(p.shape)}")
@@ -130,13 +132,16 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            momentum, updates = group["momentum"], []
-            for p in params:
+            momentum, params, updates = group["momentum"], [], []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 M = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                updates.append(p.grad.lerp(M, momentum) if group["nesterov"] else M)
+                if self.mine is None or p in self.mine:
+                    params.append(p)
+                    updates.append(p.grad.lerp(M, momentum) if group["nesterov"] else M)
             if group["embedding"]:
                 updates = [dual_rows(u) for u in updates]
             else:

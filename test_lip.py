@@ -1245,7 +1245,7 @@ def test_bad_checkpoints_are_one_line(data, monkeypatch):
     one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume", "--n_embd=32"), "n_embd=16", "--n_embd=32")
     one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "Zounds"), "'Z'")
     one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", ""), "prompt")
-    prepare.write_dataset("another text " * 100, "data/shakespeare", "char", "test")
+    prepare.write_dataset("another text " * 100, "data/shakespeare", "test")
     one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume"), "other data")
     assert Path("out/ckpt.pt").read_bytes() == before
 
@@ -1336,3 +1336,92 @@ def test_compiled_training_agrees_with_eager(data):
 def test_bfloat16_training_holds_the_caps(data):
     train.train(train.Config(**TINY | dict(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3)))
     assert all(0.9 < line["norm_over_cap"] <= 1.001 for line in log_lines())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: several processes, presets
+
+def torchrun(processes, *argv, **options):
+    options = [f"--{k}={v}" for k, v in (TINY | options).items()]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                             HERE / "train.py", *options, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_train_as_one(data):
+    """The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were."""
+    options = dict(max_steps=50, eval_interval=10, n_layer=2)
+    for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
+        more = options | dict(embedding=embedding, method=method)
+        train.train(train.Config(**TINY | more | dict(out_dir="one")))
+        run = torchrun(2, out_dir="two", **more)
+        printed = run.communicate()[0]
+        assert run.returncode == 0 and printed.count("M parameters") == printed.count("step 50:") == 1, printed
+        for a, b in zip(log_lines("one"), log_lines("two"), strict=True):
+            for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
+                assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    run = torchrun(2, out_dir="half", **more)
+    wait_for_lines("half", 2, run)
+    run.send_signal(signal.SIGINT)  # torchrun hands it on
+    assert "saved half/ckpt.pt" in run.communicate()[0]
+    assert 20 <= torch.load("half/ckpt.pt", weights_only=True)["step"] < 50
+    train.train(*train_again("half"))
+    assert log_lines("half")[-1]["val_loss"] == pytest.approx(log_lines("one")[-1]["val_loss"], abs=1e-5)
+
+
+def train_again(out):
+    return train.Config(out_dir=out, resume=True), {"out_dir": out, "resume": True}
+
+
+def test_failure_of_one_process_ends_all(data):
+    run = torchrun(2, batch_size=5)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode and "--batch_size=5 must be a multiple of --accumulate=1 times the number of processes, 2" in printed
+    run = torchrun(2, max_steps=100_000, eval_interval=10)
+    wait_for_lines("out", 1, run)
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] >= 10
+
+
+def test_accumulation_changes_nothing(data):
+    for accumulate in (1, 2):
+        train.train(train.Config(**TINY | dict(accumulate=accumulate, out_dir=f"a{accumulate}")))
+    for a, b in zip(log_lines("a1"), log_lines("a2"), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+
+
+def test_schedule():
+    config = train.Config(lr=0.2, max_steps=100, cooldown=0.4, momentum=0.95, momentum_warmup=10, embedding="adam", embedding_lr=0.5)
+    muon, adam = train.make_optimizers(gpt(), config, torch.float32)
+    values = {}
+    for step in (0, 5, 10, 60, 80, 99):
+        assert train.set_schedule([muon, adam], step, config) == muon.param_groups[0]["lr"]
+        values[step] = (muon.param_groups[0]["lr"], muon.param_groups[0]["momentum"], adam.param_groups[0]["lr"])
+    assert [v[0] for v in values.values()] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.1, 0.005])
+    assert [v[1] for v in values.values()] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95, 0.95])
+    assert all(v[2] == pytest.approx(v[0] / 2) for v in values.values())
+
+
+def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
+    """The 145 M preset, made small, on GPT-2 tokens of one's own text: trains, logs, pads the vocabulary, samples."""
+    monkeypatch.chdir(tmp_path)
+    one_line(run_main(train, monkeypatch, "--preset=fineweb"), "data/fineweb holds no data set", "prepare.py fineweb --shards")
+    Path("a.txt").write_text("to be or not to be, that is the question\n" * 500)
+    prepare.write_shards(["a.txt"], "data/fineweb", 5000)
+    small = ["--n_layer=2", "--n_embd=24", "--n_head=2", "--block_size=32", "--batch_size=4", "--accumulate=2", "--max_steps=12",
+             "--eval_interval=6", "--eval_tokens=500", "--device=cpu", "--dtype=float32", "--compile=false"]
+    assert run_main(train, monkeypatch, "--preset=fineweb-w4", *small) is None
+    lines = log_lines("out/fineweb-w4")
+    assert [line["step"] for line in lines] == [6, 12] and lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(50304)
+    ckpt = torch.load("out/fineweb-w4/ckpt.pt", weights_only=True)
+    assert ckpt["model_config"]["vocab_size"] == 50304 and ckpt["config"]["w_max"] == 4 and ckpt["config"]["momentum_warmup"] == 300
+    assert len(ckpt["optimizers"]) == 2
+    capsys.readouterr()
+    assert run_main(model, monkeypatch, "out/fineweb-w4/ckpt.pt", "--prompt=to be") is None
+    assert run_main(constrain, monkeypatch, "out/fineweb-w4/ckpt.pt", "--steps=1", "--json") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/fineweb-w4", "--max_steps=14") is None
+    prepare.write_dataset("to be or not to be " * 100, "data/letters", "test")
+    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=letters"), "190 tokens, but block_size 1024 needs")

@@ -5,6 +5,8 @@ Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint af
     python train.py --method=hard_cap --optimizer=adamw --w_max=2    # any option of Config below
     python train.py --bench --batch_size=64                          # time of a step against its matrix products
     python train.py --resume                                         # go on from out_dir/ckpt.pt
+    python train.py --preset=fineweb                                 # the 145 M model (prepare.py fineweb first)
+    torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb   # on 8 GPUs
     python train.py --help                                           # all options
 
 Writes out_dir/ckpt.pt and one line per evaluation to out_dir/log.jsonl; those of an earlier run there are kept once, as
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import prepare
@@ -124,8 +127,9 @@ def check(config):
         raise UserError("--weight_decay and --seed must not be negative, --momentum must be in [0, 1)")
     if config.momentum_warmup < 0 or not 0 < config.cooldown <= 1:
         raise UserError("--momentum_warmup must not be negative, --cooldown must be in (0, 1]")
-    if config.batch_size % config.accumulate:
-        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate={config.accumulate}")
+    if config.batch_size % (config.accumulate * world()):
+        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate={config.accumulate} times the "
+                        f"number of processes, {world()}")
 
 
 def has_compiler(device):
@@ -135,6 +139,35 @@ def has_compiler(device):
         return has_triton()
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return device.type == "cpu" and headers.exists() and any(map(shutil.which, ("g++", "clang++")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes (torchrun). Each takes its share of a batch, has all gradients, and orthogonalizes and constrains its share of
+# the matrices, which it then sends to the others; so all have the same weights and optimizer state. The first one logs and saves.
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def summed(x):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def owners(model):
+    """{matrix: rank of the process that orthogonalizes and constrains it}, the work about the same for all."""
+    cost = lambda W: W.numel() * min(W.shape[-2:])
+    load, owner = [0] * world(), {}
+    for W in sorted(matrices(model).values(), key=cost, reverse=True):
+        owner[W] = load.index(min(load))
+        load[owner[W]] += cost(W)
+    return owner
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,7 +183,10 @@ def load_data(config):
         if config.dataset != "shakespeare":
             how = "fineweb --shards 10" if config.dataset == "fineweb" else f"text FILE... --name {config.dataset}"
             raise UserError(f"{folder} holds no data set; make it with python prepare.py {how}")
-        prepare.shakespeare()
+        if rank() == 0:
+            prepare.shakespeare()
+        if dist.is_initialized():
+            dist.barrier()
     try:
         meta = json.loads((folder / "meta.json").read_text())
         Tokenizer(meta)
@@ -185,13 +221,13 @@ def epoch_order(seed, epoch, n):
 
 def get_batch(shards, step, config, device):
     """
-    Inputs and targets (batch_size, block_size) of a step. An epoch takes every window of every shard once, in random order;
+    Inputs and targets (batch_size / processes, block_size) of a step. An epoch takes every window of every shard once, in random order;
     where the windows begin differs from epoch to epoch. All depends on (seed, step) alone, so that a resumed run sees the same.
     """
     T, rows = config.block_size, []
     counts = [max(1, (len(shard) - T) // T) for shard in shards]
     ends = np.cumsum(counts)
-    for i in range(step * config.batch_size, (step + 1) * config.batch_size):
+    for i in range(step * config.batch_size + rank(), (step + 1) * config.batch_size, world()):
         epoch, k = divmod(i, int(ends[-1]))
         offset, order = epoch_order(config.seed, epoch, int(ends[-1]))
         which = int(np.searchsorted(ends, order[k], side="right"))
@@ -215,7 +251,8 @@ def make_optimizers(model, config, dtype):
     table = {"params": [model.wte.weight], "weight_decay": 0.0, "lr_scale": config.embedding_lr}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([matrix, table], lr=config.lr, betas=(config.momentum, 0.95))]
-    muon = partial(Muon, lr=config.lr, momentum=config.momentum, dtype=dtype)
+    mine = [W for W, owner in owners(model).items() if owner == rank()] + [model.wte.weight]
+    muon = partial(Muon, lr=config.lr, momentum=config.momentum, dtype=dtype, mine=mine)
     if config.embedding == "adam":
         return [muon([matrix]), torch.optim.Adam([table], lr=config.lr, betas=(0.9, 0.95))]
     return [muon([matrix, table | {"embedding": True}])]
@@ -244,9 +281,13 @@ def constrain(model, config, lr):
         small = config.optimizer == "muon" and lr * UPDATE_NORM <= 0.03 * config.w_max  # a step that bf16 can take back
         rounded = small or config.method not in ("soft_cap", "hard_cap")
         method = partial(method, dtype=getattr(torch, config.dtype) if rounded else torch.float32)
-    weights = list(matrices(model).values())
+    owner = owners(model)
+    weights = [W for W in matrices(model).values() if owner[W] == rank()]
     for W, new in zip(weights, map_by_shape(lambda W: method(W, strength), weights)):
         W.copy_(new)
+    if dist.is_initialized():
+        for W in owner:
+            dist.broadcast(W, owner[W])
     E = model.wte.weight
     E.div_(E.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1))
 
@@ -263,11 +304,11 @@ def evaluate(model, tokens, device):
 
     def score(starts, length):  # sums over the windows: loss, correct predictions, predictions
         total = torch.zeros(3, dtype=torch.float64)
-        for i in range(0, len(starts), B):
+        for i in range(rank() * B, len(starts), world() * B):
             x, y = windows(tokens, starts[i:i + B], length, device)
             logits, loss = model(x, y)
             total += torch.tensor([loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item(), y.numel()])
-        return total
+        return summed(total)
 
     loss, correct, count = (score(range(0, n, T), T) + score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n)).tolist()
     paper = score(range(min(20 * 64, len(tokens) - T)), T)
@@ -309,7 +350,8 @@ def build(config, vocab_size):
     if config.lr is None:
         config.lr = 0.1 if config.optimizer == "muon" else 0.002
     try:
-        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        gpu = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else "cuda"
+        device = torch.device(config.device or (gpu if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={config.device} cannot be used: {str(e).splitlines()[0]}")
@@ -329,8 +371,10 @@ def build(config, vocab_size):
         for W in matrices(model).values():
             W.data = svd_cap(W.data, config.w_max)
     dtype = getattr(torch, config.dtype)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
-          f"w_max {config.w_max:g}, on {device} in {config.dtype}{', compiled' if config.compile else ''}")
+    if rank() == 0:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
+              f"w_max {config.w_max:g}, on {f'{world()} times ' if world() > 1 else ''}{device} in {config.dtype}"
+              f"{', compiled' if config.compile else ''}")
     if config.compile:
         for block in model.blocks:  # one by one: they are alike, so that only the first takes time to compile
             block.compile()
@@ -418,7 +462,7 @@ def train(config, given=()):
 
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
-    if not ckpt:
+    if not ckpt and rank() == 0:
         for path in (ckpt_path, log_path):
             if path.exists():
                 os.replace(path, path.with_stem(path.stem + ".old"))
@@ -431,8 +475,9 @@ def train(config, given=()):
             optimizer.load_state_dict(state)
         torch.set_rng_state(ckpt["rng"])
         step, seconds, loss_sum, loss_count = (ckpt[key] for key in ("step", "seconds", "loss_sum", "loss_count"))
-        print(f"resumed at step {step}")
-        if log_path.exists():  # what an interrupted run logged after its last checkpoint comes again
+        if rank() == 0:
+            print(f"resumed at step {step}")
+        if log_path.exists() and rank() == 0:  # what an interrupted run logged after its last checkpoint comes again
             lines = [line for line in log_path.read_text().splitlines(keepends=True) if logged_step(line) <= step]
             log_path.with_suffix(".part").write_text("".join(lines))
             os.replace(log_path.with_suffix(".part"), log_path)
@@ -449,6 +494,8 @@ def train(config, given=()):
     def checkpoint():
         nonlocal saved_step
         saved_step = step
+        if rank():
+            return
         save(ckpt_path, {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
                          "model_config": asdict(model.config), "config": asdict(config), "meta": meta, "step": step,
                          "seconds": time.perf_counter() - started, "loss_sum": loss_sum, "loss_count": loss_count})
@@ -460,20 +507,26 @@ def train(config, given=()):
     if not ckpt:
         checkpoint()  # so that there is something to resume from at any moment
     timed_steps, train_seconds = 0, 0.0
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=None)
+    bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False,
+               disable=True if rank() else None)
     try:
         while step < config.max_steps:
             tick = time.perf_counter()
             lr = set_schedule(optimizers, step, config)
             x, y = get_batch(train_shards, step, config, device)
-            batch_loss = 0.0
+            state = torch.zeros(2, dtype=torch.float64)  # over all processes: the loss, and whether one was interrupted
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
                 with amp:
                     loss = model(x_part, y_part)[1] / config.accumulate
                 loss.backward()
-                batch_loss += loss.item()
+                state[0] += loss.item() / world()
+            state[1] = len(interrupted)
+            batch_loss, stopping = summed(state).tolist()
             if not math.isfinite(batch_loss):
                 stop(f"the loss is {batch_loss}")
+            if world() > 1:
+                for p in model.parameters():
+                    summed(p.grad).div_(world())
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -489,26 +542,28 @@ def train(config, given=()):
                     acts = activations(model, x_part)
                 if not math.isfinite(scores["val_loss"]):
                     stop(f"the validation loss is {scores['val_loss']}")
-                norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
-                line = {"step": step, "train_loss": loss_sum / loss_count, **scores,
-                        "log10_paper": lipschitz_bound(model, "paper"),
-                        "log10_certified": lipschitz_bound(model, "certified"),
-                        "norm_over_cap": norms.max().item() / config.w_max, **acts,
-                        "tokens_per_second": timed_steps * config.batch_size * config.block_size / train_seconds,
-                        "seconds": time.perf_counter() - started}
-                bar.write(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
-                          f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%}), "
-                          f"log10 bound {line['log10_certified']:.2f} certified, {line['log10_paper']:.2f} paper, "
-                          f"norm/cap {line['norm_over_cap']:.4f}, activations {line['act_max']:.1f} max, "
-                          f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} tokens/s")
-                with open(log_path, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                if rank() == 0:
+                    norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
+                    line = {"step": step, "train_loss": loss_sum / loss_count, **scores,
+                            "log10_paper": lipschitz_bound(model, "paper"),
+                            "log10_certified": lipschitz_bound(model, "certified"),
+                            "norm_over_cap": norms.max().item() / config.w_max, **acts,
+                            "tokens_per_second": timed_steps * config.batch_size * config.block_size / train_seconds,
+                            "seconds": time.perf_counter() - started}
+                    bar.write(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
+                              f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%}), "
+                              f"log10 bound {line['log10_certified']:.2f} certified, {line['log10_paper']:.2f} paper, "
+                              f"norm/cap {line['norm_over_cap']:.4f}, activations {line['act_max']:.1f} max, "
+                              f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} tokens/s")
+                    with open(log_path, "a") as f:
+                        f.write(json.dumps(line) + "\n")
                 loss_sum, loss_count, timed_steps, train_seconds = 0.0, 0, 0, 0.0
                 checkpoint()
-            if interrupted and step < config.max_steps:
+            if stopping and step < config.max_steps:
                 checkpoint()
                 bar.close()
-                print(f"stopped at step {step} and saved {ckpt_path}; go on with --resume --out_dir={config.out_dir}")
+                if rank() == 0:
+                    print(f"stopped at step {step} and saved {ckpt_path}; go on with --resume --out_dir={config.out_dir}")
                 return
     finally:
         bar.close()
@@ -516,7 +571,8 @@ def train(config, given=()):
 
     prompt = torch.zeros((1, 1), dtype=torch.long, device=device)  # of `char`, token 0 is the first character, a newline
     with torch.compiler.set_stance("force_eager"):
-        print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
+        if rank() == 0:
+            print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
 
 
 def resume(config, given, path):
@@ -540,11 +596,19 @@ def logged_step(line):
 
 def main():
     given = parse(sys.argv[1:])
+    if "LOCAL_RANK" in os.environ:  # under torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         config = Config(**PRESETS.get(given.get("preset"), {}) | given)
         bench(config) if config.bench else train(config, given)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (UserError, OSError) as e:
         sys.exit(f"train.py: {e}")
+    except RuntimeError as e:
+        if not dist.is_initialized():
+            raise
+        sys.exit(f"train.py: process {rank()} stopped: {str(e).splitlines()[0]}")  # often because another one did
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; go on from the last checkpoint with --resume")
 
