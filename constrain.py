@@ -24,7 +24,7 @@ import torch
 
 from model import GELU_SLOPE, GPT, load_checkpoint
 from optim import POLAR, UPDATE_NORM, has_bf16, keep_memory, orthogonalize, polar_steps
-from prepare import UserError
+from prepare import UserError, open_split
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others in their
 # interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6 of 1, from below.
@@ -419,6 +419,38 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     return ascend(net.forward_embeddings, X, R, steps)
 
 
+def pgd(model, x, y, eps, steps=20):
+    """
+    Which inputs x (B, n) with labels y (B,) stay right under projected gradient descent (Madry et al. 2018) in the L2 ball of
+    radius eps around each: a tensor (B,) of bool. The ball is not cut to valid pixels, as the certificate's is not.
+    """
+    direction = lambda g: g / g.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    delta, right = torch.zeros_like(x), model(x)[0].argmax(dim=1) == y
+    for _ in range(steps):
+        delta.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(x + delta)[0].float(), y, reduction="sum")
+        gradient, = torch.autograd.grad(loss, delta)
+        delta = delta.detach() + 2.5 * eps / steps * direction(gradient)
+        delta = delta * (eps / delta.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+        right &= model(x + delta)[0].argmax(dim=1) == y
+    return right.detach()
+
+
+@torch.no_grad()
+def certified_radii(model, x, y):
+    """
+    The L2 radius within which no change of an input x (B, n) alters the MLP's right prediction, 0 where it is wrong: (B,).
+
+    A change of norm r moves the last layer's input by at most r times the product of the spectral norms of the layers
+    before, and the difference of logits i and j by that times |w_i - w_j|, w_i being the last layer's rows.
+    """
+    W, z = model.layers[-1].weight, model(x)[0]
+    hidden = math.prod(torch.linalg.svdvals(layer.weight.double())[0].item() for layer in model.layers[:-1])
+    distance = torch.cdist(W[y], W, compute_mode="donot_use_mm_for_euclid_dist")
+    margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
+    return margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0) / hidden
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def matrices(model):
@@ -437,8 +469,9 @@ def margins(model, tokens):
     min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
     T, W, bears, right = model.config.block_size, model.head.weight, [], []
-    n = (len(tokens) - 1) // T * T  # 16 whole windows at a time, and at the end of the text a shorter one
-    edges = sorted({*range(0, n, 16 * T), n, len(tokens) - 1})
+    n = (len(tokens) - 1) // T * T  # some whole windows at a time, and at the end of the text a shorter one
+    B = max(1, min(16, 2 ** 26 // (T * len(W))))
+    edges = sorted({*range(0, n, B * T), n, len(tokens) - 1})
     for a, b in zip(edges, edges[1:]):
         z = model(tokens[a:b].view(-1, min(T, b - a)))[0].flatten(0, 1)  # (windows * T, V)
         top = z.max(dim=-1)
@@ -469,11 +502,15 @@ def log10_radii(model, bears, layers):
 def report(path, as_json, steps):
     """Norms of every matrix of a checkpoint, its bounds with their parts, an attack, and certified predictions."""
     model, ckpt = load_checkpoint(path)
+    if not isinstance(model, GPT):
+        return report_mlp(path, model, ckpt, as_json, steps)
     norms = {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}
     layers, R = layer_norms(model), embedding_norm(model)
     certified, parts = certificate(model, R, layers)
-    paper, val = paper_bound(model), Path("data") / ckpt["config"]["dataset"] / "val.bin"
-    text = torch.from_numpy(np.fromfile(val, dtype=np.uint16).astype(np.int64)) if val.exists() else None
+    paper, folder, text = paper_bound(model), Path("data") / ckpt["config"]["dataset"], None
+    if (folder / "meta.json").exists():
+        n = max(4096, 2 ** 23 // model.config.vocab_size)  # all of Shakespeare's validation split
+        text = torch.from_numpy(open_split(folder, "val", ckpt["meta"])[0][:n].astype(np.int64))
     found = log10(attack(model, steps=steps, tokens=text))
     result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
               "w_max": ckpt["config"]["w_max"], "embedding": R, "norms": norms, "log10_layers": parts,
@@ -504,11 +541,26 @@ def report(path, as_json, steps):
     print(f"  attack {found:.4f} <= certified {certified:.4f}    (published formula {paper:.4f}, "
           f"{'broken by the attack' if found > paper else 'not an upper bound in general'})")
     if text is None:
-        print(f"no {val}, so the attack began at random tokens and no prediction was certified")
+        print(f"no data in {folder}, so the attack began at random tokens and no prediction was certified")
         return
-    print(f"\naccuracy on {val}: {result['val_acc']:.2%}; median certified radius of a right prediction "
-          f"{10 ** result['log10_median_radius']:.1e}")
+    print(f"\naccuracy on {len(text):,} tokens of the validation split: {result['val_acc']:.2%}; median certified radius of a "
+          f"right prediction {10 ** result['log10_median_radius']:.1e}")
     print("certified accuracy at radius " + ", ".join(f"{r}: {a:.2%}" for r, a in result["certified_accuracy"].items()))
+
+
+def report_mlp(path, model, ckpt, as_json, steps):
+    """Norms and bound of an MLP's checkpoint, and an attack; its accuracy on perturbed images is in train.py's log."""
+    result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
+              "w_max": ckpt["config"]["w_max"],
+              "norms": {name: rms_norm(W).tolist() for name, W in matrices(model).items()},
+              "log10_attack": log10(attack(model, steps=steps)), "log10_certified": lipschitz_bound(model, "certified")}
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}")
+    print("RMS->RMS norms of the layers: " + ", ".join(f"{norm:.4f}" for norm in result["norms"].values()))
+    print(f"log10 of the Lipschitz constant, images -> logits: attack {result['log10_attack']:.4f} <= certified "
+          f"{result['log10_certified']:.4f}")
 
 
 BENCH_SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's

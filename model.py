@@ -203,7 +203,8 @@ def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
+        sizes = ckpt["model_config"]
+        model = (MLP(MLPConfig(**sizes)) if "n_hidden" in sizes else GPT(GPTConfig(**sizes))).to(device)
         model.load_state_dict(ckpt["model"])
         return model, ckpt
     except FileNotFoundError:
@@ -225,6 +226,8 @@ def main():
         if not args.prompt or args.tokens < 0 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
             raise UserError("needs a prompt, --tokens and --temperature of at least 0 and --top_k of at least 1")
         model, ckpt = load_checkpoint(args.ckpt)
+        if not isinstance(model, GPT):
+            raise UserError(f"{args.ckpt} is an image model, which writes no text; see python constrain.py {args.ckpt}")
         tokenizer = Tokenizer(ckpt["meta"])
         idx = torch.tensor([tokenizer.encode(args.prompt)])
     except UserError as e:

@@ -1,23 +1,27 @@
 """
-Download and tokenize text into data/NAME.
+Download and tokenize text, or images, into data/NAME.
 
     python prepare.py shakespeare                                   # tiny Shakespeare, 65 characters
     python prepare.py shakespeare --source input.txt                # from a file, or a URL, of your own
     python prepare.py text a.txt b.txt --name mine                  # any UTF-8 text, by character
     python prepare.py text a.txt b.txt --name mine --tokenizer gpt2 # in GPT-2's tokens, of any size
     python prepare.py fineweb --shards 10                           # FineWeb10B, a billion tokens
+    python prepare.py cifar10                                       # 60,000 images
 
 Characters go to train.bin and val.bin, the first 90 % and the last 10 % of the text as uint16; GPT-2's tokens go to shards of
 100 million, with the header of the FineWeb shards (see read_shard). meta.json has the tokenizer's name and vocabulary and
 the source. Nothing is pickled. Files appear under their final names only when whole.
 """
 import argparse
+import codecs
 import hashlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -36,6 +40,8 @@ PLAYS = ("coriolanus", "richard-iii", "richard-ii", "romeo-and-juliet", "henry-v
 LAST_LINE = "Whiles thou art waking."  # where it breaks off, in the second act of The Tempest
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"  # 1 validation and 103 training shards
 GPT2_VOCAB, GPT2_END, END_OF_TEXT = 50257, 50256, "<|endoftext|>"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
 SHARD_MAGIC = 20240520
 SHARD_TOKENS = 100_000_000
 MIN_TOKENS = 257  # block_size + 1 at the default block_size
@@ -186,8 +192,16 @@ def read_shard(path, vocab_size=None):
         for start in range(0, len(tokens), 1 << 24):
             largest = int(tokens[start:start + (1 << 24)].max())
             if largest >= vocab_size:
-                raise UserError(f"{path} has token {largest}, past the vocabulary of {vocab_size:,}; delete it and prepare it again")
+                raise UserError(f"{path} has token {largest}, past the vocabulary of {vocab_size:,}; delete it and prepare it "
+                                "again")
     return tokens
+
+
+def open_split(folder, split, meta):
+    """The tokens of a data set's split, "train" or "val", as a list of memory-mapped arrays of uint16."""
+    if meta["tokenizer"] == "gpt2":
+        return [read_shard(path) for path in sorted(Path(folder).glob(f"*{split}_*.bin"))]
+    return [np.memmap(Path(folder) / f"{split}.bin", dtype=np.uint16, mode="r")]
 
 
 class ShardWriter:
@@ -216,6 +230,79 @@ class ShardWriter:
             self.file.write(header.tobytes())
             self.file.close()
             self.file = None
+
+
+def documents(path, size):
+    """
+    A UTF-8 file in pieces of about `size` characters, as (text, whether a document begins with it). A file is a document, and
+    so is what a literal <|endoftext|> in it separates. Pieces end where GPT-2's tokens do: before a single space, or after a
+    single line break.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            rest, begins, end = "", True, False
+            while not end:
+                piece = f.read(size)
+                rest, end = rest + piece, not piece
+                texts = rest.split(END_OF_TEXT)
+                cuts = (m.end() for m in re.finditer(r"\S(?= \S)|\S\n(?=\S)", texts[-1]))
+                cut = len(texts[-1]) if end else max(cuts, default=0)
+                rest, texts[-1] = texts[-1][cut:], texts[-1][:cut]
+                for i, text in enumerate(texts):
+                    if text:
+                        yield text, begins or i > 0
+                        begins = False
+                begins = begins or (len(texts) > 1 and not texts[-1])
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it, say with iconv -t utf-8")
+
+
+def write_shards(files, out, shard_tokens=SHARD_TOKENS):
+    """
+    Tokenize text files of any size with GPT-2's tokens into shards out/{train,val}_%06d.bin and out/meta.json, piece by
+    piece; every document begins with <|endoftext|>, as FineWeb's do. The last tenth of the bytes is the validation split.
+    """
+    out, source = Path(out), ", ".join(map(str, files))
+    for path in files:
+        if not Path(path).is_file():
+            raise UserError(f"cannot read {path}: no such file")
+    sizes = sum(Path(path).stat().st_size for path in files)
+    meta = {"tokenizer": "gpt2", "source": source}
+    tok, digest, seen = Tokenizer(meta), hashlib.sha256(), 0
+    out.mkdir(parents=True, exist_ok=True)
+    train, val = ShardWriter(out, "train", shard_tokens), ShardWriter(out, "val", 1 << 40)
+    try:
+        with tqdm(total=sizes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            for path in files:
+                for text, begins in documents(path, min(1 << 20, max(1000, sizes // 200))):
+                    tokens = tok.encode(text)
+                    (train if seen < 0.9 * sizes else val).write([GPT2_END] * begins + tokens)
+                    data = text.encode()
+                    digest.update(data)
+                    seen += len(data)
+                    bar.update(len(data))
+        train.close(), val.close()
+        if train.total + val.total < MIN_TOKENS:
+            raise UserError(f"{source} has {train.total + val.total} tokens, but a model of block_size 256 needs at least "
+                            f"{MIN_TOKENS}; use a longer text")
+        (out / "meta.json").unlink(missing_ok=True)  # written last: without it a data set is not whole
+        for old in out.glob("*.bin"):
+            old.unlink()
+        for part in train.parts + val.parts:
+            os.replace(part, part.with_suffix(""))
+        write_meta(out, meta | {"sha256": digest.hexdigest(), "vocab_size": tok.vocab_size, "train_tokens": train.total,
+                                "val_tokens": val.total})
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror}")
+    finally:
+        train.close(), val.close()
+        for part in train.parts + val.parts:
+            part.unlink(missing_ok=True)
+        if not any(out.iterdir()):
+            out.rmdir()
+    print(f"{out}: {train.total:,} train and {val.total:,} validation tokens, vocabulary {tok.vocab_size:,} (gpt2)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,77 +413,57 @@ def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
                          "val_tokens": tokens[0]})
 
 
-def documents(path, size):
-    """
-    A UTF-8 file in pieces of about `size` characters, as (text, whether a document begins with it). A file is a document, and
-    so is what a literal <|endoftext|> in it separates. Pieces end where GPT-2's tokens do: before a single space, or after a
-    single line break.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            rest, begins, end = "", True, False
-            while not end:
-                piece = f.read(size)
-                rest, end = rest + piece, not piece
-                texts = rest.split(END_OF_TEXT)
-                cut = len(texts[-1]) if end else max((m.end() for m in re.finditer(r"\S(?= \S)|\S\n(?=\S)", texts[-1])), default=0)
-                rest, texts[-1] = texts[-1][cut:], texts[-1][:cut]
-                for i, text in enumerate(texts):
-                    if text:
-                        yield text, begins or i > 0
-                        begins = False
-                begins = begins or (len(texts) > 1 and not texts[-1])
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; convert it, say with iconv -t utf-8")
+# ----------------------------------------------------------------------------------------------------------------------
+# CIFAR-10
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of plain values and NumPy arrays; whatever else a pickle names is refused, so that it runs no code."""
+    ALLOWED = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
+
+    def find_class(self, module, name):
+        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs") or name not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return self.ALLOWED[name]
 
 
-def write_shards(files, out, shard_tokens=SHARD_TOKENS):
-    """
-    Tokenize text files of any size with GPT-2's tokens into shards out/{train,val}_%06d.bin and out/meta.json, piece by
-    piece; every document begins with <|endoftext|>, as FineWeb's do. The last tenth of the bytes is the validation split.
-    """
-    out, source = Path(out), ", ".join(map(str, files))
-    for path in files:
-        if not Path(path).is_file():
-            raise UserError(f"cannot read {path}: no such file")
-    sizes = sum(Path(path).stat().st_size for path in files)
-    meta = {"tokenizer": "gpt2", "source": source}
-    tok, digest, seen = Tokenizer(meta), hashlib.sha256(), 0
-    out.mkdir(parents=True, exist_ok=True)
-    train, val = ShardWriter(out, "train", shard_tokens), ShardWriter(out, "val", 1 << 40)
+def cifar10(out="data/cifar10", url=CIFAR10_URL, md5=CIFAR10_MD5):
+    """Download CIFAR-10 and write out/{train,val}_{images,labels}.npy, uint8 (N, 3072) and int64 (N,), and out/meta.json."""
+    def check(path):
+        digest = hashlib.md5(Path(path).read_bytes()).hexdigest()
+        if digest != md5:
+            raise UserError(f"{url} is corrupted or has changed: md5 {digest}, not {md5}")
+
+    out, archive = Path(out), Path(out) / "cifar-10-python.tar.gz"
+    download(url, archive, check=check, keep=True)
+    arrays = {}
     try:
-        with tqdm(total=sizes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            for path in files:
-                for text, begins in documents(path, min(1 << 20, max(1000, sizes // 200))):
-                    tokens = tok.encode(text)
-                    (train if seen < 0.9 * sizes else val).write([GPT2_END] * begins + tokens)
-                    data = text.encode()
-                    digest.update(data)
-                    seen += len(data)
-                    bar.update(len(data))
-        train.close(), val.close()
-        if train.total + val.total < MIN_TOKENS:
-            raise UserError(f"{source} has {train.total + val.total} tokens, but a model of block_size 256 needs at least "
-                            f"{MIN_TOKENS}; use a longer text")
-        (out / "meta.json").unlink(missing_ok=True)  # written last: without it a data set is not whole
-        for old in out.glob("*.bin"):
-            old.unlink()
-        for part in train.parts + val.parts:
-            os.replace(part, part.with_suffix(""))
-        write_meta(out, meta | {"sha256": digest.hexdigest(), "vocab_size": tok.vocab_size, "train_tokens": train.total,
-                                "val_tokens": val.total})
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror}")
+        with tarfile.open(archive) as tar:
+            for split, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("val", ["test_batch"])):
+                files = [tar.extractfile(f"cifar-10-batches-py/{name}") for name in names]
+                batches = [ArrayUnpickler(file, encoding="bytes").load() for file in files]
+                arrays[f"{split}_images"] = np.concatenate([np.asarray(b[b"data"], dtype=np.uint8) for b in batches])
+                arrays[f"{split}_labels"] = np.concatenate([np.asarray(b[b"labels"], dtype=np.int64) for b in batches])
+    except (KeyError, EOFError, ValueError, AttributeError, tarfile.TarError, pickle.UnpicklingError) as e:
+        reason = (str(e).splitlines() or ["empty"])[0]
+        raise UserError(f"{url} is not the python version of CIFAR-10 ({type(e).__name__}: {reason}); it was not used")
     finally:
-        train.close(), val.close()
-        for part in train.parts + val.parts:
-            part.unlink(missing_ok=True)
-        if not any(out.iterdir()):
-            out.rmdir()
-    print(f"{out}: {train.total:,} train and {val.total:,} validation tokens, vocabulary {tok.vocab_size:,} (gpt2)")
+        archive.unlink(missing_ok=True)
+    write_images(out, arrays, url)
 
+
+def write_images(out, arrays, source):
+    """Write {train,val}_{images,labels} as .npy files and meta.json, which says how many pixels and classes there are."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)
+    for name, array in arrays.items():
+        np.save(out / f"{name}.npy", array)
+    write_meta(out, {"images": arrays["train_images"].shape[1], "classes": int(arrays["train_labels"].max()) + 1,
+                     "source": source})
+    print(f"{out}: {len(arrays['train_images']):,} training and {len(arrays['val_images']):,} test images")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 def write_meta(out, meta):
     (out / "meta.json.part").write_text(json.dumps(meta))
@@ -448,6 +515,7 @@ def main():
     p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char")
     p = commands.add_parser("fineweb", help="FineWeb10B in GPT-2 tokens, from Hugging Face")
     p.add_argument("--shards", type=int, default=1, help="training shards of 100 million tokens, 1 to 103 [1]")
+    commands.add_parser("cifar10", help="the images of CIFAR-10, for the MLP")
     args = parser.parse_args()
     try:
         if args.command == "shakespeare":
@@ -456,6 +524,8 @@ def main():
             if not 1 <= args.shards <= 103:
                 raise UserError(f"--shards={args.shards} must be from 1 to 103")
             fineweb(args.shards)
+        elif args.command == "cifar10":
+            cifar10()
         elif args.tokenizer == "gpt2":
             write_shards(args.files, Path("data") / args.name)
         else:

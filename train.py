@@ -34,9 +34,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import prepare
-from constrain import (METHODS, PROMISE_W_MAX, TAKE_DTYPE, lipschitz_bound, matrices, rms_norm, soft_cap_coupling,
-                       svd_cap)
-from model import GPT, GPTConfig, load_checkpoint
+from constrain import (METHODS, PROMISE_W_MAX, TAKE_DTYPE, certified_radii, lipschitz_bound, matrices, pgd, rms_norm,
+                       soft_cap_coupling, svd_cap)
+from model import GPT, MLP, GPTConfig, MLPConfig, load_checkpoint
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import Tokenizer, UserError
 
@@ -82,10 +82,16 @@ class Config:
 
 # The paper's 145 M model on FineWeb10B: w_max 1 has the bound of about 10, w_max 16 matches NanoGPT's accuracy.
 FINEWEB = dict(out_dir="out/fineweb", dataset="fineweb", n_layer=12, n_head=6, n_embd=768, block_size=1024, w_max=16.0,
-               embedding="adam", embedding_lr=0.1, momentum=0.95, momentum_warmup=300, batch_size=512, accumulate=16, max_steps=1770,
-               cooldown=0.4, eval_interval=125, eval_tokens=10_485_760)
-PRESETS = {"fineweb": FINEWEB, **{f"fineweb-w{w}": FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}") for w in (1, 4, 16)}}
+               embedding="adam", embedding_lr=0.1, momentum=0.95, momentum_warmup=300, batch_size=512, accumulate=16,
+               max_steps=1770, cooldown=0.4, eval_interval=125, eval_tokens=10_485_760)
+# and its MLP on CIFAR-10, 50 epochs. Options of the transformer do not matter there.
+CIFAR10 = dict(out_dir="out/cifar10", dataset="cifar10", w_max=6.0, batch_size=512, max_steps=4900, eval_interval=980)
+PRESETS = {"cifar10": CIFAR10, "fineweb": FINEWEB,
+           **{f"fineweb-w{w}": FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}") for w in (1, 4, 16)}}
 
+
+IMAGE_SCALE = 4.0  # makes the RMS norm of an image about 1
+EPSILONS = (36 / 255, 72 / 255, 108 / 255, 255 / 255)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -143,7 +149,7 @@ def has_compiler(device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes (torchrun). Each takes its share of a batch, has all gradients, and orthogonalizes and constrains its share of
-# the matrices, which it then sends to the others; so all have the same weights and optimizer state. The first one logs and saves.
+# the matrices, which it then sends to the others; so all have the same weights and optimizer state. The first logs and saves.
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -175,13 +181,14 @@ def owners(model):
 
 def load_data(config):
     """
-    (meta, training shards, validation tokens) of data/dataset, memory-mapped: a list of arrays of uint16 tokens and one.
-    Shakespeare is fetched when missing.
+    (meta, training data, validation data) of data/dataset, memory-mapped: of text a list of arrays of uint16 tokens, the
+    shards, and one array; of images twice [images (N, pixels) uint8, labels (N,)]. Shakespeare is fetched when missing.
     """
     folder = Path("data") / config.dataset
     if not (folder / "meta.json").exists():
         if config.dataset != "shakespeare":
-            how = "fineweb --shards 10" if config.dataset == "fineweb" else f"text FILE... --name {config.dataset}"
+            how = {"fineweb": "fineweb --shards 10", "cifar10": "cifar10"}
+            how = how.get(config.dataset, f"text FILE... --name {config.dataset}")
             raise UserError(f"{folder} holds no data set; make it with python prepare.py {how}")
         if rank() == 0:
             prepare.shakespeare()
@@ -189,14 +196,19 @@ def load_data(config):
             dist.barrier()
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if config.preset and ("images" in meta) != (config.preset == "cifar10"):
+            raise UserError(f"--preset={config.preset} does not fit {folder}, which holds "
+                            f"{'images' if 'images' in meta else 'text'}")
+        if "images" in meta:
+            return meta, *([np.load(folder / f"{split}_{kind}.npy", mmap_mode="r") for kind in ("images", "labels")]
+                           for split in ("train", "val"))
         Tokenizer(meta)
     except (ValueError, KeyError):
-        raise UserError(f"{folder}/meta.json is damaged; make the data set again with prepare.py")
-    if meta["tokenizer"] == "gpt2":
-        train, val = ([prepare.read_shard(path, meta["vocab_size"]) for path in sorted(folder.glob(f"*{split}_*.bin"))]
-                      for split in ("train", "val"))
-    else:
-        train, val = ([np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r")] for split in ("train", "val"))
+        raise UserError(f"{folder} is damaged; make the data set again with prepare.py")
+    train, val = (prepare.open_split(folder, split, meta) for split in ("train", "val"))
+    if max((tokens.max() for tokens in val), default=0) >= meta["vocab_size"]:
+        raise UserError(f"the validation split of {folder} has tokens past its vocabulary of {meta['vocab_size']:,}; prepare it "
+                        "again")
     for name, shards in (("training", train), ("validation", val)):
         shortest = min(map(len, shards), default=0)
         if shortest < config.block_size + 1:
@@ -219,23 +231,35 @@ def epoch_order(seed, epoch, n):
     return int(rng.integers(1 << 32)), rng.permutation(n)
 
 
-def get_batch(shards, step, config, device):
+def get_batch(data, step, config, device):
     """
-    Inputs and targets (batch_size / processes, block_size) of a step. An epoch takes every window of every shard once, in random order;
-    where the windows begin differs from epoch to epoch. All depends on (seed, step) alone, so that a resumed run sees the same.
+    Inputs and targets of a step, this process's part of batch_size. An epoch takes every window of every shard once, or every
+    image, in random order; where windows begin differs from epoch to epoch. All depends on (seed, step) alone, so that a
+    resumed run sees the same.
     """
-    T, rows = config.block_size, []
-    counts = [max(1, (len(shard) - T) // T) for shard in shards]
+    T, images, rows = config.block_size, data[0].ndim == 2, []
+    counts = [len(data[0])] if images else [max(1, (len(shard) - T) // T) for shard in data]
     ends = np.cumsum(counts)
     for i in range(step * config.batch_size + rank(), (step + 1) * config.batch_size, world()):
         epoch, k = divmod(i, int(ends[-1]))
         offset, order = epoch_order(config.seed, epoch, int(ends[-1]))
+        if images:
+            rows.append(order[k])
+            continue
         which = int(np.searchsorted(ends, order[k], side="right"))
-        shard, count = shards[which], counts[which]
+        shard, count = data[which], counts[which]
         start = offset % (len(shard) - count * T) % T + int(order[k] - ends[which] + count) * T
         rows.append(shard[start:start + T + 1])
+    if images:
+        return image_inputs(data, np.array(rows), device)
     rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]
+
+
+def image_inputs(data, rows, device):
+    """Inputs (len(rows), pixels), IMAGE_SCALE (p - 1/2) for pixels p in [0, 1], and labels (len(rows),)."""
+    images, labels = (torch.from_numpy(array[rows]).to(device) for array in data)
+    return IMAGE_SCALE * (images.float() / 255 - 0.5), labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,12 +272,13 @@ def make_optimizers(model, config, dtype):
     """
     decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # there the method decays
     matrix = {"params": list(matrices(model).values()), "weight_decay": decay, "lr_scale": 1.0}
-    table = {"params": [model.wte.weight], "weight_decay": 0.0, "lr_scale": config.embedding_lr}
+    tables = [model.wte.weight] if isinstance(model, GPT) else []
+    table = {"params": tables, "weight_decay": 0.0, "lr_scale": config.embedding_lr}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([matrix, table], lr=config.lr, betas=(config.momentum, 0.95))]
-    mine = [W for W, owner in owners(model).items() if owner == rank()] + [model.wte.weight]
+    mine = [W for W, owner in owners(model).items() if owner == rank()] + tables
     muon = partial(Muon, lr=config.lr, momentum=config.momentum, dtype=dtype, mine=mine)
-    if config.embedding == "adam":
+    if config.embedding == "adam" and tables:
         return [muon([matrix]), torch.optim.Adam([table], lr=config.lr, betas=(0.9, 0.95))]
     return [muon([matrix, table | {"embedding": True}])]
 
@@ -288,8 +313,9 @@ def constrain(model, config, lr):
     if dist.is_initialized():
         for W in owner:
             dist.broadcast(W, owner[W])
-    E = model.wte.weight
-    E.div_(E.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1))
+    if isinstance(model, GPT):
+        E = model.wte.weight
+        E.div_(E.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1))
 
 
 @torch.inference_mode()
@@ -315,16 +341,37 @@ def evaluate(model, tokens, device):
     return {"val_loss": loss / count, "val_acc": correct / count, "paper_protocol_acc": (paper[1] / paper[2]).item()}
 
 
+def evaluate_images(model, data, device):
+    """
+    Loss (nats) and accuracy on all validation images, and at every L2 radius of EPSILONS, in units of a pixel's range, the
+    accuracy that is certified and the one that an attack leaves.
+    """
+    total = torch.zeros(3 + 2 * len(EPSILONS), dtype=torch.float64)
+    for i in range(rank() * 1000, len(data[0]), world() * 1000):
+        x, y = image_inputs(data, np.arange(i, min(i + 1000, len(data[0]))), device)
+        with torch.no_grad():
+            logits, loss = model(x, y)
+        counts = [loss.item() * len(y), (logits.argmax(-1) == y).sum(), len(y)]
+        radii = certified_radii(model, x, y) / IMAGE_SCALE
+        counts += [(radii > eps).sum() for eps in EPSILONS] + [pgd(model, x, y, IMAGE_SCALE * eps).sum() for eps in EPSILONS]
+        total += torch.tensor(counts, dtype=torch.float64)
+    loss, correct, count, *robust = summed(total).tolist()
+    names = [f"{kind}_acc_{eps * 255:.0f}" for kind in ("certified", "attacked") for eps in EPSILONS]
+    return {"val_loss": loss / count, "val_acc": correct / count, **{name: n / count for name, n in zip(names, robust)}}
+
+
 @torch.inference_mode()
 def activations(model, x):
-    """Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs x (B, T)."""
+    """Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs x."""
     largest = {"act_max": 0.0, "act_rms": 0.0}
+    last = model.head if isinstance(model, GPT) else model.layers[-1]
 
     def measure(module, args, y):
         largest["act_max"] = max(largest["act_max"], y.abs().max().item())
         largest["act_rms"] = max(largest["act_rms"], y.float().square().mean(dim=-1).max().sqrt().item())
 
-    hooks = [m.register_forward_hook(measure) for m in model.modules() if m not in (model, model.head, model.blocks)]
+    hooks = [m.register_forward_hook(measure) for m in model.modules()
+             if m is not last and not isinstance(m, (GPT, MLP, torch.nn.ModuleList))]
     model(x)
     for hook in hooks:
         hook.remove()
@@ -345,7 +392,7 @@ def save(path, checkpoint):
         raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
 
 
-def build(config, vocab_size):
+def build(config, meta):
     """(model, optimizers, device, autocast context) of a run; settles what config leaves open."""
     if config.lr is None:
         config.lr = 0.13 if config.optimizer == "muon" else 0.002
@@ -361,8 +408,12 @@ def build(config, vocab_size):
     config.compile = has_compiler(device) if config.compile is None else config.compile
     torch.manual_seed(config.seed)
     try:
-        names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
-        model = GPT(GPTConfig(vocab_size, **{name: getattr(config, name) for name in names})).to(device)
+        if "images" in meta:
+            model = MLP(MLPConfig(n_in=meta["images"], n_out=meta["classes"])).to(device)
+        else:  # GPT-2's 50,257 tokens become 50,304
+            vocab_size = meta["vocab_size"] if meta["tokenizer"] == "char" else -(-meta["vocab_size"] // 128) * 128
+            names = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
+            model = GPT(GPTConfig(vocab_size, **{name: getattr(config, name) for name in names})).to(device)
         if config.method == "soft_cap":
             soft_cap_coupling(config.w_max, config.lr * config.weight_decay, config.lr * UPDATE_NORM)
     except ValueError as e:
@@ -376,7 +427,7 @@ def build(config, vocab_size):
               f"w_max {config.w_max:g}, on {f'{world()} times ' if world() > 1 else ''}{device} in {config.dtype}"
               f"{', compiled' if config.compile else ''}")
     if config.compile:
-        for block in model.blocks:  # one by one: they are alike, so that only the first takes time to compile
+        for block in getattr(model, "blocks", []):  # one by one: they are alike, so that only the first takes time to compile
             block.compile()
     return (model, make_optimizers(model, config, dtype), device,
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
@@ -389,10 +440,10 @@ def bench(config):
     matmul rate that the step reaches. The last line is JSON. Times are medians, (a) and (b) in turns.
     """
     check(config)
-    vocab_size = GPTConfig.vocab_size
-    model, optimizers, device, amp = build(config, vocab_size)
-    dtype, B, T, H = getattr(torch, config.dtype), config.batch_size, config.block_size, config.n_head
-    ids = torch.randint(vocab_size, (B, T + 1), device=device)
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257} if config.dataset == "fineweb" else {"tokenizer": "char", "vocab_size": 65}
+    model, optimizers, device, amp = build(config, meta)
+    dtype, B, T, H = getattr(torch, config.dtype), config.batch_size // config.accumulate, config.block_size, config.n_head
+    ids = torch.randint(meta["vocab_size"], (B, T + 1), device=device)
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -456,9 +507,8 @@ def train(config, given=()):
     if config.resume:
         config, ckpt = resume(config, given, ckpt_path)
     check(config)
-    meta, train_shards, val_tokens = load_data(config)
-    vocab_size = meta["vocab_size"] if meta["tokenizer"] == "char" else -(-meta["vocab_size"] // 128) * 128  # 50,257 to 50,304
-    model, optimizers, device, amp = build(config, vocab_size)
+    meta, train_data, val_data = load_data(config)
+    model, optimizers, device, amp = build(config, meta)
 
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
     out.mkdir(parents=True, exist_ok=True)
@@ -496,9 +546,10 @@ def train(config, given=()):
         saved_step = step
         if rank():
             return
-        save(ckpt_path, {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "rng": torch.get_rng_state(),
-                         "model_config": asdict(model.config), "config": asdict(config), "meta": meta, "step": step,
-                         "seconds": time.perf_counter() - started, "loss_sum": loss_sum, "loss_count": loss_count})
+        save(ckpt_path, {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                         "rng": torch.get_rng_state(), "model_config": asdict(model.config), "config": asdict(config),
+                         "meta": meta, "step": step, "seconds": time.perf_counter() - started, "loss_sum": loss_sum,
+                         "loss_count": loss_count})
 
     def stop(what):
         raise UserError(f"{what} at step {step}, learning rate {lr:.4g}; lower --lr or --w_max (the last checkpoint, of "
@@ -513,7 +564,10 @@ def train(config, given=()):
         while step < config.max_steps:
             tick = time.perf_counter()
             lr = set_schedule(optimizers, step, config)
-            x, y = get_batch(train_shards, step, config, device)
+            x, y = get_batch(train_data, step, config, device)
+            if "images" not in meta and max(x.max(), y.max()) >= meta["vocab_size"]:
+                raise UserError(f"data/{config.dataset} has token {max(x.max(), y.max())}, past its vocabulary of "
+                                f"{meta['vocab_size']:,}; prepare it again (the last checkpoint is {ckpt_path})")
             state = torch.zeros(2, dtype=torch.float64)  # over all processes: the loss, and whether one was interrupted
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
                 with amp:
@@ -538,8 +592,11 @@ def train(config, given=()):
 
             if step % config.eval_interval == 0 or step == config.max_steps:
                 with amp, torch.compiler.set_stance("force_eager"):
-                    scores = evaluate(model, val_tokens, device)
                     acts = activations(model, x_part)
+                    if "images" not in meta:
+                        scores = evaluate(model, val_data, device)
+                if "images" in meta:
+                    scores = evaluate_images(model, val_data, device)
                 if not math.isfinite(scores["val_loss"]):
                     stop(f"the validation loss is {scores['val_loss']}")
                 if rank() == 0:
@@ -548,13 +605,14 @@ def train(config, given=()):
                             "log10_paper": lipschitz_bound(model, "paper"),
                             "log10_certified": lipschitz_bound(model, "certified"),
                             "norm_over_cap": norms.max().item() / config.w_max, **acts,
-                            "tokens_per_second": timed_steps * config.batch_size * config.block_size / train_seconds,
+                            "tokens_per_second": timed_steps * config.batch_size * y[0].numel() / train_seconds,
                             "seconds": time.perf_counter() - started}
                     bar.write(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
-                              f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%}), "
+                              f"accuracy {line['val_acc']:.2%} ({extra_scores(scores)}), "
                               f"log10 bound {line['log10_certified']:.2f} certified, {line['log10_paper']:.2f} paper, "
                               f"norm/cap {line['norm_over_cap']:.4f}, activations {line['act_max']:.1f} max, "
-                              f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} tokens/s")
+                              f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} "
+                              f"{'images' if 'images' in meta else 'tokens'}/s")
                     with open(log_path, "a") as f:
                         f.write(json.dumps(line) + "\n")
                 loss_sum, loss_count, timed_steps, train_seconds = 0.0, 0, 0, 0.0
@@ -569,6 +627,8 @@ def train(config, given=()):
         bar.close()
         signal.signal(signal.SIGINT, old_handler)
 
+    if "images" in meta:
+        return
     prompt = torch.zeros((1, 1), dtype=torch.long, device=device)  # of `char`, token 0 is the first character, a newline
     with torch.compiler.set_stance("force_eager"):
         if rank() == 0:
@@ -584,6 +644,15 @@ def resume(config, given, path):
             raise UserError(f"{path} has {name}={options[name]}, so it cannot go on with --{name}={getattr(config, name)}")
         options[name] = getattr(config, name)
     return Config(**options), ckpt
+
+
+def extra_scores(scores):
+    """What an evaluation's line says in brackets after the accuracy."""
+    if "paper_protocol_acc" in scores:
+        return f"paper protocol {scores['paper_protocol_acc']:.2%}"
+    names = [f"{eps * 255:.0f}" for eps in EPSILONS]
+    at = [f"{scores[f'certified_acc_{name}']:.2%} to {scores[f'attacked_acc_{name}']:.2%}" for name in names]
+    return f"L2 {', '.join(names)}/255: {', '.join(at)}"
 
 
 def logged_step(line):
