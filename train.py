@@ -362,20 +362,25 @@ def evaluate_images(model, data, device):
 
 @torch.inference_mode()
 def activations(model, x):
-    """Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs x."""
-    largest = {"act_max": 0.0, "act_rms": 0.0}
+    """
+    Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs x; and both for
+    the output of every block (of an MLP every hidden layer) by itself.
+    """
     last = model.head if isinstance(model, GPT) else model.layers[-1]
+    layers = list(model.blocks if isinstance(model, GPT) else model.layers[:-1])
+    sizes = {}  # module: largest entry and largest RMS norm
 
     def measure(module, args, y):
-        largest["act_max"] = max(largest["act_max"], y.abs().max().item())
-        largest["act_rms"] = max(largest["act_rms"], y.float().square().mean(dim=-1).max().sqrt().item())
+        sizes[module] = y.abs().max().item(), y.float().square().mean(dim=-1).max().sqrt().item()
 
     hooks = [m.register_forward_hook(measure) for m in model.modules()
              if m is not last and not isinstance(m, (GPT, MLP, torch.nn.ModuleList))]
     model(x)
     for hook in hooks:
         hook.remove()
-    return largest
+    act_max, act_rms = map(max, zip(*sizes.values()))
+    return {"act_max": act_max, "act_rms": act_rms, "act_max_layers": [sizes[layer][0] for layer in layers],
+            "act_rms_layers": [sizes[layer][1] for layer in layers]}
 
 
 def save(path, checkpoint):
