@@ -59,9 +59,8 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     UPDATE_NORM; zeros stay zeros. Entries may have any finite size. `dtype` (float32 or bfloat16) is that of the products.
     """
     X = G.detach().reshape(-1, *G.shape[-2:]).float()
-    # by the largest entry first: the squares in the Frobenius norm may overflow or vanish
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # squares of floats fit in a double
+    X = (X * norm.clamp_min(1e-38).reciprocal().float()).to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT  # products on the small side
@@ -145,10 +144,12 @@ class Muon(torch.optim.Optimizer):
             if group["embedding"]:
                 updates = [dual_rows(u) for u in updates]
             else:
-                updates = map_by_shape(lambda u: math.sqrt(u.shape[-2] / u.shape[-1]) *
-                                       orthogonalize(u, group["coefficients"], group["dtype"]), updates)
+                updates = map_by_shape(lambda u: orthogonalize(u, group["coefficients"], group["dtype"]), updates)
             for p, u in zip(params, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-group["lr"])
+                norm_1 = 1 if group["embedding"] else math.sqrt(p.shape[-2] / p.shape[-1])  # times u has RMS->RMS norm 1
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(u, alpha=-group["lr"] * norm_1)
         return loss
 
 

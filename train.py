@@ -319,10 +319,11 @@ def constrain(model, config, lr):
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, device):
+def evaluate(model, tokens, device, paper_windows=20 * 64):
     """
     Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones before it in its
-    window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start one token apart.
+    window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start one token apart (fewer of them
+    where eval_tokens asks for less than that).
     """
     T = model.config.block_size
     n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
@@ -337,7 +338,7 @@ def evaluate(model, tokens, device):
         return summed(total)
 
     loss, correct, count = (score(range(0, n, T), T) + score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n)).tolist()
-    paper = score(range(min(20 * 64, len(tokens) - T)), T)
+    paper = score(range(min(paper_windows, len(tokens) - T)), T)
     return {"val_loss": loss / count, "val_acc": correct / count, "paper_protocol_acc": (paper[1] / paper[2]).item()}
 
 
@@ -599,7 +600,8 @@ def train(config, given=()):
                 with amp, torch.compiler.set_stance("force_eager"):
                     acts = activations(model, x_part)
                     if "images" not in meta:
-                        scores = evaluate(model, val_data, device)
+                        few = min(20 * 64, -(-config.eval_tokens // config.block_size)) if config.eval_tokens else 20 * 64
+                        scores = evaluate(model, val_data, device, few)
                 if "images" in meta:
                     scores = evaluate_images(model, val_data, device)
                 if not math.isfinite(scores["val_loss"]):
