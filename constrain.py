@@ -425,15 +425,15 @@ def pgd(model, x, y, eps, steps=20):
     radius eps around each: a tensor (B,) of bool. The ball is not cut to valid pixels, as the certificate's is not.
     """
     direction = lambda g: g / g.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    delta, right = torch.zeros_like(x), model(x)[0].argmax(dim=1) == y
-    for _ in range(steps):
+    delta, right = torch.zeros_like(x), torch.ones_like(y, dtype=torch.bool)
+    for _ in range(steps + 1):  # looks at x itself and after every step
         delta.requires_grad_()
-        loss = torch.nn.functional.cross_entropy(model(x + delta)[0].float(), y, reduction="sum")
-        gradient, = torch.autograd.grad(loss, delta)
+        logits = model(x + delta)[0]
+        right &= logits.argmax(dim=1) == y
+        gradient, = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), y, reduction="sum"), delta)
         delta = delta.detach() + 2.5 * eps / steps * direction(gradient)
         delta = delta * (eps / delta.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
-        right &= model(x + delta)[0].argmax(dim=1) == y
-    return right.detach()
+    return right
 
 
 @torch.no_grad()

@@ -1487,7 +1487,7 @@ def test_cifar10(cifar, monkeypatch, capsys):
         line = log_lines("out/cifar10")[-1]
         assert line["step"] == 40 and line["val_acc"] > 0.8 and (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
         assert line["log10_certified"] == line["log10_paper"]
-        for weaker, eps in enumerate((36, 72, 108, 255)):
+        for eps in (36, 72, 108, 255):
             assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
     assert 0 < line["certified_acc_36"] and line["attacked_acc_255"] < line["val_acc"]
     assert "L2 36, 72, 108, 255/255" in capsys.readouterr().out

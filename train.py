@@ -219,8 +219,12 @@ def load_data(config):
 
 def windows(tokens, starts, length, device):
     """Inputs and targets (len(starts), length), int64: the tokens at [s, s + length) and one later, for every start s."""
-    rows = np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64)
-    rows = torch.from_numpy(rows).to(device)
+    return shifted([tokens[s:s + length + 1] for s in starts], device)
+
+
+def shifted(rows, device):
+    """Rows of T + 1 tokens each -> inputs and targets (len(rows), T), int64."""
+    rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -252,8 +256,7 @@ def get_batch(data, step, config, device):
         rows.append(shard[start:start + T + 1])
     if images:
         return image_inputs(data, np.array(rows), device)
-    rows = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
-    return rows[:, :-1], rows[:, 1:]
+    return shifted(rows, device)
 
 
 def image_inputs(data, rows, device):
@@ -634,12 +637,11 @@ def train(config, given=()):
         bar.close()
         signal.signal(signal.SIGINT, old_handler)
 
-    if "images" in meta:
+    if "images" in meta or rank():
         return
     prompt = torch.zeros((1, 1), dtype=torch.long, device=device)  # of `char`, token 0 is the first character, a newline
     with torch.compiler.set_stance("force_eager"):
-        if rank() == 0:
-            print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
+        print(Tokenizer(meta).decode(model.generate(prompt, 300, temperature=0.8)[0].tolist()).strip())
 
 
 def resume(config, given, path):
