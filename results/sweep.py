@@ -1,0 +1,248 @@
+"""
+The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl.
+
+    python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text
+    python results/sweep.py                                       # all parts in turn: lr grid headline seeds
+    python results/sweep.py grid --jobs=2                         # one part, two runs at a time
+
+Finished runs are skipped, and a run that was stopped goes on from its checkpoint in out/sweep: Ctrl-C and start again as
+often as you like. Every part takes its choices from the lines of those before it.
+"""
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+sys.path.insert(0, str(ROOT))
+
+from constrain import attack, layer_norms, log10, log10_radii, margins
+from model import load_checkpoint
+from prepare import UserError, open_split
+from train import evaluate
+
+RECORDS, RUNS = RESULTS / "shakespeare.jsonl", ROOT / "out" / "sweep"
+CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
+
+METHODS = ("soft_cap", "hard_cap", "svd_cap", "spectral_normalize", "stiefel", "spectral_hammer", "spectral_weight_decay", "none")
+OPTIMIZERS = ("muon", "adamw")
+
+# The strengths of a method, weakest bound first: w_max, or with the two decays weight_decay, which counts in units of 1/lr
+CAPS = [1.0, 1.4, 2.0, 3.0, 5.0]
+DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw"): [128.0, 64.0, 32.0, 16.0, 8.0, 0.0],
+          ("spectral_weight_decay", "muon"): [7.0, 4.0, 2.0, 1.0, 0.5],
+          ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
+FIRST_LR = {"muon": 0.12, "adamw": 0.002}
+LR_STEPS, STEPS = 100, 300
+
+
+def pairs():
+    return [(method, optimizer) for method in METHODS for optimizer in OPTIMIZERS]
+
+
+def strengths(method, optimizer):
+    """[options of train.py] for every strength of a method, weakest bound last."""
+    if (method, optimizer) in DECAYS:
+        return [{"weight_decay": decay} for decay in DECAYS[method, optimizer]]
+    return [{"w_max": w_max} for w_max in CAPS]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+def read():
+    """All records so far."""
+    try:
+        return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    except ValueError as e:
+        raise UserError(f"{RECORDS} is damaged ({e}); mend or remove the line")
+
+
+lock = threading.Lock()  # of the file and of the screen
+
+
+def version():
+    """The commit of the code, "-dirty" if it has been changed since."""
+    git = lambda *args: subprocess.run(["git", *args, "--", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    return git("log", "-1", "--format=%h").stdout.strip() + ("-dirty" if git("diff", "--quiet", "HEAD").returncode else "")
+
+
+def run(part, options, threads):
+    """
+    The record of train.py with options, from RECORDS if it is there, else by running it. It has an "error" if the run
+    diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
+    """
+    options = {"seed": 0, "max_steps": STEPS, "eval_interval": STEPS // 10, "eval_tokens": 4096} | options
+    with lock:
+        for record in read():
+            if record["options"] == options:
+                return record
+    args = [f"--{name}={value}" for name, value in options.items()]
+    out = RUNS / sha256(" ".join(args).encode()).hexdigest()[:12]
+    if (out / "ckpt.pt").exists():
+        args.append("--resume")
+    out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(out / "output.txt", "a") as output:
+        code = subprocess.run([sys.executable, "train.py", *args, f"--out_dir={out}"], cwd=ROOT, env=environment,
+                              stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
+    said = (out / "output.txt").read_text().strip().split("\n")[-1]
+    record = {"part": part, "options": options, "commit": version()}
+    if code and "loss is" in said:
+        record["error"] = said
+    elif code:
+        raise UserError(f"train.py {' '.join(args)} failed: {said} (see {out / 'output.txt'})")
+    else:
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
+        if not log or log[-1]["step"] < options["max_steps"]:
+            raise KeyboardInterrupt  # train.py saved and stopped
+        record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
+        record["trace"] = {name: [line[name] for line in log] for name in ("step", "train_loss", "norm_over_cap")}
+        if part != "lr":
+            record |= measurements(out / "ckpt.pt", thorough=part == "seeds")
+    with lock:
+        RECORDS.with_suffix(".part").write_text("".join(json.dumps(r) + "\n" for r in read() + [record]))
+        os.replace(RECORDS.with_suffix(".part"), RECORDS)
+        print(f"{part}: {' '.join(args)}: " + (record.get("error") or
+              f"training loss {record['trace']['train_loss'][-1]:.4f}, "
+              + (f"accuracy {record['val_acc']:.2%}, " if "val_acc" in record else "") +
+              f"log10 certified {record['log10_certified']:.2f}, {record['seconds']:.0f} s"), flush=True)
+    return record
+
+
+class Float8(torch.overrides.TorchFunctionMode):
+    """Rounds the result of every operation to float8_e4m3fn, as it is: a number past 448 becomes NaN. -inf, the mask, stays."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+            return y
+        return torch.where(y == -math.inf, y, y.to(torch.float8_e4m3fn).to(y.dtype))
+
+
+class InFloat8(torch.nn.Module):
+    """A GPT whose weights and activations, all but the logits, are rounded to float8_e4m3fn."""
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.head = model, model.config, model.head
+        for p in model.parameters():
+            p.data = p.data.to(torch.float8_e4m3fn).float()
+        model.head = torch.nn.Identity()
+
+    def forward(self, x, y):
+        with Float8():
+            h, _ = self.model(x)
+        logits = self.head(h)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def measurements(path, thorough):
+    """
+    What train.py's log does not have of a checkpoint: scores on the whole validation split (train.py's are on eval_tokens),
+    an attack, and the accuracy that float8 costs. If thorough, that on the whole split too, and certified radii.
+    """
+    model, ckpt = load_checkpoint(path)
+    model.requires_grad_(False)
+    cpu, text = torch.device("cpu"), open_split(ROOT / "data" / "shakespeare", "val", ckpt["meta"])[0]
+    tokens = torch.from_numpy(text.astype(np.int64))
+    with torch.autocast("cpu", getattr(torch, ckpt["config"]["dtype"]), enabled=ckpt["config"]["dtype"] != "float32"):
+        result = evaluate(model, text, cpu)
+    result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
+    if thorough:
+        bears, right = margins(model, tokens)
+        radii = log10_radii(model, bears, layer_norms(model))[right].double()
+        # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) certified accuracy is val_acc (1 - i / 40)
+        result["log10_radii"] = torch.quantile(radii, torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
+    some = text if thorough else text[:2 ** 14 + 1]
+    exact = evaluate(model, some, cpu, 1)["val_acc"]
+    result["float8_lost"] = exact - evaluate(InFloat8(model), some, cpu, 1)["val_acc"]
+    return result | {"config": ckpt["config"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parts
+
+def tune(pair, threads):
+    """The learning rate of a (method, optimizer) with the smallest training loss at the middle strength."""
+    method, optimizer = pair
+
+    def loss(i):
+        record = run("lr", {"method": method, "optimizer": optimizer, **strengths(method, optimizer)[2],
+                            "lr": FIRST_LR[optimizer] * 2.0 ** i, "max_steps": LR_STEPS, "eval_interval": 20}, threads)
+        return math.inf if "error" in record else record["trace"]["train_loss"][-1]
+
+    losses = {i: loss(i) for i in (-1, 0, 1)}
+    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):  # at an end: go on there
+        i = best + (1 if best == max(losses) else -1)
+        losses[i] = loss(i)
+    return FIRST_LR[optimizer] * 2.0 ** best
+
+
+def grid(pair, threads):
+    for strength in strengths(*pair):
+        run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": tune(pair, threads)}, threads)
+
+
+HEADLINE = []
+
+
+def headline(options, threads):
+    run("headline", {"method": "soft_cap", "optimizer": "muon", "lr": tune(("soft_cap", "muon"), threads)} | options, threads)
+
+
+def frontier(records, bound):
+    """The records that no other beats in both accuracy and bound, "log10_certified" or "log10_paper"; weakest bound last."""
+    best, found = 0.0, []
+    for record in sorted(records, key=lambda r: (r[bound], -r["val_acc"])):
+        if record["val_acc"] > best:
+            best = record["val_acc"]
+            found.append(record)
+    return found
+
+
+def seeds(threads, pool):
+    """Two more seeds for every point on the frontier of either bound."""
+    runs = [r for r in read() if r["options"]["seed"] == 0 and "val_acc" in r]
+    points = [r["options"] for bound in ("log10_certified", "log10_paper") for r in frontier(runs, bound)]
+    list(pool.map(lambda job: run("seeds", job[0] | {"seed": job[1]}, threads), [(p, seed) for p in points for seed in (1, 2)]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", default=["lr", "grid", "headline", "seeds"], help="lr, grid, headline, seeds")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the machine's cores")
+    args = parser.parse_args()
+    threads = max(1, os.cpu_count() // args.jobs)
+    torch.set_num_threads(threads)
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        if not set(args.parts) <= {"lr", "grid", "headline", "seeds"}:
+            raise UserError(f"the parts are lr, grid, headline and seeds, not {' '.join(args.parts)}")
+        meta = ROOT / "data" / "shakespeare" / "meta.json"
+        if not meta.exists() or json.loads(meta.read_text()).get("sha256") != CANONICAL:
+            raise UserError("data/shakespeare is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
+        for part in args.parts:
+            if part == "seeds":
+                seeds(threads, pool)
+            else:
+                jobs, f = {"lr": (pairs(), tune), "grid": (pairs(), grid), "headline": (HEADLINE, headline)}[part]
+                list(pool.map(lambda job: f(job, threads), jobs))
+    except (UserError, OSError) as e:
+        sys.exit(f"sweep.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("sweep.py: stopped; the same command goes on")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
