@@ -44,6 +44,7 @@ DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw")
           ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
 FIRST_LR = {"muon": 0.12, "adamw": 0.002}
 LR_STEPS, STEPS = 100, 300
+LIMITS = (2, 10, 100, 1e4, 1e8)  # bounds at which results/README.md asks for the best accuracy
 
 
 def pairs():
@@ -172,31 +173,43 @@ def measurements(path, thorough):
 # The parts
 
 def tune(pair, threads):
-    """The learning rate of a (method, optimizer) with the smallest training loss at the middle strength."""
+    """Learning rates for a (method, optimizer) at the middle strength, twice as large each, until the best is not at an end."""
     method, optimizer = pair
 
     def loss(i):
         record = run("lr", {"method": method, "optimizer": optimizer, **strengths(method, optimizer)[2],
                             "lr": FIRST_LR[optimizer] * 2.0 ** i, "max_steps": LR_STEPS, "eval_interval": 20}, threads)
-        return math.inf if "error" in record else record["trace"]["train_loss"][-1]
+        return tuning_loss(record)
 
     losses = {i: loss(i) for i in (-1, 0, 1)}
-    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):  # at an end: go on there
+    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
         i = best + (1 if best == max(losses) else -1)
         losses[i] = loss(i)
-    return FIRST_LR[optimizer] * 2.0 ** best
+
+
+def tuning_loss(record):
+    """The mean training loss of the last 20 steps, on windows that no step before has seen."""
+    return math.inf if "error" in record else record["trace"]["train_loss"][-1]
+
+
+def chosen_lr(pair, records):
+    """The best learning rate of a pair, from the records of tune."""
+    runs = [r for r in records if r["part"] == "lr" and (r["options"]["method"], r["options"]["optimizer"]) == pair]
+    if not runs:
+        raise UserError("no learning rate has been chosen; first run python results/sweep.py lr")
+    return min(runs, key=tuning_loss)["options"]["lr"]
 
 
 def grid(pair, threads):
     for strength in strengths(*pair):
-        run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": tune(pair, threads)}, threads)
+        run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": chosen_lr(pair, read())}, threads)
 
 
 HEADLINE = []
 
 
 def headline(options, threads):
-    run("headline", {"method": "soft_cap", "optimizer": "muon", "lr": tune(("soft_cap", "muon"), threads)} | options, threads)
+    run("headline", {"method": "soft_cap", "optimizer": "muon", "lr": chosen_lr(("soft_cap", "muon"), read())} | options, threads)
 
 
 def frontier(records, bound):
@@ -207,6 +220,11 @@ def frontier(records, bound):
             best = record["val_acc"]
             found.append(record)
     return found
+
+
+def best_under(records, bound, limit):
+    """The record of the largest accuracy with a bound of at most limit, or None."""
+    return max((r for r in records if r[bound] <= math.log10(limit)), key=lambda r: r["val_acc"], default=None)
 
 
 def seeds(threads, pool):

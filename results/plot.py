@@ -1,0 +1,184 @@
+"""
+Draw the figures of results/ from shakespeare.jsonl, and print the tables of results/README.md.
+
+    pip install matplotlib && python results/plot.py              # tradeoff.png, norms.png, radius.png
+    python results/plot.py --tables                               # the tables alone, in Markdown
+"""
+import argparse
+import math
+import sys
+
+from sweep import LIMITS, METHODS, OPTIMIZERS, RESULTS, UserError, best_under, chosen_lr, frontier, pairs, read, strengths
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
+COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
+LABELS = {name: name.replace("_", " ") for name in METHODS} | {"none": "weight decay", "svd_cap": "SVD cap"}
+LINES = {"muon": dict(linestyle="-", marker="o"), "adamw": dict(linestyle=":", marker="s", markerfacecolor="white")}
+OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
+BOUNDS = {"log10_certified": "certified Lipschitz bound (a theorem)", "log10_paper": "published formula (not a bound)"}
+WIDEST = 30  # log10 of the largest bound that is drawn
+
+
+def of_pair(records, method, optimizer):
+    return [r for r in records if (r["options"]["method"], r["options"]["optimizer"]) == (method, optimizer)]
+
+
+def legend(axes, figure, **where):
+    """Methods by colour and optimizers by line, of which the axes have every one."""
+    from matplotlib.lines import Line2D
+    handles = [Line2D([], [], color=COLORS[m], linewidth=3, label=LABELS[m]) for m in METHODS]
+    handles += [Line2D([], [], color="black", label=OPTIMIZER_LABELS[o], **LINES[o]) for o in OPTIMIZERS]
+    figure.legend(handles=handles, frameon=False, **where)
+
+
+def tradeoff(records, plt):
+    """Accuracy and loss against both bounds: what every method and optimizer reaches, its dominated runs left out."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
+    grid = [r for r in records if r["part"] == "grid" and "val_acc" in r]
+    for (bound, label), column in zip(BOUNDS.items(), axes.T):
+        for method, optimizer in pairs():
+            points = [r for r in frontier(of_pair(grid, method, optimizer), bound) if r[bound] <= WIDEST]
+            for ax, y in zip(column, ("val_acc", "val_loss")):
+                ax.plot([10 ** r[bound] for r in points], [r[y] * (100 if y == "val_acc" else 1) for r in points],
+                        color=COLORS[method], markersize=5, linewidth=1.5, **LINES[optimizer])
+        column[-1].set_xlabel(label)
+        for ax in column:
+            ax.set_xscale("log")
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("accuracy on the validation split, %")
+    axes[1, 0].set_ylabel("validation loss, nats per character")
+    legend(axes, figure, loc="outside right center")
+    figure.suptitle("Muon and a cap, normalization or the Stiefel manifold: most accuracy for a given bound")
+    return figure
+
+
+def norms(records, plt):
+    """The largest norm of a matrix over training at the middle strength, for every method, and the cap where there is one."""
+    figure, axes = plt.subplots(2, 4, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
+    for method, ax in zip(METHODS, axes.flat):
+        for optimizer in OPTIMIZERS:
+            middle = strengths(method, optimizer)[2].items()
+            run = next((r for r in of_pair(records, method, optimizer)
+                        if r["part"] == "grid" and middle <= r["options"].items() and "val_acc" in r), None)
+            if run:
+                ax.plot(run["trace"]["step"], [x * run["config"]["w_max"] for x in run["trace"]["norm_over_cap"]],
+                        color=COLORS[method], markersize=4, **LINES[optimizer])
+        if "w_max" in dict(middle):
+            ax.axhline(dict(middle)["w_max"], color="black", linewidth=0.8, linestyle="--")
+        ax.set_title(LABELS[method], fontsize=10)
+        ax.set_yscale("log")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("step")
+    figure.supylabel("largest RMS→RMS norm of a matrix")
+    handles = [plt.Line2D([], [], color="black", label=OPTIMIZER_LABELS[o], **LINES[o]) for o in OPTIMIZERS]
+    handles.append(plt.Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="w_max"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def radius(records, plt):
+    """Certified accuracy against the radius, of the frontier's models with seed 1."""
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    measured = [r for r in frontier([r for r in records if "log10_radii" in r and r["options"]["seed"] == 1], "log10_certified")]
+    for i, run in enumerate(measured):
+        radii = run["log10_radii"]
+        share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
+        x = [max(r, -WIDEST) for r in radii]
+        ax.plot([10 ** r for r in [x[0] - 1, *x]], [share[0], *share], color=plt.get_cmap("viridis")(i / len(measured)),
+                label=f"bound {power(run['log10_certified'])}: {run['val_acc']:.1%}")
+    ax.set_xscale("log")
+    ax.set_xlabel("radius: largest change of an embedding, RMS norm")
+    ax.set_ylabel("certified accuracy, %")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def power(log10_x):
+    """A number from its log10, short: 1.7, 64, 8.1·10^4."""
+    if log10_x < 3:
+        return f"{10 ** log10_x:.3g}"
+    return f"{10 ** (log10_x % 1):.1f}·10^{math.floor(log10_x)}"
+
+
+def settings(options):
+    """What sets a run apart from the others, as options of train.py."""
+    common = ("seed", "max_steps", "eval_interval", "eval_tokens", "method", "optimizer")
+    return ", ".join(f"{name} {value:g}" for name, value in options.items() if name not in common)
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def who(options):
+    return f"{OPTIMIZER_LABELS[options['optimizer']]}, {LABELS[options['method']]}"
+
+
+def same_but_seed(records, options):
+    return [r for r in records if r["options"] | {"seed": 0} == options | {"seed": 0} and "val_acc" in r]
+
+
+def spread(values, form="{:.2%}"):
+    """The mean and, of several values, the smallest and largest."""
+    mean = form.format(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))}, {len(values)} seeds)"
+
+
+def tables(records):
+    first = [r for r in records if r["options"]["seed"] == 0 and "val_acc" in r]
+    grid = [r for r in first if r["part"] == "grid"]
+    yield "learning rates", table(["", *(OPTIMIZER_LABELS[o] for o in OPTIMIZERS)],
+                                  [[LABELS[m], *(f"{chosen_lr((m, o), records):g}" for o in OPTIMIZERS)] for m in METHODS])
+    for bound, label in BOUNDS.items():
+        yield f"frontier, {label}", table(
+            ["", "options", "accuracy", "loss", "paper protocol", "certified", "paper", "attack", "activations", "float8 loses"],
+            [[who(r["options"]), settings(r["options"]), spread([s["val_acc"] for s in same]), f"{r['val_loss']:.3f}",
+              f"{r['paper_protocol_acc']:.2%}", power(r["log10_certified"]), power(r["log10_paper"]), power(r["log10_attack"]),
+              f"{r['act_max']:.1f}, {r['act_rms']:.2f}", f"{100 * r['float8_lost']:.2f}"]
+             for r in frontier(first, bound) if (same := same_but_seed(records, r["options"]))])
+        yield f"best accuracy under a {label}, every pair of the grid", table(
+            ["", *(f"≤ {limit:g}" for limit in LIMITS)],
+            [[who({"method": m, "optimizer": o}), *(f"{b['val_acc']:.2%}" if (b := best_under(of_pair(grid, m, o), bound, limit))
+                                                   else "none" for limit in LIMITS)] for m, o in pairs()])
+        yield f"headline, {label}", table(
+            ["at most", "accuracy", "short of 60 %", "reached", "options"],
+            [[f"{limit:g}", spread([s["val_acc"] for s in same_but_seed(records, b["options"])]), f"{60 - 100 * b['val_acc']:.1f}",
+              power(b[bound]), f"{who(b['options'])}, {settings(b['options'])}"]
+             for limit in LIMITS if (b := best_under(first, bound, limit))])
+    yield "activations and float8", table(
+        ["", "options", "largest entry", "largest RMS norm", "accuracy", "lost in float8"],
+        [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
+          f"{100 * r['float8_lost']:.2f}"] for r in grid])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--tables", action="store_true", help="print the tables and draw nothing")
+    args = parser.parse_args()
+    try:
+        records = read()
+        if not records:
+            raise UserError("results/shakespeare.jsonl has no runs; make them with python results/sweep.py")
+        for title, text in tables(records) if args.tables else ():
+            print(f"### {title}\n\n{text}")
+        if not args.tables:
+            try:
+                import matplotlib.pyplot as plt
+            except ImportError:
+                raise UserError("the figures need matplotlib: pip install matplotlib")
+            for draw in (tradeoff, norms, radius):
+                draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
+    except UserError as e:
+        sys.exit(f"plot.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
