@@ -38,6 +38,10 @@ from optim import UPDATE_NORM, Muon, dual_rows, map_by_shape, orthogonalize
 from prepare import UserError
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / "results"))
+import plot
+import sweep
+
 torch.set_num_threads(1)  # the networks here are too small for more
 CANONICAL = HERE.parent / "shared/data/tinyshakespeare.txt"
 SHAPES = ((1, 1), (1, 7), (7, 1), (3, 3), (16, 16), (40, 8), (8, 40), (65, 64), (2, 5, 12, 20))
@@ -1194,7 +1198,7 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     assert result["log10_attack"] <= result["log10_certified"]
     assert list(result["certified_accuracy"].values()) == sorted(result["certified_accuracy"].values(), reverse=True)
     assert result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"]) and result["step"] == 60
-    assert max(sum(result["norms"].values(), [])) / 6.5 == pytest.approx(lines[-1]["norm_over_cap"])
+    assert max(sum(result["norms"].values(), [])) / train.Config.w_max == pytest.approx(lines[-1]["norm_over_cap"])
 
 
 def test_bench(monkeypatch, capsys):
@@ -1547,3 +1551,78 @@ def test_every_constraint_learns_digits(tmp_path, monkeypatch, optimizer):
             assert line["norm_over_cap"] <= 1.001 and line["log10_certified"] <= 3 * math.log10(2.002)
         net, _ = model.load_checkpoint("out/shakespeare/ckpt.pt")
         assert constrain.log10(constrain.attack(net, steps=20)) <= line["log10_certified"] + 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results/
+
+def record(bound, acc, **options):
+    return {"part": "grid", "options": {"seed": 0, **options}, "log10_certified": bound, "val_acc": acc}
+
+
+def test_frontier_keeps_what_nothing_beats():
+    runs = [record(2, 0.5), record(1, 0.3), record(1, 0.4), record(3, 0.5), record(400, 0.6), record(1.5, 0.2)]
+    assert sweep.frontier(runs, "log10_certified") == [record(1, 0.4), record(2, 0.5), record(400, 0.6)]
+    assert sweep.best_under(runs, "log10_certified", 10) == record(1, 0.4)
+    assert sweep.best_under(runs, "log10_certified", 1e4)["val_acc"] == 0.5
+    assert sweep.best_under(runs, "log10_certified", 2) is None
+
+
+def test_float8_rounds_every_result():
+    x = torch.tensor([0.1, 0.011, 300.0])
+    with sweep.Float8():
+        y, z = x * 1, torch.tensor([1.0, 2.0]).masked_fill(torch.tensor([True, False]), -math.inf)
+        s = z.softmax(0)
+        big = x * 2
+    assert y.tolist() == [0.1015625, 0.01171875, 288.0]  # three bits after the first one; steps of 2^-9 below 2^-6
+    assert z.tolist() == [-math.inf, 2.0] and s.tolist() == [0.0, 1.0] and big.isnan().tolist() == [False, False, True]
+    assert (x * 1).equal(x)
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16))
+    idx = torch.randint(65, (2, 16))
+    exact = net(idx)[0]
+    rounded, loss = sweep.InFloat8(net)(idx, idx)
+    assert 0.001 < (rounded - exact).norm() / exact.norm() < 0.2 and loss == F.cross_entropy(rounded.flatten(0, 1), idx.flatten())
+
+
+def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
+    for path in HERE.glob("*.py"):
+        Path(path.name).symlink_to(path)
+    monkeypatch.setattr(sweep, "ROOT", data)
+    monkeypatch.setattr(sweep, "RUNS", data / "out/sweep")
+    monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
+    options = {**TINY, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
+    del options["out_dir"], options["eval_interval"]
+    monkeypatch.setattr(sweep, "PAPER", {"eval_interval": 1})
+    done = sweep.run("seeds", options, 1)
+    net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
+    val = prepare.open_split("data/shakespeare", "val", ckpt["meta"])[0]
+    scores = train.evaluate(net, val, torch.device("cpu"))
+    assert {name: done[name] for name in scores} == pytest.approx(scores)
+    assert done["trace"]["step"] == [1, 2, 3] and done["options"].items() >= options.items() and len(done["log10_radii"]) == 41
+    assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(lipschitz_bound(net, "certified"))
+    with pytest.raises(UserError, match="positive and finite"):
+        sweep.run("grid", options | {"w_max": -1.0}, 1)
+    hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
+    assert "the loss is" in hot["error"] or "the validation loss is" in hot["error"]
+    monkeypatch.setattr(sweep.subprocess, "run", None)
+    assert sweep.run("seeds", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot and len(sweep.read()) == 2
+
+
+def test_a_bad_sweep_is_refused(data, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", data)
+    one_line(run_main(sweep, monkeypatch), "not the canonical text")
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline and seeds", "grids")
+    monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
+    one_line(run_main(plot, monkeypatch), "has no runs")
+    Path("records.jsonl").write_text('{"part": "lr"')
+    one_line(run_main(plot, monkeypatch, "--tables"), "records.jsonl is damaged")
+
+
+def test_tables_in_the_results_come_from_the_records():
+    """Every table that plot.py makes stands in results/README.md as it is."""
+    report = (HERE / "results/README.md").read_text()
+    made = list(plot.tables(sweep.read()))
+    assert len(made) > 5
+    for title, text in made:
+        assert text in report, f"{title}: run python results/plot.py --tables and copy it"

@@ -48,7 +48,7 @@ class Config:
     out_dir: str = "out/shakespeare"  # checkpoint and log go here
     dataset: str = "shakespeare"      # a folder of data/, made by prepare.py
     # model
-    n_layer: int = 3                  # blocks
+    n_layer: int = 2                  # blocks
     n_head: int = 4                   # attention heads per block
     n_embd: int = 256                 # width
     block_size: int = 256             # context length in tokens
@@ -56,10 +56,10 @@ class Config:
     logit_scale: float = 1.0          # logits are logit_scale * head(x); the Lipschitz bounds include it
     # constraint
     method: str = "soft_cap"          # soft_cap, hard_cap, spectral_normalize, spectral_hammer, spectral_weight_decay, stiefel, svd_cap or none
-    w_max: float = 6.5                # largest RMS->RMS norm of a matrix
+    w_max: float = 6.0                # largest RMS->RMS norm of a matrix
     # optimizer
     optimizer: str = "muon"           # muon or adamw
-    lr: float | None = None           # peak learning rate, falls linearly to 0; by default 0.13 for muon, 0.002 for adamw
+    lr: float | None = None           # peak learning rate, falls linearly to 0; by default 0.1 for muon, 0.002 for adamw
     embedding: str = "dual"           # with muon, the embedding table's optimizer: dual (rows of norm 1, see optim.py) or adam
     embedding_lr: float = 0.3         # learning rate of the embedding table, as a multiple of lr
     weight_decay: float = 0.0         # a step decays weights by lr * weight_decay; spectral_weight_decay: their largest singular value alone
@@ -67,9 +67,9 @@ class Config:
     momentum_warmup: int = 0          # steps over which Muon's momentum rises from 0.85
     batch_size: int = 16              # sequences per step
     accumulate: int = 1               # parts of a batch that go through the model one after the other, for less memory
-    max_steps: int = 500              # optimizer steps
+    max_steps: int = 750              # optimizer steps
     cooldown: float = 1.0             # share of the steps, at the end, over which the learning rate falls linearly to 0
-    eval_interval: int = 500          # steps between evaluations; a checkpoint is saved at each
+    eval_interval: int = 750          # steps between evaluations; a checkpoint is saved at each
     eval_tokens: int | None = None    # of the validation split to evaluate on, from its beginning; by default all
     # machine
     seed: int = 0                     # of initialization, batches and the sample of text
@@ -404,7 +404,7 @@ def save(path, checkpoint):
 def build(config, meta):
     """(model, optimizers, device, autocast context) of a run; settles what config leaves open."""
     if config.lr is None:
-        config.lr = 0.13 if config.optimizer == "muon" else 0.002
+        config.lr = 0.1 if config.optimizer == "muon" else 0.002
     try:
         gpu = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else "cuda"
         device = torch.device(config.device or (gpu if torch.cuda.is_available() else "cpu"))

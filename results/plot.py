@@ -8,7 +8,7 @@ import argparse
 import math
 import sys
 
-from sweep import LIMITS, METHODS, OPTIMIZERS, RESULTS, UserError, best_under, chosen_lr, frontier, pairs, read, strengths
+from sweep import LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, UserError, best_under, chosen_lr, frontier, pairs, read, strengths
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
@@ -110,7 +110,7 @@ def power(log10_x):
 def settings(options):
     """What sets a run apart from the others, as options of train.py."""
     common = ("seed", "max_steps", "eval_interval", "eval_tokens", "method", "optimizer")
-    return ", ".join(f"{name} {value:g}" for name, value in options.items() if name not in common)
+    return ", ".join(f"{name} {value:g}" for name, value in options.items() if name not in common and PAPER.get(name) != value)
 
 
 def table(head, rows):

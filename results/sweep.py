@@ -42,8 +42,9 @@ CAPS = [1.0, 1.4, 2.0, 3.0, 5.0]
 DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw"): [128.0, 64.0, 32.0, 16.0, 8.0, 0.0],
           ("spectral_weight_decay", "muon"): [7.0, 4.0, 2.0, 1.0, 0.5],
           ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
+PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0}  # its Shakespeare model
 FIRST_LR = {"muon": 0.12, "adamw": 0.002}
-LR_STEPS, STEPS = 100, 300
+LR_STEPS, STEPS, HEADLINE_STEPS = 100, 300, 500
 LIMITS = (2, 10, 100, 1e4, 1e8)  # bounds at which results/README.md asks for the best accuracy
 
 
@@ -83,7 +84,8 @@ def run(part, options, threads):
     The record of train.py with options, from RECORDS if it is there, else by running it. It has an "error" if the run
     diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
     """
-    options = {"seed": 0, "max_steps": STEPS, "eval_interval": STEPS // 10, "eval_tokens": 4096} | options
+    steps = options.get("max_steps", STEPS)
+    options = PAPER | {"seed": 0, "max_steps": steps, "eval_interval": steps // 10, "eval_tokens": 4096} | options
     with lock:
         for record in read():
             if record["options"] == options:
@@ -178,7 +180,7 @@ def tune(pair, threads):
 
     def loss(i):
         record = run("lr", {"method": method, "optimizer": optimizer, **strengths(method, optimizer)[2],
-                            "lr": FIRST_LR[optimizer] * 2.0 ** i, "max_steps": LR_STEPS, "eval_interval": 20}, threads)
+                            "lr": FIRST_LR[optimizer] * 2.0 ** i, "max_steps": LR_STEPS}, threads)
         return tuning_loss(record)
 
     losses = {i: loss(i) for i in (-1, 0, 1)}
@@ -189,7 +191,7 @@ def tune(pair, threads):
 
 def tuning_loss(record):
     """The mean training loss of the last 20 steps, on windows that no step before has seen."""
-    return math.inf if "error" in record else record["trace"]["train_loss"][-1]
+    return math.inf if "error" in record else sum(record["trace"]["train_loss"][-2:]) / 2
 
 
 def chosen_lr(pair, records):
@@ -205,11 +207,19 @@ def grid(pair, threads):
         run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": chosen_lr(pair, read())}, threads)
 
 
-HEADLINE = []
+ONE, TWO = {"n_layer": 1, "n_embd": 400}, {"n_layer": 2, "n_embd": 288}  # about 2 M parameters too
+# One layer and one head make the certificate small, so that w_max and the scales can be larger for the same bound.
+HEADLINE = [ONE | {"n_head": 1, "w_max": w_max} for w_max in (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0)]
+HEADLINE += [ONE | {"n_head": 4, "w_max": w_max} for w_max in (1.0, 1.5, 2.0, 3.0, 4.0)]
+HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "softmax_scale": 4.0} for w_max in (1.0, 1.2, 1.5, 2.0, 3.0)]
+HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "logit_scale": scale}
+             for w_max, scale in ((1.0, 2.0), (1.0, 8.0), (1.2, 4.0), (1.5, 4.0), (2.0, 4.0))]
+HEADLINE += [TWO | {"n_head": n_head, "w_max": w_max} for n_head in (1, 4) for w_max in (1.0, 1.5, 2.0, 3.0)]
 
 
 def headline(options, threads):
-    run("headline", {"method": "soft_cap", "optimizer": "muon", "lr": chosen_lr(("soft_cap", "muon"), read())} | options, threads)
+    lr = chosen_lr(("soft_cap", "muon"), read())
+    run("headline", {"method": "soft_cap", "optimizer": "muon", "max_steps": HEADLINE_STEPS, "lr": lr} | options, threads)
 
 
 def frontier(records, bound):
