@@ -44,7 +44,7 @@ DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw")
           ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
 PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0}  # its Shakespeare model
 FIRST_LR = {"muon": 0.12, "adamw": 0.002}
-LR_STEPS, STEPS, HEADLINE_STEPS = 100, 300, 500
+LR_STEPS, STEPS, HEADLINE_STEPS = 100, 250, 500
 LIMITS = (2, 10, 100, 1e4, 1e8)  # bounds at which results/README.md asks for the best accuracy
 
 
