@@ -28,7 +28,7 @@ GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 class GPTConfig:
     vocab_size: int = 65
     block_size: int = 256        # longest context, in tokens
-    n_layer: int = 3
+    n_layer: int = 2
     n_head: int = 4
     n_embd: int = 256
     softmax_scale: float = 1.0   # attention scores are softmax_scale * <q, k> / d_head

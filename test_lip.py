@@ -1575,7 +1575,7 @@ def test_float8_rounds_every_result():
         s = z.softmax(0)
         big = x * 2
     assert y.tolist() == [0.1015625, 0.01171875, 288.0]  # three bits after the first one; steps of 2^-9 below 2^-6
-    assert z.tolist() == [-math.inf, 2.0] and s.tolist() == [0.0, 1.0] and big.isnan().tolist() == [False, False, True]
+    assert z.tolist() == [-math.inf, 2.0] and s.tolist() == [0.0, 1.0] and big[2] == 448
     assert (x * 1).equal(x)
     torch.manual_seed(0)
     net = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16))
@@ -1591,9 +1591,8 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     monkeypatch.setattr(sweep, "RUNS", data / "out/sweep")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
-    options = {**TINY, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
-    del options["out_dir"], options["eval_interval"]
-    monkeypatch.setattr(sweep, "PAPER", {"eval_interval": 1})
+    options = {**TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
+    del options["out_dir"]
     done = sweep.run("seeds", options, 1)
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     val = prepare.open_split("data/shakespeare", "val", ckpt["meta"])[0]

@@ -124,12 +124,12 @@ def run(part, options, threads):
 
 
 class Float8(torch.overrides.TorchFunctionMode):
-    """Rounds the result of every operation to float8_e4m3fn, as it is: a number past 448 becomes NaN. -inf, the mask, stays."""
+    """Rounds the result of every operation to float8_e4m3fn, whose largest number is 448. -inf, attention's mask, stays."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         y = function(*args, **(kwargs or {}))
         if not isinstance(y, torch.Tensor) or not y.is_floating_point():
             return y
-        return torch.where(y == -math.inf, y, y.to(torch.float8_e4m3fn).to(y.dtype))
+        return torch.where(y == -math.inf, y, y.clamp(-448, 448).to(torch.float8_e4m3fn).to(y.dtype))
 
 
 class InFloat8(torch.nn.Module):
