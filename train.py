@@ -57,6 +57,7 @@ class Config:
     # constraint
     method: str = "soft_cap"          # soft_cap, hard_cap, spectral_normalize, spectral_hammer, spectral_weight_decay, stiefel, svd_cap or none
     w_max: float = 6.0                # largest RMS->RMS norm of a matrix
+    w_max_mlp: float | None = None    # of the MLPs' matrices, if another than w_max; their learning rate is larger by as much
     # optimizer
     optimizer: str = "muon"           # muon or adamw
     lr: float | None = None           # peak learning rate, falls linearly to 0; by default 0.1 for muon, 0.002 for adamw
@@ -124,7 +125,7 @@ def parse(argv):
 
 def check(config):
     """Raise UserError for values that no run could use."""
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "batch_size", "max_steps", "eval_interval",
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "w_max_mlp", "batch_size", "max_steps", "eval_interval",
                  "softmax_scale", "logit_scale", "lr", "embedding_lr", "accumulate", "eval_tokens"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -268,22 +269,30 @@ def image_inputs(data, rows, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
+def relative_caps(model, config):
+    """{matrix: its cap over w_max}. Learning rates scale alike, so that w_max, lr and weight_decay hold for W over that."""
+    mlp = (config.w_max_mlp or config.w_max) / config.w_max
+    return {W: mlp if ".mlp." in name else 1.0 for name, W in matrices(model).items()}
+
+
 def make_optimizers(model, config, dtype):
     """
     [Muon or AdamW on all parameters] or, with Muon and embedding=adam, [Muon on the matrices, Adam on the embedding table].
     The weight decay is for the matrices alone. A group's learning rate is lr_scale times that of the run.
     """
     decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # there the method decays
-    matrix = {"params": list(matrices(model).values()), "weight_decay": decay, "lr_scale": 1.0}
+    caps = relative_caps(model, config)
+    groups = [{"params": [W for W in caps if caps[W] == cap], "weight_decay": decay / cap, "lr_scale": cap}
+              for cap in sorted(set(caps.values()))]
     tables = [model.wte.weight] if isinstance(model, GPT) else []
     table = {"params": tables, "weight_decay": 0.0, "lr_scale": config.embedding_lr}
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW([matrix, table], lr=config.lr, betas=(config.momentum, 0.95))]
+        return [torch.optim.AdamW([*groups, table], lr=config.lr, betas=(config.momentum, 0.95))]
     mine = [W for W, owner in owners(model).items() if owner == rank()] + tables
     muon = partial(Muon, lr=config.lr, momentum=config.momentum, dtype=dtype, mine=mine)
     if config.embedding == "adam" and tables:
-        return [muon([matrix]), torch.optim.Adam([table], lr=config.lr, betas=(0.9, 0.95))]
-    return [muon([matrix, table | {"embedding": True}])]
+        return [muon(groups), torch.optim.Adam([table], lr=config.lr, betas=(0.9, 0.95))]
+    return [muon([*groups, table | {"embedding": True}])]
 
 
 def set_schedule(optimizers, step, config):
@@ -309,10 +318,11 @@ def constrain(model, config, lr):
         small = config.optimizer == "muon" and lr * UPDATE_NORM <= 0.03 * config.w_max  # a step that bf16 can take back
         rounded = small or config.method not in ("soft_cap", "hard_cap")
         method = partial(method, dtype=getattr(torch, config.dtype) if rounded else torch.float32)
-    owner = owners(model)
+    owner, caps = owners(model), relative_caps(model, config)
     weights = [W for W in matrices(model).values() if owner[W] == rank()]
-    for W, new in zip(weights, map_by_shape(lambda W: method(W, strength), weights)):
-        W.copy_(new)
+    scaled = [W if caps[W] == 1 else W / caps[W] for W in weights]  # every method maps c W to c times what it maps W to
+    for W, new in zip(weights, map_by_shape(lambda W: method(W, strength), scaled)):
+        W.copy_(new if caps[W] == 1 else new * caps[W])
     if dist.is_initialized():
         for W in owner:
             dist.broadcast(W, owner[W])
@@ -428,8 +438,8 @@ def build(config, meta):
     except ValueError as e:
         raise UserError(str(e))
     if config.method in PROMISE_W_MAX:  # a cap below the initial norm, 1, holds from the start
-        for W in matrices(model).values():
-            W.data = svd_cap(W.data, config.w_max)
+        for W, cap in relative_caps(model, config).items():
+            W.data = svd_cap(W.data, config.w_max * cap)
     dtype = getattr(torch, config.dtype)
     if rank() == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
@@ -610,7 +620,7 @@ def train(config, given=()):
                 if not math.isfinite(scores["val_loss"]):
                     stop(f"the validation loss is {scores['val_loss']}")
                 if rank() == 0:
-                    norms = torch.cat([rms_norm(W).flatten() for W in matrices(model).values()])
+                    norms = torch.cat([rms_norm(W).flatten() / cap for W, cap in relative_caps(model, config).items()])
                     line = {"step": step, "train_loss": loss_sum / loss_count, **scores,
                             "log10_paper": lipschitz_bound(model, "paper"),
                             "log10_certified": lipschitz_bound(model, "certified"),

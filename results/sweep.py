@@ -214,6 +214,10 @@ HEADLINE += [ONE | {"n_head": 4, "w_max": w_max} for w_max in (1.0, 1.5, 2.0, 3.
 HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "softmax_scale": 4.0} for w_max in (1.0, 1.2, 1.5, 2.0, 3.0)]
 HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "logit_scale": scale}
              for w_max, scale in ((1.0, 2.0), (1.0, 8.0), (1.2, 4.0), (1.5, 4.0), (2.0, 4.0))]
+HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "softmax_scale": scale}
+             for w_max, scale in ((1.0, 16.0), (1.0, 64.0), (1.2, 16.0), (1.5, 16.0), (2.0, 16.0))]
+HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "softmax_scale": scale, "w_max_mlp": mlp}
+             for w_max, scale, mlp in ((1.0, 1.0, 2.0), (1.0, 4.0, 2.0), (1.0, 16.0, 3.0), (1.5, 4.0, 3.0), (2.0, 4.0, 4.0))]
 HEADLINE += [TWO | {"n_head": n_head, "w_max": w_max} for n_head in (1, 4) for w_max in (1.0, 1.5, 2.0, 3.0)]
 
 
