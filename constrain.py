@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GELU_SLOPE, GPT, load_checkpoint
+from model import GELU_SLOPE, GPT, GPTConfig, gelu, load_checkpoint
 from optim import POLAR, UPDATE_NORM, has_bf16, keep_memory, orthogonalize, polar_steps
 from prepare import UserError, open_split
 
@@ -222,7 +222,8 @@ def lipschitz_bound(model, kind):
 
     Of a GPT it is about forward_embeddings, from the largest RMS norm over tokens at the input to that at the logits.
     `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see body_bound); `paper`
-    is the formula of the authors' code, whose value can lie below the true constant (see paper_bound).
+    is the formula of the authors' code, whose value can lie below the true constant (see paper_bound), and None of a model
+    that has options which they do not.
     """
     if kind not in ("paper", "certified"):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
@@ -242,7 +243,7 @@ def log10_add(a, b):
 
 def log10_mix(alpha, log10_x):
     """log10((1 - alpha) + alpha x) from log10(x)."""
-    return log10_add(math.log10(1 - alpha), math.log10(alpha) + log10_x)
+    return log10_add(log10(1 - alpha), math.log10(alpha) + log10_x)
 
 
 def embedding_norm(model):
@@ -258,7 +259,10 @@ def paper_bound(model):
     multiply the value path as well.
     """
     config = model.config
-    alpha, log10_R = 1 / (2 * config.n_layer), 0.0
+    if any(getattr(config, name) != getattr(GPTConfig, name) for name in
+           ("position_bias", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio")) or not config.softmax_scale:
+        return None
+    alpha, log10_R = config.residual_weight, 0.0
     total = log10(config.logit_scale * rms_norm(model.head.weight).item() * embedding_norm(model))
     for block in model.blocks:
         q, k, v = (log10(norm) for norm in rms_norm(block.attn.qkv.weight).tolist())
@@ -273,8 +277,8 @@ def paper_bound(model):
 
 def attention_norms(attn, softmax_scale):
     """
-    (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R / 3, and its
-    derivative has norm <= (A_V + A_QK R^2) / 3, both in the largest RMS norm over tokens.
+    (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and its derivative has
+    norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Below, without attn_scale, which multiplies both.
 
     W^h are the rows of W_q, W_k, W_v and the columns of W_o that belong to head h; c is softmax_scale, d the width. A
     change dx of the input moves the output through the values (scores fixed) and the scores (values fixed).
@@ -285,8 +289,9 @@ def attention_norms(attn, softmax_scale):
       sum_h sigma(W_o^h W_v^h)                        triangle inequality
       sqrt(H) sigma([W_o^1 W_v^1 ... W_o^H W_v^H])    since H combinations below each other have norm sqrt(H)
 
-    Scores a_s = c/d_head <q, k_s>, where RoPE turns q and k_s by orthogonal matrices, which changes none of the norms
-    below. With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r): a head's output moves by sum_s dp_s v_s = Cov_p(da, v).
+    Scores a_s = c/d_head <q, k_s> + b_s, where b_s depends on positions alone and RoPE turns q and k_s by orthogonal
+    matrices; so da_s = c/d_head d<q, k_s>, and RoPE changes none of the norms below. Without content, c = 0, A_QK is 0.
+    With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r): a head's output moves by sum_s dp_s v_s = Cov_p(da, v).
     - By dq: da_s = c/d_head <dq, k_s>, so it moves by c/d_head Cov_p(v, k) dq. For unit vectors u, w and any t > 0
       Cov_p(<u,v>, <w,k>) <= t/2 E<u,v>^2 + 1/(2t) E<w,k>^2 <= max_s (t |v_s|^2 + |k_s|^2 / t) / 2 <= gamma_h R^2 d with
       gamma_h = sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2: v_s and k_s are images of one token, which cannot lie along
@@ -294,39 +299,49 @@ def attention_norms(attn, softmax_scale):
     - By dk: |Cov_p(da, v)| <= sqrt(E da^2 E|v|^2) <= c/d_head |q| max_s |dk_s| max_s |v_s|
       <= c/d_head |W_q^h x| R sqrt(d) g_h max_s |dx_s|, with g_h = sigma(W_v^h) sigma(W_k^h) and x the query's token.
     Over heads, sum_h g_h^2 |W_q^h y|^2 <= sigma(diag_h(g_h) W_q)^2 |y|^2 with y = x, and so for gamma_h with y = dx.
-    Through W_o, and with |x| <= R sqrt(d), both together move the output by at most R^2 A_QK / 3 |dx|,
+    Through W_o, and with |x| <= R sqrt(d), both together move the output by at most R^2 A_QK |dx|,
       A_QK = c d/d_head sigma(W_o) (sigma(diag_h(gamma_h) W_q) + sigma(diag_h(g_h) W_q)).
     (q and k may not swap roles here: a query is one token for all heads, but each head may look at another key's token.)
     """
     H, dh = attn.n_head, attn.d_head
-    Wq, Wk, Wv = attn.qkv.weight.detach().double().view(3, H, dh, H * dh)  # each (H, d_head, d)
+    *Wqk, Wv = attn.qkv.weight.detach().double().view(-1, H, dh, H * dh)   # each (H, d_head, d); W_q and W_k unless c = 0
     Wo = attn.proj.weight.detach().double()                                # (d, d)
     Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                          # (H, d, d_head)
     sigma = lambda W: torch.linalg.svdvals(W)[..., 0]
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
-    v, k = sigma(Wv), sigma(Wk)                                            # (H,)
+    v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), and so side by side
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
     A_V = min((sigma(Wo) * v.square().sum().sqrt()).item(), sigma(OV).sum().item(), (math.sqrt(H) * sigma(beside(OV))).item())
+    if not Wqk:
+        return attn.out_scale * A_V, 0.0
+    Wq, Wk = Wqk
+    k = sigma(Wk)
     t = (k / v.clamp_min(1e-300)).clamp(1e-9, 1e9).sqrt()[:, None, None]   # sqrt of the proof's; any is valid
     gamma = torch.minimum(sigma(torch.cat((t * Wv, Wk / t), dim=1)) ** 2 / 2, v * k)
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
-    return A_V, (softmax_scale * H * sigma(Wo) * sum(scores)).item()       # d / d_head = H
+    return attn.out_scale * A_V, (attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)).item()  # d / d_head = H
 
 
 def mlp_norms(block):
     """
     (gain, growth) of x -> (1 - alpha) x + alpha mlp(x): the norm of its derivative, and of its output over its input's.
 
+    Both are at most (1 - alpha) + alpha times the product of the layers' norms, as the activations are 1-Lipschitz and do not
+    lengthen: maxmin sorts pairs, |GELU(z)| <= |z| and |GELU'(z)| <= GELU_SLOPE. With GELU between two layers they are less:
+
     The derivative is (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE. As
     GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] = [m - r, m + r]. So with
     D = m I + E, |E| <= r, its norm is at most |(1 - alpha) I + alpha m W_out W_in| + alpha r |W_out| |W_in|. The output is
     the same with GELU(z) / z, which lies in [0, 1], in place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
     """
-    W_in, W_out = (layer.weight.detach().double() for layer in (block.mlp.fc, block.mlp.proj))
-    io = (rms_norm(W_in) * rms_norm(W_out)).item()
-    identity, alpha = torch.eye(len(W_out), dtype=torch.float64, device=W_out.device), block.alpha
-    whole = lambda m, r: (rms_norm((1 - alpha) * identity + alpha * m * W_out @ W_in) + alpha * r * io).item()
+    mlp, alpha = block.mlp, block.alpha
+    product = math.prod(rms_norm(layer.weight).item() for layer in (mlp.fc, *mlp.mid, mlp.proj))
+    if mlp.mid or mlp.activation is not gelu:
+        return ((1 - alpha) + alpha * product,) * 2
+    W = mlp.proj.weight.detach().double() @ mlp.fc.weight.detach().double()
+    identity = torch.eye(len(W), dtype=torch.float64, device=W.device)
+    whole = lambda m, r: rms_norm((1 - alpha) * identity + alpha * m * W).item() + alpha * r * product
     r = 1 - 1 / (2 * GELU_SLOPE)
     return whole(1 - r, r), whole(1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE))
 
@@ -350,9 +365,9 @@ def body_bound(layers, R):
     the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|.
     Everything is a log10, since K of a large model exceeds the largest float.
     """
-    alpha, log10_R, total, parts = 1 / (2 * len(layers)), log10(R), 0.0, []
-    for A_V, A_QK, mlp_gain, mlp_growth in layers:
-        value, score = log10(A_V / 3), log10(A_QK / 3) + 2 * log10_R
+    log10_R, total, parts = log10(R), 0.0, []
+    for alpha, A_V, A_QK, mlp_gain, mlp_growth in layers:
+        value, score = log10(A_V), log10(A_QK) + 2 * log10_R
         gain = log10_mix(alpha, log10_add(value, score)) + log10(mlp_gain)
         parts.append({"R": log10_R, "value": value, "score": score, "mlp": log10(mlp_gain), "gain": gain})
         log10_R += log10_mix(alpha, value) + log10(mlp_growth)
@@ -361,8 +376,8 @@ def body_bound(layers, R):
 
 
 def layer_norms(model):
-    """What certificate needs of each layer and no R changes: [(A_V, A_QK, MLP gain, MLP growth)]."""
-    return [attention_norms(block.attn, model.config.softmax_scale) + mlp_norms(block) for block in model.blocks]
+    """What certificate needs of each layer and no R changes: [(alpha, A_V, A_QK, MLP gain, MLP growth)]."""
+    return [(block.alpha, *attention_norms(block.attn, model.config.softmax_scale), *mlp_norms(block)) for block in model.blocks]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,8 +469,8 @@ def certified_radii(model, x, y):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def matrices(model):
-    """{name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all parameters but the embedding table."""
-    return {name.removesuffix(".weight"): p for name, p in model.named_parameters() if name != "wte.weight"}
+    """{name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and the biases."""
+    return {name.removesuffix(".weight"): p for name, p in model.named_parameters() if not name.endswith(("wte.weight", "bias"))}
 
 
 @torch.inference_mode()
@@ -514,7 +529,7 @@ def report(path, as_json, steps):
     found = log10(attack(model, steps=steps, tokens=text))
     result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
               "w_max": ckpt["config"]["w_max"], "embedding": R, "norms": norms, "log10_layers": parts,
-              "log10_attack": found, "log10_certified": certified, "log10_paper": paper, "paper_broken": found > paper}
+              "log10_attack": found, "log10_certified": certified, "log10_paper": paper, "paper_broken": paper is not None and found > paper}
     if text is not None:
         bears, right = margins(model, text)
         radii = log10_radii(model, bears, layers)
@@ -538,8 +553,9 @@ def report(path, as_json, steps):
     for i, part in enumerate(parts):
         print(f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in part.values()))
     print("\nlog10 of the Lipschitz constant, embeddings -> logits:")
-    print(f"  attack {found:.4f} <= certified {certified:.4f}    (published formula {paper:.4f}, "
-          f"{'broken by the attack' if found > paper else 'not an upper bound in general'})")
+    formula = ("published formula: for other architectures" if paper is None else
+               f"published formula {paper:.4f}, {'broken by the attack' if found > paper else 'not an upper bound in general'}")
+    print(f"  attack {found:.4f} <= certified {certified:.4f}    ({formula})")
     if text is None:
         print(f"no data in {folder}, so the attack began at random tokens and no prediction was certified")
         return

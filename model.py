@@ -24,6 +24,20 @@ from prepare import Tokenizer, UserError
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 
 
+def gelu(x):
+    """GELU / GELU_SLOPE, whose slope lies in [1/GELU_SLOPE - 1, 1]."""
+    return F.gelu(x) / GELU_SLOPE
+
+
+def maxmin(x):
+    """Sorts the pairs (x_i, x_{i + n/2}) of x (..., n) (Anil et al., arXiv 1811.05381); its derivative is a permutation."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)
+
+
+ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int = 65
@@ -33,8 +47,26 @@ class GPTConfig:
     n_embd: int = 256
     softmax_scale: float = 1.0   # attention scores are softmax_scale * <q, k> / d_head
     logit_scale: float = 1.0     # logits are logit_scale * head(x); part of the function that the bound is about
+    # The paper's architecture has the values below; the others are for small certificates (train.py --preset=tight)
+    position_bias: bool = False  # scores get a learned number for every head and distance between query and key
+    attn_scale: float = 1 / 3    # factor of attention's output; 1/sqrt(n_head) makes it 1-Lipschitz at norms of 1
+    alpha: float | None = None   # weight of a block's output against the residual's, by default 1/(2 n_layer); 1: no residual
+    activation: str = "gelu"     # gelu, over its largest slope, or maxmin
+    mlp_layers: int = 2          # linear layers of an MLP
+    mlp_ratio: int = 4           # width between them, over n_embd
+
+    @property
+    def residual_weight(self):
+        return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha  # 2 n_layer steps: the product of gains stays bounded
 
     def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if not 0 < self.residual_weight <= 1 or self.mlp_layers < 2 or self.softmax_scale < 0:
+            raise ValueError(f"needs 0 < alpha <= 1, mlp_layers >= 2 and softmax_scale >= 0, not {self.alpha}, {self.mlp_layers} "
+                             f"and {self.softmax_scale}")
+        if not self.softmax_scale and not self.position_bias:
+            raise ValueError("softmax_scale=0 leaves attention nothing to go by; use position_bias")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: "
                              "RoPE turns pairs of entries of each head")
@@ -58,37 +90,62 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """
+    Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias, bias[head, t - s].
+
+    The bias does not depend on the input, so that it costs the certificate nothing, whatever its size. At first the heads
+    look first, first + 1, ... tokens back in the first layer, at twice and three times as many in the next ones. Without
+    content, at softmax_scale 0, there are no queries and keys.
+    """
+    def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.d_head = config.n_head, config.n_embd // config.n_head
-        self.scale = config.softmax_scale / self.d_head
-        self.qkv = Linear(config.n_embd, config.n_embd, stack=3)
-        self.proj = Linear(config.n_embd, config.n_embd, zero=True)
+        self.scale, self.out_scale = config.softmax_scale / self.d_head, config.attn_scale
+        self.qkv = Linear(config.n_embd, config.n_embd, stack=3 if self.scale else 1)
+        self.proj = Linear(config.n_embd, config.n_embd, zero=config.residual_weight < 1)
+        self.bias = None
+        if config.position_bias:
+            first = int(config.residual_weight < 1)  # without a residual, attention has to bring the token itself too
+            back = (first + torch.arange(config.n_head) * (layer + 1)).clamp_max(config.block_size - 1)
+            self.bias = nn.Parameter(8.0 * F.one_hot(back, config.block_size))
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                         # (B, n_head, T, d_head)
-        y = attend(q, k, v, self.scale)
+        *qk, v = self.qkv(x).view(B, T, -1, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
+        v, bias = v.transpose(1, 2), None                                        # (B, n_head, T, d_head)
+        if self.bias is not None:  # (n_head, T, T): entry (t, s) is self.bias[:, t - s] for s <= t
+            bias = F.pad(self.bias[:, :T].flip(1), (0, T - 1)).unfold(1, T, 1).flip(1).to(v.dtype)
+        if qk:
+            q, k = (rotate(t, cos, sin).transpose(1, 2) for t in qk)
+            y = attend(q, k, v, self.scale, bias)
+        else:
+            y = bias.masked_fill(later(T, x.device), -math.inf).softmax(dim=-1).to(v.dtype) @ v
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.proj(y) / 3  # Modula: the value, query and key paths then have a third of the gain each
+        return self.out_scale * self.proj(y)  # Modula: a third, as the value, query and key paths have a gain of 1 each
 
 
-def attend(q, k, v, scale):
+def later(T, device):
+    """(T, T), true where the key comes after the query."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+
+
+def attend(q, k, v, scale, bias):
     """
-    Causal attention softmax(scale q k^T) v of q, k, v (B, n_head, T, d_head): F.scaled_dot_product_attention on a GPU. On a
-    CPU its kernel's backward pass is slow, so there the products are written out, in two halves: the first half of the
-    queries sees the first half of the keys alone, which saves a quarter of the work.
+    Causal attention softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head) and bias, (n_head, T, T) or None: on a GPU
+    F.scaled_dot_product_attention. On a CPU its kernel's backward pass is slow, so there the products are written out, in
+    two halves: the first half of the queries sees the first half of the keys alone, which saves a quarter of the work.
     """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     T = q.shape[2]
-    later = torch.ones(T, T, dtype=torch.bool).triu(1)  # keys that come after the query
+    mask = later(T, q.device)
+    if q.device.type != "cpu":
+        bias = None if bias is None else bias.masked_fill(mask, -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
     halves = []
     for start, end in ((0, T // 2), (T // 2, T)):
         scores = q[:, :, start:end] @ k[:, :, :end].mT * scale
-        scores = scores.masked_fill(later[start:end, :end], -math.inf)
+        if bias is not None:
+            scores = scores + bias[:, start:end, :end]
+        scores = scores.masked_fill(mask[start:end, :end], -math.inf)
         halves.append(scores.softmax(dim=-1) @ v[:, :, :end])
     return torch.cat(halves, dim=2)
 
@@ -110,18 +167,23 @@ def rotate(x, cos, sin):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = Linear(4 * config.n_embd, config.n_embd, zero=True)
+        width = config.mlp_ratio * config.n_embd
+        self.fc = Linear(config.n_embd, width)
+        self.mid = nn.ModuleList(Linear(width, width) for _ in range(config.mlp_layers - 2))
+        self.proj = Linear(width, config.n_embd, zero=config.residual_weight < 1)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x)) / GELU_SLOPE)
+        for layer in (self.fc, *self.mid):
+            x = self.activation(layer(x))
+        return self.proj(x)
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.alpha = 1 / (2 * config.n_layer)  # 2 * n_layer residual steps: the product of their gains stays bounded
-        self.attn = Attention(config)
+        self.alpha = config.residual_weight
+        self.attn = Attention(config, layer)
         self.mlp = FeedForward(config)
 
     def forward(self, x, cos, sin):
@@ -134,7 +196,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = Linear(config.n_embd, config.vocab_size)
         rms = self.wte.weight.data.square().mean(dim=1, keepdim=True).sqrt()
         self.wte.weight.data /= rms  # rows of RMS norm 1

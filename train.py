@@ -36,7 +36,7 @@ from tqdm import tqdm
 import prepare
 from constrain import (METHODS, PROMISE_W_MAX, TAKE_DTYPE, certified_radii, lipschitz_bound, matrices, pgd, rms_norm,
                        soft_cap_coupling, svd_cap)
-from model import GPT, MLP, GPTConfig, MLPConfig, load_checkpoint
+from model import ACTIVATIONS, GPT, MLP, GPTConfig, MLPConfig, load_checkpoint
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import Tokenizer, UserError
 
@@ -54,6 +54,12 @@ class Config:
     block_size: int = 256             # context length in tokens
     softmax_scale: float = 1.0        # attention scores are softmax_scale * <q, k> / d_head
     logit_scale: float = 1.0          # logits are logit_scale * head(x); the Lipschitz bounds include it
+    position_bias: bool = False       # scores get a learned number for every head and distance; softmax_scale may be 0 then
+    attn_scale: float = 1 / 3         # factor of attention's output
+    alpha: float | None = None        # weight of a block's output against the residual's, by default 1/(2 n_layer); 1: no residual
+    activation: str = "gelu"          # gelu or maxmin
+    mlp_layers: int = 2               # linear layers of an MLP
+    mlp_ratio: int = 4                # width between them, over n_embd
     # constraint
     method: str = "soft_cap"          # soft_cap, hard_cap, spectral_normalize, spectral_hammer, spectral_weight_decay, stiefel, svd_cap or none
     w_max: float = 6.0                # largest RMS->RMS norm of a matrix
@@ -114,7 +120,7 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # of `float | None`: float
         help = comments[field.name] + ("" if field.default is None else f" [{field.default}]")
-        choices = {"preset": PRESETS, "method": METHODS, "optimizer": ("muon", "adamw"), "embedding": ("dual", "adam"),
+        choices = {"preset": PRESETS, "method": METHODS, "optimizer": ("muon", "adamw"), "embedding": ("dual", "adam"), "activation": ACTIVATIONS,
                    "dtype": ("bfloat16", "float32")}.get(field.name)
         if kind is bool:
             parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
@@ -126,7 +132,7 @@ def parse(argv):
 def check(config):
     """Raise UserError for values that no run could use."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "w_max_mlp", "batch_size", "max_steps", "eval_interval",
-                 "softmax_scale", "logit_scale", "lr", "embedding_lr", "accumulate", "eval_tokens"):
+                 "logit_scale", "attn_scale", "mlp_ratio", "lr", "embedding_lr", "accumulate", "eval_tokens"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive and finite")
@@ -284,7 +290,7 @@ def make_optimizers(model, config, dtype):
     caps = relative_caps(model, config)
     groups = [{"params": [W for W in caps if caps[W] == cap], "weight_decay": decay / cap, "lr_scale": cap}
               for cap in sorted(set(caps.values()))]
-    tables = [model.wte.weight] if isinstance(model, GPT) else []
+    tables = [p for name, p in model.named_parameters() if name.endswith(("wte.weight", "bias"))]  # and position biases
     table = {"params": tables, "weight_decay": 0.0, "lr_scale": config.embedding_lr}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([*groups, table], lr=config.lr, betas=(config.momentum, 0.95))]
@@ -629,7 +635,8 @@ def train(config, given=()):
                             "seconds": time.perf_counter() - started}
                     bar.write(f"step {step}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
                               f"accuracy {line['val_acc']:.2%} ({extra_scores(scores)}), "
-                              f"log10 bound {line['log10_certified']:.2f} certified, {line['log10_paper']:.2f} paper, "
+                              f"log10 bound {line['log10_certified']:.2f} certified, " +
+                              (f"{line['log10_paper']:.2f} paper, " if line["log10_paper"] is not None else "") +
                               f"norm/cap {line['norm_over_cap']:.4f}, activations {line['act_max']:.1f} max, "
                               f"{line['act_rms']:.2f} RMS, {line['tokens_per_second']:,.0f} "
                               f"{'images' if 'images' in meta else 'tokens'}/s")
