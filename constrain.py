@@ -260,7 +260,7 @@ def paper_bound(model):
     """
     config = model.config
     if any(getattr(config, name) != getattr(GPTConfig, name) for name in
-           ("position_bias", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio")) or not config.softmax_scale:
+           ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio")) or not config.softmax_scale:
         return None
     alpha, log10_R = config.residual_weight, 0.0
     total = log10(config.logit_scale * rms_norm(model.head.weight).item() * embedding_norm(model))

@@ -49,7 +49,8 @@ class GPTConfig:
     logit_scale: float = 1.0     # logits are logit_scale * head(x); part of the function that the bound is about
     # The paper's architecture has the values below; the others are for small certificates (train.py --preset=tight)
     position_bias: bool = False  # scores get a learned number for every head and distance between query and key
-    attn_scale: float = 1 / 3    # factor of attention's output; 1/sqrt(n_head) makes it 1-Lipschitz at norms of 1
+    per_head: bool = False       # constrain W_q, W_k and W_v head by head: matrices (d_head, n_embd)
+    attn_scale: float = 1 / 3    # factor of attention's output
     alpha: float | None = None   # weight of a block's output against the residual's, by default 1/(2 n_layer); 1: no residual
     activation: str = "gelu"     # gelu, over its largest slope, or maxmin
     mlp_layers: int = 2          # linear layers of an MLP
@@ -96,12 +97,18 @@ class Attention(nn.Module):
     The bias does not depend on the input, so that it costs the certificate nothing, whatever its size. At first the heads
     look first, first + 1, ... tokens back in the first layer, at twice and three times as many in the next ones. Without
     content, at softmax_scale 0, there are no queries and keys.
+
+    With per_head, a head's W_v (d_head, n_embd) has RMS->RMS norm 1 if its singular values are 1/sqrt(n_head). So n_head
+    tokens, one for each head, have values of RMS norm 1 beside each other, as large as the tokens, if all heads read one and
+    the same subspace of d_head dimensions; and no number of heads makes the value path's gain larger than 1. A W_v for all
+    heads at once has to give each head a subspace of its own.
     """
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.d_head = config.n_head, config.n_embd // config.n_head
         self.scale, self.out_scale = config.softmax_scale / self.d_head, config.attn_scale
-        self.qkv = Linear(config.n_embd, config.n_embd, stack=3 if self.scale else 1)
+        parts, size = (config.n_head, self.d_head) if config.per_head else (1, config.n_embd)
+        self.qkv = Linear(config.n_embd, size, stack=parts * (3 if self.scale else 1))
         self.proj = Linear(config.n_embd, config.n_embd, zero=config.residual_weight < 1)
         self.bias = None
         if config.position_bias:

@@ -566,7 +566,7 @@ def random_net(seed, tight):
     options = {}
     if tight:
         c = rng.choice((0, 0.1, c))
-        options = dict(position_bias=c == 0 or rng.random() < 0.5, attn_scale=rng.choice((0.2, 1.0)), alpha=rng.choice((None, 0.7, 1.0)),
+        options = dict(position_bias=c == 0 or rng.random() < 0.5, per_head=rng.random() < 0.5, attn_scale=rng.choice((0.2, 1.0)), alpha=rng.choice((None, 0.7, 1.0)),
                        activation=rng.choice(("gelu", "maxmin")), mlp_layers=rng.choice((2, 3, 4)), mlp_ratio=rng.choice((1, 2)))
     net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8, **options)
     for block in net.blocks if options.get("position_bias") else ():
@@ -623,6 +623,23 @@ def test_tight_bound_by_hand_and_reached():
     net.blocks[0].attn.bias.mul_(-100)
     net.blocks[0].mlp.mid[0].weight.mul_(3)
     assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(24), abs=1e-6)
+
+
+@pytest.mark.parametrize("H", (1, 4))
+def test_heads_constrained_one_by_one_cost_no_factor(H):
+    """With every head's W_v of norm 1 the values' gain is 1, which tokens that differ from head to head reach."""
+    net = gpt(H=H, d=16, c=0, position_bias=True, per_head=True, attn_scale=1.0).double().requires_grad_(False)
+    set_identities(net)
+    net.double()
+    attn = net.blocks[0].attn
+    assert attn.qkv.weight.shape == (H, 16 // H, 16) and constrain.attention_norms(attn, 0.0) == (pytest.approx(1, abs=1e-6), 0)
+    X = torch.zeros(1, 8, 16, dtype=torch.float64)
+    found = constrain.ascend(lambda X: attn(X, net.cos, net.sin), X, 1.0, steps=0)
+    X[..., :16 // H] = math.sqrt(H)  # tokens of norm 1 in the subspace that the heads read keep it
+    assert 0.99 < found <= 1 + 1e-6 and attn(X, net.cos, net.sin)[0, -1].square().mean() == pytest.approx(1, abs=0.02)
+    net = gpt(H=H, d=16, c=0.5, per_head=True, attn_scale=1.0)
+    set_identities(net)
+    assert constrain.attention_norms(net.blocks[0].attn, 0.5) == (pytest.approx(1, abs=1e-6), pytest.approx(2 * 0.5, abs=1e-6))
 
 
 def test_position_bias_counts_distances():

@@ -55,6 +55,7 @@ class Config:
     softmax_scale: float = 1.0        # attention scores are softmax_scale * <q, k> / d_head
     logit_scale: float = 1.0          # logits are logit_scale * head(x); the Lipschitz bounds include it
     position_bias: bool = False       # scores get a learned number for every head and distance; softmax_scale may be 0 then
+    per_head: bool = False            # constrain W_q, W_k and W_v head by head
     attn_scale: float = 1 / 3         # factor of attention's output
     alpha: float | None = None        # weight of a block's output against the residual's, by default 1/(2 n_layer); 1: no residual
     activation: str = "gelu"          # gelu or maxmin
