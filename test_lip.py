@@ -1223,6 +1223,27 @@ def test_activations_sees_the_largest_layer():
     assert train.activations(net, x) == after
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
+    """Near the manifold a few products suffice, in bfloat16 too; far from it Muon's iteration takes over."""
+    torch.manual_seed(0)
+    slow, calls = constrain.orthogonalize, []
+    monkeypatch.setattr(constrain, "orthogonalize", lambda *args: calls.append(1) or slow(*args))
+    for shape in ((4, 64, 64), (2, 16, 128), (128, 16), (1, 7)):
+        unit = math.sqrt(shape[-2] / shape[-1])
+        for w_max in (0.3, 4.0):
+            W = torch.empty(shape)
+            for matrix in W.view(-1, *shape[-2:]):
+                torch.nn.init.orthogonal_(matrix, gain=w_max * unit)
+            W -= 0.1 * w_max * unit * slow(torch.randn(shape))
+            U, _, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+            s = sigma(constrain.stiefel(W, w_max, dtype)) / unit
+            assert (s / w_max - 1).abs().max() < 1e-4 and not calls
+            assert (constrain.stiefel(W, w_max, dtype) - w_max * unit * U @ Vh).abs().max() < 1e-3 * w_max * unit
+    s = sigma(constrain.stiefel(torch.randn(64, 20), 2.0, dtype)) / math.sqrt(64 / 20)
+    assert calls and (s - 2).abs().max() < 1e-3
+
+
 def test_constraints_hold_during_training(data):
     """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and the others do what they say."""
     for optimizer, lr in (("muon", 0.3), ("adamw", 0.02)):
