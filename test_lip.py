@@ -1707,7 +1707,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
 def test_a_bad_sweep_is_refused(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline and seeds", "grids")
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, tight, ablation", "grids")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
     one_line(run_main(plot, monkeypatch), "has no runs")
     Path("records.jsonl").write_text('{"part": "lr"')

@@ -5,6 +5,7 @@ Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint af
     python train.py --method=hard_cap --optimizer=adamw --w_max=2    # any option of Config below
     python train.py --bench --batch_size=64                          # time of a step against its matrix products
     python train.py --resume                                         # go on from out_dir/ckpt.pt
+    python train.py --preset=tight                                   # small certified bound, see README.md
     python train.py --preset=fineweb                                 # the 145 M model (prepare.py fineweb first)
     torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb   # on 8 GPUs
     python train.py --help                                           # all options
@@ -94,7 +95,11 @@ FINEWEB = dict(out_dir="out/fineweb", dataset="fineweb", n_layer=12, n_head=6, n
                max_steps=1770, cooldown=0.4, eval_interval=125, eval_tokens=10_485_760)
 # and its MLP on CIFAR-10, 50 epochs. Options of the transformer do not matter there.
 CIFAR10 = dict(out_dir="out/cifar10", dataset="cifar10", w_max=6.0, batch_size=512, max_steps=4900, eval_interval=980)
-PRESETS = {"cifar10": CIFAR10, "fineweb": FINEWEB,
+# A transformer that is cheap to certify: heads look at fixed distances, all maps keep the norm, the bound is logit_scale.
+TIGHT = dict(out_dir="out/tight", n_layer=1, n_head=8, n_embd=512, softmax_scale=0.0, logit_scale=8.0, position_bias=True,
+             per_head=True, attn_scale=1.0, alpha=1.0, activation="maxmin", mlp_layers=4, mlp_ratio=1, method="stiefel", w_max=1.0,
+             lr=0.025, max_steps=1200, eval_interval=1200)
+PRESETS = {"cifar10": CIFAR10, "tight": TIGHT, "fineweb": FINEWEB,
            **{f"fineweb-w{w}": FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}") for w in (1, 4, 16)}}
 
 

@@ -1,8 +1,9 @@
 """
-The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl.
+The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl, those of --preset=tight one of
+results/tight.jsonl.
 
     python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text
-    python results/sweep.py                                       # all parts in turn: lr grid headline seeds
+    python results/sweep.py                                       # all parts in turn: lr grid headline seeds tight ablation
     python results/sweep.py grid --jobs=2                         # one part, two runs at a time
 
 Finished runs are skipped, and a run that was stopped goes on from its checkpoint in out/sweep: Ctrl-C and start again as
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,7 +33,8 @@ from model import load_checkpoint
 from prepare import UserError, open_split
 from train import evaluate
 
-RECORDS, RUNS = RESULTS / "shakespeare.jsonl", ROOT / "out" / "sweep"
+RECORDS, TIGHT, RUNS = RESULTS / "shakespeare.jsonl", RESULTS / "tight.jsonl", ROOT / "out" / "sweep"
+PARTS = ("lr", "grid", "headline", "seeds", "tight", "ablation")
 CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
 
 METHODS = ("soft_cap", "hard_cap", "svd_cap", "spectral_normalize", "stiefel", "spectral_hammer", "spectral_weight_decay", "none")
@@ -62,12 +65,13 @@ def strengths(method, optimizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # One run
 
-def read():
-    """All records so far."""
+def read(path=None):
+    """All records so far of a file, by default RECORDS."""
+    path = path or RECORDS
     try:
-        return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError as e:
-        raise UserError(f"{RECORDS} is damaged ({e}); mend or remove the line")
+        raise UserError(f"{path} is damaged ({e}); mend or remove the line")
 
 
 lock = threading.Lock()  # of the file and of the screen
@@ -81,13 +85,14 @@ def version():
 
 def run(part, options, threads):
     """
-    The record of train.py with options, from RECORDS if it is there, else by running it. It has an "error" if the run
-    diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
+    The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
+    run diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
     """
-    steps = options.get("max_steps", STEPS)
-    options = PAPER | {"seed": 0, "max_steps": steps, "eval_interval": steps // 10, "eval_tokens": 4096} | options
+    steps, path = options.get("max_steps", STEPS), TIGHT if part in ("tight", "ablation") else RECORDS
+    common = {"seed": 0, "max_steps": steps, "eval_interval": steps // 10, "eval_tokens": 4096}
+    options = ({"preset": "tight"} if path == TIGHT else PAPER) | common | options
     with lock:
-        for record in read():
+        for record in read(path):
             if record["options"] == options:
                 return record
     args = [f"--{name}={value}" for name, value in options.items()]
@@ -112,10 +117,10 @@ def run(part, options, threads):
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         record["trace"] = {name: [line[name] for line in log] for name in ("step", "train_loss", "norm_over_cap")}
         if part != "lr":
-            record |= measurements(out / "ckpt.pt", thorough=part == "seeds")
+            record |= measurements(out / "ckpt.pt", thorough=part in ("seeds", "tight"))
     with lock:
-        RECORDS.with_suffix(".part").write_text("".join(json.dumps(r) + "\n" for r in read() + [record]))
-        os.replace(RECORDS.with_suffix(".part"), RECORDS)
+        path.with_suffix(".part").write_text("".join(json.dumps(r) + "\n" for r in read(path) + [record]))
+        os.replace(path.with_suffix(".part"), path)
         print(f"{part}: {' '.join(args)}: " + (record.get("error") or
               f"training loss {record['trace']['train_loss'][-1]:.4f}, "
               + (f"accuracy {record['val_acc']:.2%}, " if "val_acc" in record else "") +
@@ -248,17 +253,35 @@ def seeds(threads, pool):
     list(pool.map(lambda job: run("seeds", job[0] | {"seed": job[1]}, threads), [(p, seed) for p in points for seed in (1, 2)]))
 
 
+# The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate
+LEVELS = ((7.99, 0.025), (1.99, 0.05), (29.0, 0.025), (3.99, 0.05), (99.0, 0.0125))
+TIGHT_STEPS, ABLATION_STEPS = 1200, 300
+TIGHT_RUNS = [{"logit_scale": scale, "lr": lr, "seed": seed, "max_steps": TIGHT_STEPS} for scale, lr in LEVELS for seed in (0, 1, 2)]
+
+# From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
+CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False, "per_head": False,
+            "attn_scale": 1 / 3, "alpha": 1 / 6, "activation": "gelu", "mlp_layers": 2, "mlp_ratio": 4, "method": "soft_cap", "lr": 0.05},
+           {"position_bias": True}, {"activation": "maxmin"}, {"softmax_scale": 0.0, "attn_scale": 0.5},
+           {"n_layer": 1, "n_embd": 512, "n_head": 8, "attn_scale": 8 ** -0.5, "alpha": 0.5}, {"alpha": 1.0},
+           {"mlp_layers": 4, "mlp_ratio": 1}, {"per_head": True, "attn_scale": 1.0}, {"method": "stiefel", "lr": 0.025})
+BACK = ({"activation": "gelu"}, {"alpha": 0.5}, {"per_head": False, "attn_scale": 8 ** -0.5}, {"method": "soft_cap"},
+        {"method": "hard_cap"}, {"method": "spectral_normalize"}, {"softmax_scale": 0.25}, {"mlp_layers": 2}, {"mlp_layers": 6},
+        {"n_head": 4}, {"n_head": 16}, {"n_layer": 2, "mlp_layers": 2}, {"optimizer": "adamw", "lr": 0.002})
+ABLATION_RUNS = [reduce(dict.__or__, CHANGES[:i + 1]) | {"max_steps": ABLATION_STEPS} for i in range(len(CHANGES))]
+ABLATION_RUNS += [change | {"max_steps": ABLATION_STEPS} for change in BACK]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["lr", "grid", "headline", "seeds"], help="lr, grid, headline, seeds")
+    parser.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the machine's cores")
     args = parser.parse_args()
     threads = max(1, os.cpu_count() // args.jobs)
     torch.set_num_threads(threads)
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        if not set(args.parts) <= {"lr", "grid", "headline", "seeds"}:
-            raise UserError(f"the parts are lr, grid, headline and seeds, not {' '.join(args.parts)}")
+        if not set(args.parts) <= set(PARTS):
+            raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
         meta = ROOT / "data" / "shakespeare" / "meta.json"
         if not meta.exists() or json.loads(meta.read_text()).get("sha256") != CANONICAL:
             raise UserError("data/shakespeare is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
@@ -266,7 +289,8 @@ def main():
             if part == "seeds":
                 seeds(threads, pool)
             else:
-                jobs, f = {"lr": (pairs(), tune), "grid": (pairs(), grid), "headline": (HEADLINE, headline)}[part]
+                jobs, f = {"lr": (pairs(), tune), "grid": (pairs(), grid), "headline": (HEADLINE, headline),
+                           "tight": (TIGHT_RUNS, partial(run, "tight")), "ablation": (ABLATION_RUNS, partial(run, "ablation"))}[part]
                 list(pool.map(lambda job: f(job, threads), jobs))
     except (UserError, OSError) as e:
         sys.exit(f"sweep.py: {e}")
