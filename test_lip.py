@@ -1275,6 +1275,22 @@ def test_constraints_hold_during_training(data):
                     assert largest > 1  # so the others had something to hold
 
 
+def test_the_tight_preset_is_certified_by_its_logit_scale(data, monkeypatch, capsys):
+    """All its norms are 1 after training too, so that the bound is logit_scale; an attack comes near it."""
+    small = ["--n_head=4", "--n_embd=64", "--block_size=16", "--batch_size=8", "--max_steps=30", "--eval_interval=30", "--device=cpu",
+             "--compile=false", "--out_dir=out"]
+    for dtype in ("float32", "bfloat16"):
+        assert run_main(train, monkeypatch, "--preset=tight", f"--dtype={dtype}", *small) is None
+        line = log_lines()[-1]
+        assert line["log10_certified"] == pytest.approx(math.log10(8), abs=1e-3) and line["log10_paper"] is None
+        assert line["val_acc"] > 0.3 and "paper," not in capsys.readouterr().out
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=30", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert math.log10(4) < result["log10_attack"] <= result["log10_certified"] and result["paper_broken"] is False
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1") is None
+    assert "<= certified" in capsys.readouterr().out
+
+
 def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     train.train(train.Config(**TINY | dict(max_steps=60, eval_interval=25)))
     printed, lines = capsys.readouterr().out, log_lines()

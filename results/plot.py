@@ -1,14 +1,16 @@
 """
-Draw the figures of results/ from shakespeare.jsonl, and print the tables of results/README.md.
+Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print the tables of results/README.md.
 
-    pip install matplotlib && python results/plot.py              # tradeoff.png, norms.png, radius.png
+    pip install matplotlib && python results/plot.py              # tradeoff.png, norms.png, radius.png, tight.png
     python results/plot.py --tables                               # the tables alone, in Markdown
 """
 import argparse
 import math
 import sys
+from statistics import mean
 
-from sweep import LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, UserError, best_under, chosen_lr, frontier, pairs, read, strengths
+from sweep import (ABLATION_RUNS, BACK, CHANGES, LEVELS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
+                   chosen_lr, complete, frontier, pairs, read, strengths)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
@@ -78,22 +80,50 @@ def norms(records, plt):
     return figure
 
 
+def level(tight, scale):
+    """The runs of the preset at a logit_scale, one for each seed."""
+    return [r for r in tight if r["part"] == "tight" and r["options"]["logit_scale"] == scale]
+
+
 def radius(records, plt):
-    """Certified accuracy against the radius, of the frontier's models with seed 1."""
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    measured = [r for r in frontier([r for r in records if "log10_radii" in r and r["options"]["seed"] == 1], "log10_certified")]
-    for i, run in enumerate(measured):
-        radii = run["log10_radii"]
-        share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
-        x = [max(r, -WIDEST) for r in radii]
-        ax.plot([10 ** r for r in [x[0] - 1, *x]], [share[0], *share], color=plt.get_cmap("viridis")(i / len(measured)),
-                label=f"bound {power(run['log10_certified'])}: {run['val_acc']:.1%}")
+    """Certified accuracy against the radius: models on the frontier of the paper's architecture, and the preset's."""
+    figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    papers = frontier([r for r in records if "log10_radii" in r and r["options"]["seed"] == 1], "log10_certified")
+    tights = [runs[0] for scale in sorted(scale for scale, _ in LEVELS) if (runs := level(read(TIGHT), scale))]
+    for runs, name, colors, line in ((papers, "paper's architecture", "Blues_r", "-"), (tights, "tight", "Oranges_r", "--")):
+        for i, run in enumerate(runs):
+            radii = [max(x, -WIDEST) for x in run["log10_radii"]]
+            share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
+            ax.plot([10 ** x for x in [radii[0] - 1, *radii]], [share[0], *share], linestyle=line, color=plt.get_cmap(colors)(0.7 * i / len(runs)),
+                    label=f"{name}, bound {power(run['log10_certified'])}")
     ax.set_xscale("log")
-    ax.set_xlabel("radius: largest change of an embedding, RMS norm")
+    ax.set_xlabel("radius: change of every embedding that no prediction minds, in RMS norm")
     ax.set_ylabel("certified accuracy, %")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    return figure
+
+
+def tight(records, plt):
+    """The preset's accuracy against its certified bound, beside the frontier of the paper's architecture."""
+    figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    papers = frontier([r for r in records if "val_acc" in r], "log10_certified")
+    ax.plot([10 ** r["log10_certified"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
+            label="paper's architecture, any options: certified")
+    ax.plot([10 ** r["log10_attack"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
+            linestyle=":", markerfacecolor="white", label="the same models: attack")
+    levels = [runs for scale in sorted(scale for scale, _ in LEVELS) if (runs := level(read(TIGHT), scale))]
+    for bound, look, label in (("log10_certified", dict(marker="s"), "--preset=tight: certified"),
+                               ("log10_attack", dict(marker="s", linestyle=":", markerfacecolor="white"), "the same models: attack")):
+        ax.plot([10 ** max(r[bound] for r in runs) for runs in levels], [100 * mean(r["val_acc"] for r in runs) for runs in levels],
+                color="#D55E00", label=label, **look)
+    ax.set_xscale("log")
+    ax.set_xlabel("Lipschitz constant, embeddings to logits")
+    ax.set_ylabel("accuracy on the validation split, %")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
     return figure
 
 
@@ -109,8 +139,10 @@ def power(log10_x):
 
 def settings(options):
     """What sets a run apart from the others, as options of train.py."""
-    common = ("seed", "max_steps", "eval_interval", "eval_tokens", "method", "optimizer")
-    return ", ".join(f"{name} {value:g}" for name, value in options.items() if name not in common and PAPER.get(name) != value)
+    common = ("seed", "max_steps", "eval_interval", "eval_tokens", *(("method", "optimizer") if "seed" in options else ()))
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
+             if name not in common and PAPER.get(name) != value}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def table(head, rows):
@@ -128,15 +160,15 @@ def same_but_seed(records, options):
 
 def spread(values, form="{:.2%}"):
     """The mean and, of several values, the smallest and largest."""
-    mean = form.format(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))}, {len(values)} seeds)"
+    middle = form.format(mean(values))
+    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))} to {form.format(max(values))}, {len(values)} seeds)"
 
 
 def tables(records):
     first = [r for r in records if r["options"]["seed"] == 0 and "val_acc" in r]
     grid = [r for r in first if r["part"] == "grid"]
     yield "learning rates", table(["", *(OPTIMIZER_LABELS[o] for o in OPTIMIZERS)],
-                                  [[LABELS[m], *(f"{chosen_lr((m, o), records):g}" for o in OPTIMIZERS)] for m in METHODS])
+                                  [[LABELS[m], *(f"{chosen_lr((m, o), records) or math.nan:g}" for o in OPTIMIZERS)] for m in METHODS])
     for bound, label in BOUNDS.items():
         yield f"frontier, {label}", table(
             ["", "options", "accuracy", "loss", "paper protocol", "certified", "paper", "attack", "activations", "float8 loses"],
@@ -159,6 +191,21 @@ def tables(records):
           f"{100 * r['float8_lost']:.2f}"] for r in grid])
 
 
+def tight_tables(records):
+    yield "tight, at several bounds", table(
+        ["`--logit_scale`", "accuracy", "loss", "paper protocol", "certified", "attack", "median certified radius", "float8 loses", "lr"],
+        [[f"{scale:g}", spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"),
+          spread([r["paper_protocol_acc"] for r in runs]), power(max(r["log10_certified"] for r in runs)),
+          power(max(r["log10_attack"] for r in runs)), f"{mean(10 ** r['log10_radii'][20] for r in runs):.3f}",
+          f"{100 * mean(r['float8_lost'] for r in runs):.2f}", f"{lr:g}"]
+         for scale, lr in sorted(LEVELS) if (runs := level(records, scale))])
+    names = ["the paper's architecture"] + [f"+ {settings(change)}" for change in CHANGES[1:]] + [settings(change) for change in BACK]
+    done = {name: next((r for r in records if r["options"] == complete("ablation", options)), None)
+            for name, options in zip(names, ABLATION_RUNS)}
+    rows = [[name, f"{r['val_acc']:.2%}", power(r["log10_certified"]), power(r["log10_attack"])] for name, r in done.items() if r]
+    yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--tables", action="store_true", help="print the tables and draw nothing")
@@ -167,14 +214,14 @@ def main():
         records = read()
         if not records:
             raise UserError("results/shakespeare.jsonl has no runs; make them with python results/sweep.py")
-        for title, text in tables(records) if args.tables else ():
+        for title, text in [*tables(records), *tight_tables(read(TIGHT))] if args.tables else ():
             print(f"### {title}\n\n{text}")
         if not args.tables:
             try:
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            for draw in (tradeoff, norms, radius):
+            for draw in (tradeoff, norms, radius, tight):
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
     except UserError as e:
         sys.exit(f"plot.py: {e}")

@@ -46,7 +46,7 @@ DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw")
           ("spectral_weight_decay", "muon"): [7.0, 4.0, 2.0, 1.0, 0.5],
           ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
 PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0}  # its Shakespeare model
-FIRST_LR = {"muon": 0.12, "adamw": 0.002}
+FIRST_LR = {"muon": 0.12, "adamw": 0.008}
 LR_STEPS, STEPS, HEADLINE_STEPS = 100, 250, 500
 LIMITS = (2, 10, 100, 1e4, 1e8)  # bounds at which results/README.md asks for the best accuracy
 
@@ -83,14 +83,19 @@ def version():
     return git("log", "-1", "--format=%h").stdout.strip() + ("-dirty" if git("diff", "--quiet", "HEAD").returncode else "")
 
 
+def complete(part, options):
+    """All options with which train.py is called for a run of a part."""
+    steps = options.get("max_steps", STEPS)
+    common = {"seed": 0, "max_steps": steps, "eval_interval": steps // 10, "eval_tokens": 4096}
+    return ({"preset": "tight"} if part in ("tight", "ablation") else PAPER) | common | options
+
+
 def run(part, options, threads):
     """
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
     run diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
     """
-    steps, path = options.get("max_steps", STEPS), TIGHT if part in ("tight", "ablation") else RECORDS
-    common = {"seed": 0, "max_steps": steps, "eval_interval": steps // 10, "eval_tokens": 4096}
-    options = ({"preset": "tight"} if path == TIGHT else PAPER) | common | options
+    options, path = complete(part, options), TIGHT if part in ("tight", "ablation") else RECORDS
     with lock:
         for record in read(path):
             if record["options"] == options:
@@ -200,16 +205,21 @@ def tuning_loss(record):
 
 
 def chosen_lr(pair, records):
-    """The best learning rate of a pair, from the records of tune."""
+    """The best learning rate of a pair, from the records of tune; None if there are none."""
     runs = [r for r in records if r["part"] == "lr" and (r["options"]["method"], r["options"]["optimizer"]) == pair]
-    if not runs:
-        raise UserError("no learning rate has been chosen; first run python results/sweep.py lr")
-    return min(runs, key=tuning_loss)["options"]["lr"]
+    return min(runs, key=tuning_loss)["options"]["lr"] if runs else None
+
+
+def lr_of(pair):
+    lr = chosen_lr(pair, read())
+    if lr is None:
+        raise UserError(f"no learning rate has been chosen for {' and '.join(pair)}; first run python results/sweep.py lr")
+    return lr
 
 
 def grid(pair, threads):
     for strength in strengths(*pair):
-        run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": chosen_lr(pair, read())}, threads)
+        run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": lr_of(pair)}, threads)
 
 
 ONE, TWO = {"n_layer": 1, "n_embd": 400}, {"n_layer": 2, "n_embd": 288}  # about 2 M parameters too
@@ -227,8 +237,8 @@ HEADLINE += [TWO | {"n_head": n_head, "w_max": w_max} for n_head in (1, 4) for w
 
 
 def headline(options, threads):
-    lr = chosen_lr(("soft_cap", "muon"), read())
-    run("headline", {"method": "soft_cap", "optimizer": "muon", "max_steps": HEADLINE_STEPS, "lr": lr} | options, threads)
+    common = {"method": "soft_cap", "optimizer": "muon", "max_steps": HEADLINE_STEPS, "lr": lr_of(("soft_cap", "muon"))}
+    run("headline", common | options, threads)
 
 
 def frontier(records, bound):
