@@ -74,7 +74,7 @@ def read(path=None):
         raise UserError(f"{path} is damaged ({e}); mend or remove the line")
 
 
-lock = threading.Lock()  # of the file and of the screen
+lock, attacking = threading.Lock(), threading.Lock()  # of the files and the screen; torch.func is not made for threads
 
 
 def version():
@@ -169,7 +169,8 @@ def measurements(path, thorough):
     tokens = torch.from_numpy(text.astype(np.int64))
     with torch.autocast("cpu", getattr(torch, ckpt["config"]["dtype"]), enabled=ckpt["config"]["dtype"] != "float32"):
         result = evaluate(model, text, cpu)
-    result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
+    with attacking:
+        result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
     if thorough:
         bears, right = margins(model, tokens)
         radii = log10_radii(model, bears, layer_norms(model))[right].double()
