@@ -276,8 +276,8 @@ def paper_bound(model):
     multiply the value path as well.
     """
     config = model.config
-    if any(getattr(config, name) != getattr(GPTConfig, name) for name in
-           ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio")) or not config.softmax_scale:
+    others = ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio")
+    if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in others):
         return None
     alpha, log10_R = config.residual_weight, 0.0
     total = log10(config.logit_scale * rms_norm(model.head.weight).item() * embedding_norm(model))

@@ -63,7 +63,7 @@ class GPTConfig:
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
-        if not 0 < self.residual_weight <= 1 or self.mlp_layers < 2 or self.softmax_scale < 0:
+        if not 0 < self.residual_weight <= 1 or self.mlp_layers < 2 or not 0 <= self.softmax_scale < math.inf:
             raise ValueError(f"needs 0 < alpha <= 1, mlp_layers >= 2 and softmax_scale >= 0, not {self.alpha}, {self.mlp_layers} "
                              f"and {self.softmax_scale}")
         if not self.softmax_scale and not self.position_bias:

@@ -508,7 +508,8 @@ def test_values_of_heads_that_look_at_different_tokens():
         X[0, h, h * dh + dh - 1] = math.sqrt(d)
         X[0, -1, h * dh + dh - 1] = math.sqrt(d / H)
     norm = attn(X, net.cos[:H + 1].double(), net.sin[:H + 1].double())[0, -1].square().mean().sqrt().item()
-    assert 0.99 * math.sqrt(H) / 3 < norm <= layer_gains(net)[1] * (1 + 1e-12) and layer_gains(net)[1] == pytest.approx(math.sqrt(H) / 3)
+    assert 0.99 * math.sqrt(H) / 3 < norm <= layer_gains(net)[1] * (1 + 1e-12)
+    assert layer_gains(net)[1] == pytest.approx(math.sqrt(H) / 3)
 
 
 def test_queries_and_keys_may_not_swap_roles():
@@ -566,7 +567,8 @@ def random_net(seed, tight):
     options = {}
     if tight:
         c = rng.choice((0, 0.1, c))
-        options = dict(position_bias=c == 0 or rng.random() < 0.5, per_head=rng.random() < 0.5, attn_scale=rng.choice((0.2, 1.0)), alpha=rng.choice((None, 0.7, 1.0)),
+        options = dict(position_bias=c == 0 or rng.random() < 0.5, per_head=rng.random() < 0.5,
+                       attn_scale=rng.choice((0.2, 1.0)), alpha=rng.choice((None, 0.7, 1.0)),
                        activation=rng.choice(("gelu", "maxmin")), mlp_layers=rng.choice((2, 3, 4)), mlp_ratio=rng.choice((1, 2)))
     net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8, **options)
     for block in net.blocks if options.get("position_bias") else ():
@@ -1597,17 +1599,17 @@ def test_cifar10(cifar, monkeypatch, capsys):
     one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=cifar10"), "--preset=fineweb does not fit", "holds images")
     images = np.load("data/cifar10/train_images.npy", allow_pickle=False)
     assert images.shape == (1000, 3072) and images.dtype == np.uint8
-    short = ["--batch_size=100", "--eval_interval=20", "--device=cpu", "--dtype=float32", "--compile=false"]
+    short = ["--batch_size=100", "--eval_interval=35", "--device=cpu", "--dtype=float32", "--compile=false"]
     for optimizer in ("muon", "adamw"):
-        assert run_main(train, monkeypatch, "--preset=cifar10", f"--optimizer={optimizer}", "--max_steps=40", "--w_max=2", *short) is None
+        assert run_main(train, monkeypatch, "--preset=cifar10", f"--optimizer={optimizer}", "--max_steps=70", "--w_max=2", *short) is None
         line = log_lines("out/cifar10")[-1]
-        assert line["step"] == 40 and line["val_acc"] > 0.8 and (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
+        assert line["step"] == 70 and line["val_acc"] > 0.8 and (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
         assert line["log10_certified"] == line["log10_paper"]
         for eps in (36, 72, 108, 255):
             assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
     assert 0 < line["certified_acc_36"] and line["attacked_acc_255"] < line["val_acc"]
     assert "L2 36, 72, 108, 255/255" in capsys.readouterr().out
-    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/cifar10", "--max_steps=60") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/cifar10", "--max_steps=90") is None
     assert run_main(constrain, monkeypatch, "out/cifar10/ckpt.pt", "--steps=5") is None
     assert "attack" in capsys.readouterr().out
     assert run_main(constrain, monkeypatch, "out/cifar10/ckpt.pt", "--steps=5", "--json") is None
@@ -1680,6 +1682,16 @@ def test_frontier_keeps_what_nothing_beats():
     assert sweep.best_under(runs, "log10_certified", 2) is None
 
 
+def test_a_learning_rate_is_chosen_between_worse_ones():
+    def tuned(lr, loss):
+        options = {"method": "none", "optimizer": "muon", "lr": lr}
+        return {"part": "lr", "options": options, **({"trace": {"train_loss": [9, loss, loss]}} if loss else {"error": "the loss is nan"})}
+
+    runs = [tuned(0.2, 2.0), tuned(0.1, 2.5), tuned(0.4, 1.9)]
+    assert sweep.chosen_lr(("none", "muon"), runs) is None and sweep.chosen_lr(("none", "adamw"), runs) is None
+    assert sweep.chosen_lr(("none", "muon"), runs + [tuned(0.8, None)]) == 0.4
+
+
 def test_float8_rounds_every_result():
     x = torch.tensor([0.1, 0.011, 300.0])
     with sweep.Float8():
@@ -1703,7 +1715,8 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     monkeypatch.setattr(sweep, "RUNS", data / "out/sweep")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
-    options = {**TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
+    options = {**TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1,
+               "weight_decay": 0.0}
     del options["out_dir"]
     done = sweep.run("seeds", options, 1)
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
@@ -1733,7 +1746,7 @@ def test_a_bad_sweep_is_refused(data, monkeypatch):
 def test_tables_in_the_results_come_from_the_records():
     """Every table that plot.py makes stands in results/README.md as it is."""
     report = (HERE / "results/README.md").read_text()
-    made = list(plot.tables(sweep.read()))
-    assert len(made) > 5
+    made = [*plot.tables(sweep.read()), *plot.tight_tables(sweep.read(sweep.TIGHT))]
+    assert len(made) > 1
     for title, text in made:
         assert text in report, f"{title}: run python results/plot.py --tables and copy it"

@@ -55,10 +55,10 @@ class Config:
     block_size: int = 256             # context length in tokens
     softmax_scale: float = 1.0        # attention scores are softmax_scale * <q, k> / d_head
     logit_scale: float = 1.0          # logits are logit_scale * head(x); the Lipschitz bounds include it
-    position_bias: bool = False       # scores get a learned number for every head and distance; softmax_scale may be 0 then
+    position_bias: bool = False       # add to the scores a learned number for every head and distance
     per_head: bool = False            # constrain W_q, W_k and W_v head by head
     attn_scale: float = 1 / 3         # factor of attention's output
-    alpha: float | None = None        # weight of a block's output against the residual's, by default 1/(2 n_layer); 1: no residual
+    alpha: float | None = None        # a block's weight against the residual's, by default 1/(2 n_layer); 1: no residual
     activation: str = "gelu"          # gelu or maxmin
     mlp_layers: int = 2               # linear layers of an MLP
     mlp_ratio: int = 4                # width between them, over n_embd
@@ -126,8 +126,8 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # of `float | None`: float
         help = comments[field.name] + ("" if field.default is None else f" [{field.default}]")
-        choices = {"preset": PRESETS, "method": METHODS, "optimizer": ("muon", "adamw"), "embedding": ("dual", "adam"), "activation": ACTIVATIONS,
-                   "dtype": ("bfloat16", "float32")}.get(field.name)
+        choices = {"preset": PRESETS, "method": METHODS, "optimizer": ("muon", "adamw"), "embedding": ("dual", "adam"),
+                   "activation": ACTIVATIONS, "dtype": ("bfloat16", "float32")}.get(field.name)
         if kind is bool:
             parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
         else:

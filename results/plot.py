@@ -94,8 +94,8 @@ def radius(records, plt):
         for i, run in enumerate(runs):
             radii = [max(x, -WIDEST) for x in run["log10_radii"]]
             share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
-            ax.plot([10 ** x for x in [radii[0] - 1, *radii]], [share[0], *share], linestyle=line, color=plt.get_cmap(colors)(0.7 * i / len(runs)),
-                    label=f"{name}, bound {power(run['log10_certified'])}")
+            ax.plot([10 ** x for x in [radii[0] - 1, *radii]], [share[0], *share], linestyle=line,
+                    color=plt.get_cmap(colors)(0.7 * i / len(runs)), label=f"{name}, bound {power(run['log10_certified'])}")
     ax.set_xscale("log")
     ax.set_xlabel("radius: change of every embedding that no prediction minds, in RMS norm")
     ax.set_ylabel("certified accuracy, %")
@@ -139,9 +139,11 @@ def power(log10_x):
 
 def settings(options):
     """What sets a run apart from the others, as options of train.py."""
-    common = ("seed", "max_steps", "eval_interval", "eval_tokens", *(("method", "optimizer") if "seed" in options else ()))
+    common = ["seed", "max_steps", "eval_interval", "eval_tokens"]
+    if "seed" in options:  # all options of a run, of which `who` names two
+        common += ["method", "optimizer", *(name for name in PAPER if PAPER[name] == options.get(name))]
     shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
-             if name not in common and PAPER.get(name) != value}
+             if name not in common}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
@@ -168,7 +170,9 @@ def tables(records):
     first = [r for r in records if r["options"]["seed"] == 0 and "val_acc" in r]
     grid = [r for r in first if r["part"] == "grid"]
     yield "learning rates", table(["", *(OPTIMIZER_LABELS[o] for o in OPTIMIZERS)],
-                                  [[LABELS[m], *(f"{chosen_lr((m, o), records) or math.nan:g}" for o in OPTIMIZERS)] for m in METHODS])
+                                  [[LABELS[m], *(chosen_lr((m, o), records) or "unfinished" for o in OPTIMIZERS)] for m in METHODS])
+    if not first:
+        return
     for bound, label in BOUNDS.items():
         yield f"frontier, {label}", table(
             ["", "options", "accuracy", "loss", "paper protocol", "certified", "paper", "attack", "activations", "float8 loses"],
@@ -203,7 +207,8 @@ def tight_tables(records):
     done = {name: next((r for r in records if r["options"] == complete("ablation", options)), None)
             for name, options in zip(names, ABLATION_RUNS)}
     rows = [[name, f"{r['val_acc']:.2%}", power(r["log10_certified"]), power(r["log10_attack"])] for name, r in done.items() if r]
-    yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
+    if rows:
+        yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
 
 
 def main():

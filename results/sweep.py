@@ -206,9 +206,11 @@ def tuning_loss(record):
 
 
 def chosen_lr(pair, records):
-    """The best learning rate of a pair, from the records of tune; None if there are none."""
+    """The best learning rate of a pair, from the records of tune; None if that has not been completed."""
     runs = [r for r in records if r["part"] == "lr" and (r["options"]["method"], r["options"]["optimizer"]) == pair]
-    return min(runs, key=tuning_loss)["options"]["lr"] if runs else None
+    losses = [tuning_loss(r) for r in sorted(runs, key=lambda r: r["options"]["lr"])]
+    best = losses.index(min(losses)) if losses else 0
+    return sorted(r["options"]["lr"] for r in runs)[best] if 0 < best < len(losses) - 1 else None
 
 
 def lr_of(pair):
@@ -267,11 +269,13 @@ def seeds(threads, pool):
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate
 LEVELS = ((7.99, 0.025), (1.99, 0.05), (29.0, 0.025), (3.99, 0.05), (99.0, 0.0125))
 TIGHT_STEPS, ABLATION_STEPS = 1200, 300
-TIGHT_RUNS = [{"logit_scale": scale, "lr": lr, "seed": seed, "max_steps": TIGHT_STEPS} for scale, lr in LEVELS for seed in (0, 1, 2)]
+TIGHT_RUNS = [{"logit_scale": scale, "lr": lr, "seed": seed, "max_steps": TIGHT_STEPS}
+              for scale, lr in LEVELS for seed in (0, 1, 2)]
 
 # From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False, "per_head": False,
-            "attn_scale": 1 / 3, "alpha": 1 / 6, "activation": "gelu", "mlp_layers": 2, "mlp_ratio": 4, "method": "soft_cap", "lr": 0.05},
+            "attn_scale": 1 / 3, "alpha": 1 / 6, "activation": "gelu", "mlp_layers": 2, "mlp_ratio": 4, "method": "soft_cap",
+            "lr": 0.05},
            {"position_bias": True}, {"activation": "maxmin"}, {"softmax_scale": 0.0, "attn_scale": 0.5},
            {"n_layer": 1, "n_embd": 512, "n_head": 8, "attn_scale": 8 ** -0.5, "alpha": 0.5}, {"alpha": 1.0},
            {"mlp_layers": 4, "mlp_ratio": 1}, {"per_head": True, "attn_scale": 1.0}, {"method": "stiefel", "lr": 0.025})
@@ -301,7 +305,8 @@ def main():
                 seeds(threads, pool)
             else:
                 jobs, f = {"lr": (pairs(), tune), "grid": (pairs(), grid), "headline": (HEADLINE, headline),
-                           "tight": (TIGHT_RUNS, partial(run, "tight")), "ablation": (ABLATION_RUNS, partial(run, "ablation"))}[part]
+                           "tight": (TIGHT_RUNS, partial(run, "tight")),
+                           "ablation": (ABLATION_RUNS, partial(run, "ablation"))}[part]
                 list(pool.map(lambda job: f(job, threads), jobs))
     except (UserError, OSError) as e:
         sys.exit(f"sweep.py: {e}")
