@@ -121,11 +121,11 @@ def stiefel(W, w_max, dtype=torch.float32):
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     I = torch.eye(X.shape[-2], device=W.device)
-    for products in (dtype, dtype, torch.float32):
+    for step, products in enumerate((dtype, dtype, torch.float32)):
         X_ = X.to(products)
         E = (X_ @ X_.mT - I).to(dtype)  # I is float32, and E small
         E2 = E @ E
-        if products == dtype and not ((E2 @ E2).float().norm(dim=(-2, -1)) <= 0.5 ** 4).all():  # at least |E|
+        if step == 0 and not ((E2 @ E2).float().norm(dim=(-2, -1)) <= 0.5 ** 4).all():  # at least |E|
             return w_max * rms_unit(W) * orthogonalize(W, EXACT_POLAR)
         X = X + ((3 / 8 * E2 - E / 2) @ X.to(dtype)).float()
     return w_max * rms_unit(W) * (X.mT if tall else X).reshape(W.shape)
@@ -546,7 +546,8 @@ def report(path, as_json, steps):
     found = log10(attack(model, steps=steps, tokens=text))
     result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
               "w_max": ckpt["config"]["w_max"], "embedding": R, "norms": norms, "log10_layers": parts,
-              "log10_attack": found, "log10_certified": certified, "log10_paper": paper, "paper_broken": paper is not None and found > paper}
+              "log10_attack": found, "log10_certified": certified, "log10_paper": paper,
+              "paper_broken": paper is not None and found > paper}
     if text is not None:
         bears, right = margins(model, text)
         radii = log10_radii(model, bears, layers)

@@ -296,7 +296,7 @@ def make_optimizers(model, config, dtype):
     caps = relative_caps(model, config)
     groups = [{"params": [W for W in caps if caps[W] == cap], "weight_decay": decay / cap, "lr_scale": cap}
               for cap in sorted(set(caps.values()))]
-    tables = [p for name, p in model.named_parameters() if name.endswith(("wte.weight", "bias"))]  # and position biases
+    tables = [p for p in model.parameters() if p not in caps]  # the embedding table and position biases
     table = {"params": tables, "weight_decay": 0.0, "lr_scale": config.embedding_lr}
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([*groups, table], lr=config.lr, betas=(config.momentum, 0.95))]

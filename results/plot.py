@@ -9,7 +9,7 @@ import math
 import sys
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, BACK, CHANGES, LEVELS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
+from sweep import (ABLATION_RUNS, BACK, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
                    chosen_lr, complete, frontier, pairs, read, strengths)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
@@ -25,12 +25,14 @@ def of_pair(records, method, optimizer):
     return [r for r in records if (r["options"]["method"], r["options"]["optimizer"]) == (method, optimizer)]
 
 
-def legend(axes, figure, **where):
-    """Methods by colour and optimizers by line, of which the axes have every one."""
-    from matplotlib.lines import Line2D
-    handles = [Line2D([], [], color=COLORS[m], linewidth=3, label=LABELS[m]) for m in METHODS]
-    handles += [Line2D([], [], color="black", label=OPTIMIZER_LABELS[o], **LINES[o]) for o in OPTIMIZERS]
-    figure.legend(handles=handles, frameon=False, **where)
+def plain(ax):
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def optimizer_handles(plt):
+    """Of a legend."""
+    return [plt.Line2D([], [], color="black", label=OPTIMIZER_LABELS[o], **LINES[o]) for o in OPTIMIZERS]
 
 
 def tradeoff(records, plt):
@@ -46,12 +48,11 @@ def tradeoff(records, plt):
         column[-1].set_xlabel(label)
         for ax in column:
             ax.set_xscale("log")
-            ax.grid(alpha=0.25)
-            ax.spines[["top", "right"]].set_visible(False)
+            plain(ax)
     axes[0, 0].set_ylabel("accuracy on the validation split, %")
     axes[1, 0].set_ylabel("validation loss, nats per character")
-    legend(axes, figure, loc="outside right center")
-    figure.suptitle("Muon and a cap, normalization or the Stiefel manifold: most accuracy for a given bound")
+    handles = [plt.Line2D([], [], color=COLORS[m], linewidth=3, label=LABELS[m]) for m in METHODS] + optimizer_handles(plt)
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
     return figure
 
 
@@ -70,26 +71,26 @@ def norms(records, plt):
             ax.axhline(dict(middle)["w_max"], color="black", linewidth=0.8, linestyle="--")
         ax.set_title(LABELS[method], fontsize=10)
         ax.set_yscale("log")
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
+        plain(ax)
     figure.supxlabel("step")
     figure.supylabel("largest RMS→RMS norm of a matrix")
-    handles = [plt.Line2D([], [], color="black", label=OPTIMIZER_LABELS[o], **LINES[o]) for o in OPTIMIZERS]
-    handles.append(plt.Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="w_max"))
+    handles = optimizer_handles(plt) + [plt.Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="w_max")]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
-def level(tight, scale):
-    """The runs of the preset at a logit_scale, one for each seed."""
-    return [r for r in tight if r["part"] == "tight" and r["options"]["logit_scale"] == scale]
+def levels(tight):
+    """The runs of the preset, a list for every logit_scale with one for each seed."""
+    runs = [r for r in tight if r["part"] == "tight"]
+    return [[r for r in runs if r["options"]["logit_scale"] == scale]
+            for scale in sorted({r["options"]["logit_scale"] for r in runs})]
 
 
 def radius(records, plt):
     """Certified accuracy against the radius: models on the frontier of the paper's architecture, and the preset's."""
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     papers = frontier([r for r in records if "log10_radii" in r and r["options"]["seed"] == 1], "log10_certified")
-    tights = [runs[0] for scale in sorted(scale for scale, _ in LEVELS) if (runs := level(read(TIGHT), scale))]
+    tights = [runs[0] for runs in levels(read(TIGHT))]
     for runs, name, colors, line in ((papers, "paper's architecture", "Blues_r", "-"), (tights, "tight", "Oranges_r", "--")):
         for i, run in enumerate(runs):
             radii = [max(x, -WIDEST) for x in run["log10_radii"]]
@@ -99,8 +100,7 @@ def radius(records, plt):
     ax.set_xscale("log")
     ax.set_xlabel("radius: change of every embedding that no prediction minds, in RMS norm")
     ax.set_ylabel("certified accuracy, %")
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
+    plain(ax)
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
     return figure
 
@@ -113,16 +113,15 @@ def tight(records, plt):
             label="paper's architecture, any options: certified")
     ax.plot([10 ** r["log10_attack"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
             linestyle=":", markerfacecolor="white", label="the same models: attack")
-    levels = [runs for scale in sorted(scale for scale, _ in LEVELS) if (runs := level(read(TIGHT), scale))]
+    tights = levels(read(TIGHT))
     for bound, look, label in (("log10_certified", dict(marker="s"), "--preset=tight: certified"),
                                ("log10_attack", dict(marker="s", linestyle=":", markerfacecolor="white"), "the same models: attack")):
-        ax.plot([10 ** max(r[bound] for r in runs) for runs in levels], [100 * mean(r["val_acc"] for r in runs) for runs in levels],
+        ax.plot([10 ** max(r[bound] for r in runs) for runs in tights], [100 * mean(r["val_acc"] for r in runs) for runs in tights],
                 color="#D55E00", label=label, **look)
     ax.set_xscale("log")
     ax.set_xlabel("Lipschitz constant, embeddings to logits")
     ax.set_ylabel("accuracy on the validation split, %")
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
+    plain(ax)
     ax.legend(frameon=False)
     return figure
 
@@ -196,19 +195,19 @@ def tables(records):
 
 
 def tight_tables(records):
+    presets = levels(records)
+    certified, attacked = ([power(max(r[bound] for r in runs)) for runs in presets] for bound in ("log10_certified", "log10_attack"))
+    accuracy = [spread([r["val_acc"] for r in runs]) for runs in presets]
+    radii = [f"{mean(10 ** r['log10_radii'][20] for r in runs):.3f}" for runs in presets]
     yield "tight, in short", table(
         ["certified bound", "attack", "accuracy", "paper protocol", "median certified radius"],
-        [[power(max(r["log10_certified"] for r in runs)), power(max(r["log10_attack"] for r in runs)),
-          spread([r["val_acc"] for r in runs]), spread([r["paper_protocol_acc"] for r in runs], "{:.1%}"),
-          f"{mean(10 ** r['log10_radii'][20] for r in runs):.3f}"]
-         for scale, lr in sorted(LEVELS) if (runs := level(records, scale))])
+        zip(certified, attacked, accuracy, [spread([r["paper_protocol_acc"] for r in runs], "{:.1%}") for runs in presets], radii))
     yield "tight, at several bounds", table(
         ["`--logit_scale`", "accuracy", "loss", "paper protocol", "certified", "attack", "median certified radius", "float8 loses", "lr"],
-        [[f"{scale:g}", spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"),
-          spread([r["paper_protocol_acc"] for r in runs]), power(max(r["log10_certified"] for r in runs)),
-          power(max(r["log10_attack"] for r in runs)), f"{mean(10 ** r['log10_radii'][20] for r in runs):.3f}",
-          f"{100 * mean(r['float8_lost'] for r in runs):.2f}", f"{lr:g}"]
-         for scale, lr in sorted(LEVELS) if (runs := level(records, scale))])
+        [[f"{runs[0]['options']['logit_scale']:g}", accuracy[i], spread([r["val_loss"] for r in runs], "{:.3f}"),
+          spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
+          f"{100 * mean(r['float8_lost'] for r in runs):.2f}", f"{runs[0]['options']['lr']:g}"]
+         for i, runs in enumerate(presets)])
     names = ["the paper's architecture"] + [f"+ {settings(change)}" for change in CHANGES[1:]] + [settings(change) for change in BACK]
     done = {name: next((r for r in records if r["options"] == complete("ablation", options)), None)
             for name, options in zip(names, ABLATION_RUNS)}

@@ -95,7 +95,8 @@ def run(part, options, threads):
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
     run diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
     """
-    options, path = complete(part, options), TIGHT if part in ("tight", "ablation") else RECORDS
+    options = complete(part, options)
+    path = TIGHT if "preset" in options else RECORDS
     with lock:
         for record in read(path):
             if record["options"] == options:
@@ -171,14 +172,13 @@ def measurements(path, thorough):
         result = evaluate(model, text, cpu)
     with attacking:
         result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
+    some = text if thorough else text[:2 ** 14 + 1]
+    bears, right = margins(model, tokens[:len(some)])
     if thorough:
-        bears, right = margins(model, tokens)
         radii = log10_radii(model, bears, layer_norms(model))[right].double()
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) certified accuracy is val_acc (1 - i / 40)
         result["log10_radii"] = torch.quantile(radii, torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
-    some = text if thorough else text[:2 ** 14 + 1]
-    exact = evaluate(model, some, cpu, 1)["val_acc"]
-    result["float8_lost"] = exact - evaluate(InFloat8(model), some, cpu, 1)["val_acc"]
+    result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, cpu, 1)["val_acc"]
     return result | {"config": ckpt["config"]}
 
 
@@ -207,10 +207,10 @@ def tuning_loss(record):
 
 def chosen_lr(pair, records):
     """The best learning rate of a pair, from the records of tune; None if that has not been completed."""
-    runs = [r for r in records if r["part"] == "lr" and (r["options"]["method"], r["options"]["optimizer"]) == pair]
-    losses = [tuning_loss(r) for r in sorted(runs, key=lambda r: r["options"]["lr"])]
-    best = losses.index(min(losses)) if losses else 0
-    return sorted(r["options"]["lr"] for r in runs)[best] if 0 < best < len(losses) - 1 else None
+    losses = {r["options"]["lr"]: tuning_loss(r) for r in records
+              if r["part"] == "lr" and (r["options"]["method"], r["options"]["optimizer"]) == pair}
+    best = min(losses, key=losses.get, default=None)
+    return None if not losses or best in (min(losses), max(losses)) else best
 
 
 def lr_of(pair):
