@@ -1692,6 +1692,23 @@ def test_a_learning_rate_is_chosen_between_worse_ones():
     assert sweep.chosen_lr(("none", "muon"), runs + [tuned(0.8, None)]) == 0.4
 
 
+def test_finals_are_the_best_under_a_limit_at_the_better_learning_rate(monkeypatch):
+    runs = [record(0.2, 0.3, lr=0.1), record(1.5, 0.4, lr=0.2), record(9, 0.6, lr=0.3), record(0.1, 0.9, lr=0.4) | {"part": "seeds"}]
+    runs = [r | {"log10_paper": 0.1} for r in runs]
+    monkeypatch.setattr(sweep, "read", lambda: runs)
+    assert [options["lr"] for options in sweep.finalists()] == [0.1, 0.2, 0.3]
+    seeds = sweep.frontier_seeds()
+    assert len(seeds) == 6 and all(s in seeds for s in ({"seed": 2, "lr": 0.2}, {"seed": 1, "lr": 0.3}))
+    done = []
+    monkeypatch.setattr(sweep, "run", lambda part, options, threads: done.append(options) or {
+        "options": options, "trace": {"train_loss": [options["lr"]] * 2}})
+    sweep.final({"seed": 0, "lr": 0.2}, 1)
+    assert [(o["lr"], o["seed"]) for o in done] == [(0.2, 0), (0.1, 0), (0.1, 1), (0.1, 2)]
+    finals = [[record(1, 0.5), record(2.1, 0.6)], [record(0.5, 0.4)]]
+    assert plot.best_final(finals, "log10_certified", 100) == finals[1] and plot.best_final(finals, "log10_certified", 2) is None
+    assert plot.best_final(finals, "log10_certified", 1e4) == finals[0]
+
+
 def test_float8_rounds_every_result():
     x = torch.tensor([0.1, 0.011, 300.0])
     with sweep.Float8():
@@ -1718,7 +1735,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     options = {**TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1,
                "weight_decay": 0.0}
     del options["out_dir"]
-    done = sweep.run("seeds", options, 1)
+    done = sweep.run("final", options, 1)
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     val = prepare.open_split("data/shakespeare", "val", ckpt["meta"])[0]
     scores = train.evaluate(net, val, torch.device("cpu"))
@@ -1730,13 +1747,13 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
     assert "the loss is" in hot["error"] or "the validation loss is" in hot["error"]
     monkeypatch.setattr(sweep.subprocess, "run", None)
-    assert sweep.run("seeds", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot and len(sweep.read()) == 2
+    assert sweep.run("final", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot and len(sweep.read()) == 2
 
 
 def test_a_bad_sweep_is_refused(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, tight, ablation", "grids")
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, tight, ablation", "grids")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
     one_line(run_main(plot, monkeypatch), "has no runs")
     Path("records.jsonl").write_text('{"part": "lr"')

@@ -9,15 +9,15 @@ import math
 import sys
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, BACK, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
-                   chosen_lr, complete, frontier, pairs, read, strengths)
+from sweep import (ABLATION_RUNS, BACK, BOUNDS, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
+                   chosen_lr, complete, frontier, pairs, read, searched, strengths)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
 LABELS = {name: name.replace("_", " ") for name in METHODS} | {"none": "weight decay", "svd_cap": "SVD cap"}
 LINES = {"muon": dict(linestyle="-", marker="o"), "adamw": dict(linestyle=":", marker="s", markerfacecolor="white")}
 OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
-BOUNDS = {"log10_certified": "certified Lipschitz bound (a theorem)", "log10_paper": "published formula (not a bound)"}
+BOUND_LABELS = dict(zip(BOUNDS, ("certified Lipschitz bound (a theorem)", "published formula (not a bound)")))
 WIDEST = 30  # log10 of the largest bound that is drawn
 
 
@@ -36,14 +36,21 @@ def optimizer_handles(plt):
 
 
 def tradeoff(records, plt):
-    """Accuracy and loss against both bounds: what every method and optimizer reaches, its dominated runs left out."""
+    """
+    Accuracy and loss against both bounds: what every method and optimizer reaches with the paper's shape, dominated runs left
+    out, and in grey what the search over shapes and scales reaches with soft cap and Muon.
+    """
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
-    grid = [r for r in records if r["part"] == "grid" and "val_acc" in r]
-    for (bound, label), column in zip(BOUNDS.items(), axes.T):
+    grid = [r for r in searched(records) if r["part"] == "grid"]
+    shapes = [r for r in searched(records) if r["part"] == "headline"]
+    for (bound, label), column in zip(BOUND_LABELS.items(), axes.T):
+        for ax, y, unit in zip(column, ("val_acc", "val_loss"), (100, 1)):
+            points = [r for r in frontier(shapes, bound) if r[bound] <= WIDEST]
+            ax.plot([10 ** r[bound] for r in points], [r[y] * unit for r in points], color="#DDDDDD", linewidth=6)
         for method, optimizer in pairs():
             points = [r for r in frontier(of_pair(grid, method, optimizer), bound) if r[bound] <= WIDEST]
-            for ax, y in zip(column, ("val_acc", "val_loss")):
-                ax.plot([10 ** r[bound] for r in points], [r[y] * (100 if y == "val_acc" else 1) for r in points],
+            for ax, y, unit in zip(column, ("val_acc", "val_loss"), (100, 1)):
+                ax.plot([10 ** r[bound] for r in points], [r[y] * unit for r in points],
                         color=COLORS[method], markersize=5, linewidth=1.5, **LINES[optimizer])
         column[-1].set_xlabel(label)
         for ax in column:
@@ -52,6 +59,7 @@ def tradeoff(records, plt):
     axes[0, 0].set_ylabel("accuracy on the validation split, %")
     axes[1, 0].set_ylabel("validation loss, nats per character")
     handles = [plt.Line2D([], [], color=COLORS[m], linewidth=3, label=LABELS[m]) for m in METHODS] + optimizer_handles(plt)
+    handles += [plt.Line2D([], [], color="#DDDDDD", linewidth=6, label="best of other shapes")]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     return figure
 
@@ -70,7 +78,8 @@ def norms(records, plt):
         if "w_max" in dict(middle):
             ax.axhline(dict(middle)["w_max"], color="black", linewidth=0.8, linestyle="--")
         ax.set_title(LABELS[method], fontsize=10)
-        ax.set_yscale("log")
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter("{x:g}")
         plain(ax)
     figure.supxlabel("step")
     figure.supylabel("largest RMS→RMS norm of a matrix")
@@ -89,7 +98,7 @@ def levels(tight):
 def radius(records, plt):
     """Certified accuracy against the radius: models on the frontier of the paper's architecture, and the preset's."""
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    papers = frontier([r for r in records if "log10_radii" in r and r["options"]["seed"] == 1], "log10_certified")
+    papers = frontier([r for r in records if "log10_radii" in r], "log10_certified")
     tights = [runs[0] for runs in levels(read(TIGHT))]
     for runs, name, colors, line in ((papers, "paper's architecture", "Blues_r", "-"), (tights, "tight", "Oranges_r", "--")):
         for i, run in enumerate(runs):
@@ -108,7 +117,7 @@ def radius(records, plt):
 def tight(records, plt):
     """The preset's accuracy against its certified bound, beside the frontier of the paper's architecture."""
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    papers = frontier([r for r in records if "val_acc" in r], "log10_certified")
+    papers = [r for r in frontier([r for r in records if "val_acc" in r], "log10_certified") if r["log10_certified"] <= WIDEST]
     ax.plot([10 ** r["log10_certified"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
             label="paper's architecture, any options: certified")
     ax.plot([10 ** r["log10_attack"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
@@ -159,6 +168,16 @@ def same_but_seed(records, options):
     return [r for r in records if r["options"] | {"seed": 0} == options | {"seed": 0} and "val_acc" in r]
 
 
+def best_final(finals, bound, limit):
+    """Of the final runs, lists of seeds, those with the best mean accuracy whose bounds are all at most limit, or None."""
+    under = [runs for runs in finals if max(r[bound] for r in runs) <= math.log10(limit)]
+    return max(under, key=lambda runs: mean(r["val_acc"] for r in runs), default=None)
+
+
+def median_radius(runs):
+    return f"{mean(10 ** r['log10_radii'][20] for r in runs):.2g}"
+
+
 def spread(values, form="{:.2%}"):
     """The mean and, of several values, the smallest and largest."""
     middle = form.format(mean(values))
@@ -166,13 +185,14 @@ def spread(values, form="{:.2%}"):
 
 
 def tables(records):
-    first = [r for r in records if r["options"]["seed"] == 0 and "val_acc" in r]
+    first = searched(records)
     grid = [r for r in first if r["part"] == "grid"]
+    finals = [same_but_seed(records, r["options"]) for r in records if r["part"] == "final" and r["options"]["seed"] == 0]
     yield "learning rates", table(["", *(OPTIMIZER_LABELS[o] for o in OPTIMIZERS)],
                                   [[LABELS[m], *(chosen_lr((m, o), records) or "unfinished" for o in OPTIMIZERS)] for m in METHODS])
     if not first:
         return
-    for bound, label in BOUNDS.items():
+    for bound, label in BOUND_LABELS.items():
         yield f"frontier, {label}", table(
             ["", "options", "accuracy", "loss", "paper protocol", "certified", "paper", "attack", "activations", "float8 loses"],
             [[who(r["options"]), settings(r["options"]), spread([s["val_acc"] for s in same]), f"{r['val_loss']:.3f}",
@@ -183,22 +203,34 @@ def tables(records):
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
             [[who({"method": m, "optimizer": o}), *(f"{b['val_acc']:.2%}" if (b := best_under(of_pair(grid, m, o), bound, limit))
                                                    else "none" for limit in LIMITS)] for m, o in pairs()])
-        yield f"headline, {label}", table(
-            ["at most", "accuracy", "short of 60 %", "reached", "options"],
-            [[f"{limit:g}", spread([s["val_acc"] for s in same_but_seed(records, b["options"])]), f"{60 - 100 * b['val_acc']:.1f}",
-              power(b[bound]), f"{who(b['options'])}, {settings(b['options'])}"]
-             for limit in LIMITS if (b := best_under(first, bound, limit))])
+        rows = [[f"{limit:g}", spread(accuracy := [r["val_acc"] for r in runs]), f"{60 - 100 * mean(accuracy):.1f}",
+                 power(max(r[bound] for r in runs)), spread([r["val_loss"] for r in runs], "{:.3f}"),
+                 spread([r["paper_protocol_acc"] for r in runs]), power(max(r["log10_attack"] for r in runs)),
+                 median_radius(runs), settings(runs[0]["options"])] for limit in LIMITS if (runs := best_final(finals, bound, limit))]
+        if rows:
+            yield f"headline, {label}", table(["at most", "accuracy", "short of 60 %", "reached", "loss", "paper protocol", "attack",
+                                               "median certified radius", "options"], rows)
+    if finals:
+        cell = lambda accuracy, name="": "none" if accuracy is None else f"{accuracy:.1%}{name}"
+        best_of = lambda optimizer, limit: best_under([r for r in grid if r["options"]["optimizer"] == optimizer], BOUNDS[0], limit)
+        in_grid = lambda r: cell(r and r["val_acc"], r and f", {LABELS[r['options']['method']]}")
+        in_final = lambda bound, limit: cell((runs := best_final(finals, bound, limit)) and mean(r["val_acc"] for r in runs))
+        yield "tradeoff, in short", table(
+            ["at most", "certified", "published formula", "certified, paper's shape, Muon", "the same, AdamW"],
+            [[f"{limit:g}", *(in_final(bound, limit) for bound in BOUNDS), *(in_grid(best_of(o, limit)) for o in OPTIMIZERS)]
+             for limit in LIMITS])
     yield "activations and float8", table(
-        ["", "options", "largest entry", "largest RMS norm", "accuracy", "lost in float8"],
+        ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
-          f"{100 * r['float8_lost']:.2f}"] for r in grid])
+          f"{100 * r['float8_lost']:.2f}"]
+         for m, o in pairs() for i in (2, -1) for r in of_pair(grid, m, o) if strengths(m, o)[i].items() <= r["options"].items()])
 
 
 def tight_tables(records):
     presets = levels(records)
     certified, attacked = ([power(max(r[bound] for r in runs)) for runs in presets] for bound in ("log10_certified", "log10_attack"))
     accuracy = [spread([r["val_acc"] for r in runs]) for runs in presets]
-    radii = [f"{mean(10 ** r['log10_radii'][20] for r in runs):.3f}" for runs in presets]
+    radii = [median_radius(runs) for runs in presets]
     yield "tight, in short", table(
         ["certified bound", "attack", "accuracy", "paper protocol", "median certified radius"],
         zip(certified, attacked, accuracy, [spread([r["paper_protocol_acc"] for r in runs], "{:.1%}") for runs in presets], radii))

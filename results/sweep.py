@@ -3,7 +3,7 @@ The runs behind results/README.md, each one train.py and one line of results/sha
 results/tight.jsonl.
 
     python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text
-    python results/sweep.py                                       # all parts in turn: lr grid headline seeds tight ablation
+    python results/sweep.py                                       # all parts in turn, see PARTS
     python results/sweep.py grid --jobs=2                         # one part, two runs at a time
 
 Finished runs are skipped, and a run that was stopped goes on from its checkpoint in out/sweep: Ctrl-C and start again as
@@ -34,7 +34,7 @@ from prepare import UserError, open_split
 from train import evaluate
 
 RECORDS, TIGHT, RUNS = RESULTS / "shakespeare.jsonl", RESULTS / "tight.jsonl", ROOT / "out" / "sweep"
-PARTS = ("lr", "grid", "headline", "seeds", "tight", "ablation")
+PARTS = ("lr", "grid", "headline", "seeds", "final", "tight", "ablation")
 CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
 
 METHODS = ("soft_cap", "hard_cap", "svd_cap", "spectral_normalize", "stiefel", "spectral_hammer", "spectral_weight_decay", "none")
@@ -47,7 +47,8 @@ DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw")
           ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
 PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0}  # its Shakespeare model
 FIRST_LR = {"muon": 0.12, "adamw": 0.008}
-LR_STEPS, STEPS = 100, 200
+LR_STEPS, STEPS, FINAL_STEPS = 100, 200, 600
+BOUNDS = ("log10_certified", "log10_paper")
 LIMITS = (2, 10, 100, 1e4, 1e8)  # bounds at which results/README.md asks for the best accuracy
 
 
@@ -123,7 +124,7 @@ def run(part, options, threads):
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         record["trace"] = {name: [line[name] for line in log] for name in ("step", "train_loss", "norm_over_cap")}
         if part != "lr":
-            record |= measurements(out / "ckpt.pt", thorough=part in ("seeds", "tight"))
+            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "tight"))
     with lock:
         path.with_suffix(".part").write_text("".join(json.dumps(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
@@ -225,27 +226,28 @@ def grid(pair, threads):
         run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": lr_of(pair)}, threads)
 
 
-ONE, TWO = {"n_layer": 1, "n_embd": 400}, {"n_layer": 2, "n_embd": 288}  # about 2 M parameters too
-# One layer and one head make the certificate small, so that w_max and the scales can be larger for the same bound.
-HEADLINE = [ONE | {"n_head": 1, "w_max": w_max} for w_max in (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0)]
-HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "softmax_scale": scale}
-             for w_max, scale in ((1.0, 4.0), (1.0, 16.0), (1.2, 16.0), (1.5, 16.0), (2.0, 16.0), (3.0, 16.0), (1.0, 64.0))]
-HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "logit_scale": scale}
-             for w_max, scale in ((1.0, 2.0), (1.0, 8.0), (1.2, 4.0), (1.5, 4.0))]
-HEADLINE += [ONE | {"n_head": 1, "w_max": w_max, "softmax_scale": scale, "w_max_mlp": mlp}
-             for w_max, scale, mlp in ((1.0, 4.0, 2.0), (1.2, 16.0, 2.0), (1.5, 4.0, 3.0))]
-HEADLINE += [ONE | {"n_head": 4, "w_max": w_max} for w_max in (2.0, 4.0, 8.0)]
-HEADLINE += [TWO | {"n_head": n_head, "w_max": w_max}
-             for n_head, w_max in ((1, 1.2), (1, 1.5), (1, 2.0), (1, 3.0), (1, 4.0), (4, 3.0), (4, 4.0))]
+ONE, TWO, THREE = ({"n_layer": n_layer, "n_embd": n_embd} for n_layer, n_embd in ((1, 400), (2, 288), (3, 256)))  # about 2 M
+# Values of SEARCHED. One layer makes the certificate small, which leaves room for large scales; the logit scales are such that
+# the bound comes out just below one of LIMITS.
+SEARCHED = ("n_head", "w_max", "softmax_scale", "logit_scale", "w_max_mlp")
+HEADLINE = ((ONE, 1, 1.0, 1.0, 1.0), (ONE, 1, 1.2, 1.0, 1.0), (ONE, 1, 1.5, 1.0, 1.0), (ONE, 1, 2.0, 1.0, 1.0),
+            (ONE, 1, 1.0, 16.0, 0.33), (ONE, 1, 1.0, 64.0, 0.09), (ONE, 4, 1.0, 4.0, 0.55), (ONE, 4, 1.0, 16.0, 0.16),
+            (ONE, 1, 1.0, 16.0, 1.6), (ONE, 4, 1.0, 4.0, 2.7), (ONE, 4, 1.0, 16.0, 0.8), (ONE, 4, 1.0, 64.0, 0.22),
+            (ONE, 1, 1.5, 16.0, 1.5), (ONE, 4, 1.0, 16.0, 8.0), (ONE, 4, 1.0, 64.0, 2.2), (ONE, 4, 1.5, 16.0, 0.7),
+            (ONE, 4, 2.0, 4.0, 0.45), (ONE, 4, 2.0, 16.0, 11.0), (ONE, 4, 3.0, 4.0, 3.0), (ONE, 4, 3.0, 16.0, 0.75),
+            (ONE, 4, 4.0, 1.0, 1.6), (TWO, 1, 2.0, 4.0, 5.0), (TWO, 4, 2.0, 4.0, 1.0), (ONE, 4, 5.0, 4.0, 400.0),
+            (ONE, 4, 8.0, 4.0, 30.0), (TWO, 4, 2.0, 16.0, 400.0), (TWO, 4, 3.0, 4.0, 16.0), (TWO, 4, 4.0, 1.0, 1.5),
+            (THREE, 4, 2.5, 4.0, 1.5), (ONE, 4, 1.0, 16.0, 2.7, 2.0), (ONE, 4, 2.0, 16.0, 3.0, 4.0))
 
 
-def headline(options, threads):
-    common = {"method": "soft_cap", "optimizer": "muon", "lr": lr_of(("soft_cap", "muon"))}
-    run("headline", common | options, threads)
+def headline(point, threads):
+    shape, *values = point
+    run("headline", {"method": "soft_cap", "optimizer": "muon", "lr": lr_of(("soft_cap", "muon")), **shape,
+                     **dict(zip(SEARCHED, values))}, threads)
 
 
 def frontier(records, bound):
-    """The records that no other beats in both accuracy and bound, "log10_certified" or "log10_paper"; weakest bound last."""
+    """The records that no other beats in both accuracy and bound, one of BOUNDS; weakest bound last."""
     best, found = 0.0, []
     for record in sorted(records, key=lambda r: (r[bound], -r["val_acc"])):
         if record["val_acc"] > best:
@@ -255,15 +257,38 @@ def frontier(records, bound):
 
 
 def best_under(records, bound, limit):
-    """The record of the largest accuracy with a bound of at most limit, or None."""
+    """The record of the largest accuracy with a bound of at most limit, or None if there is none."""
     return max((r for r in records if r[bound] <= math.log10(limit)), key=lambda r: r["val_acc"], default=None)
 
 
-def seeds(threads, pool):
+def searched(records):
+    """The first seed's runs of the grid and the headline, all of STEPS steps."""
+    return [r for r in records if r["part"] in ("grid", "headline") and "val_acc" in r]
+
+
+def distinct(records):
+    """Their options, each once."""
+    return list({str(r["options"]): r["options"] for r in records}.values())
+
+
+def frontier_seeds():
     """Two more seeds for every point on the frontier of either bound."""
-    runs = [r for r in read() if r["options"]["seed"] == 0 and "val_acc" in r]
-    points = [r["options"] for bound in ("log10_certified", "log10_paper") for r in frontier(runs, bound)]
-    list(pool.map(lambda job: run("seeds", job[0] | {"seed": job[1]}, threads), [(p, seed) for p in points for seed in (1, 2)]))
+    points = distinct(r for bound in BOUNDS for r in frontier(searched(read()), bound))
+    return [point | {"seed": seed} for point in points for seed in (1, 2)]
+
+
+def finalists():
+    """What is best under a limit, of either bound."""
+    runs = searched(read())
+    return distinct(best for bound in BOUNDS for limit in LIMITS if (best := best_under(runs, bound, limit)))
+
+
+def final(options, threads):
+    """A longer run at two learning rates, and two more seeds of that with the smaller training loss."""
+    steps = {"max_steps": FINAL_STEPS, "eval_interval": FINAL_STEPS // 10}
+    tried = [run("final", options | steps | {"lr": options["lr"] * factor}, threads) for factor in (1.0, 0.5)]
+    for seed in (1, 2):
+        run("final", min(tried, key=tuning_loss)["options"] | {"seed": seed}, threads)
 
 
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate
@@ -301,13 +326,11 @@ def main():
         if not meta.exists() or json.loads(meta.read_text()).get("sha256") != CANONICAL:
             raise UserError("data/shakespeare is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
         for part in args.parts:
-            if part == "seeds":
-                seeds(threads, pool)
-            else:
-                jobs, f = {"lr": (pairs(), tune), "grid": (pairs(), grid), "headline": (HEADLINE, headline),
-                           "tight": (TIGHT_RUNS, partial(run, "tight")),
-                           "ablation": (ABLATION_RUNS, partial(run, "ablation"))}[part]
-                list(pool.map(lambda job: f(job, threads), jobs))
+            jobs, f = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLINE, headline),
+                       "seeds": (frontier_seeds, partial(run, "seeds")), "final": (finalists, final),
+                       "tight": (lambda: TIGHT_RUNS, partial(run, "tight")),
+                       "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}[part]
+            list(pool.map(lambda job: f(job, threads), jobs()))
     except (UserError, OSError) as e:
         sys.exit(f"sweep.py: {e}")
     except KeyboardInterrupt:
