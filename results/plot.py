@@ -1,5 +1,5 @@
 """
-Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print the tables of results/README.md.
+Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print the tables of results/README.md and README.md.
 
     pip install matplotlib && python results/plot.py              # tradeoff.png, norms.png, radius.png, tight.png
     python results/plot.py --tables                               # the tables alone, in Markdown
@@ -248,6 +248,25 @@ def tight_tables(records):
         yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
 
 
+def readme_tables(records):
+    """Those of README.md that are about other records, too."""
+    runs = [r for r in read(RESULTS / "speed.jsonl") if r["what"] == "default, two layers"]
+    yield "default", table(
+        ["seed", "accuracy", "paper protocol", "log10 certified", "seconds"],
+        [[r["seed"], f"{r['val_acc']:.2%}", f"{r['paper_protocol_acc']:.2%}", f"{r['log10_certified']:.2f}",
+          f"{r['wall_seconds']:.0f}"] for r in runs])
+    soft = [r for r in of_pair(searched(records), "soft_cap", "muon") if r["part"] == "grid"]
+    if soft:
+        yield "attack, in short", table(
+            ["`w_max`", "accuracy", "attack", "certified", "paper"],
+            [[f"{r['options']['w_max']:g}", f"{r['val_acc']:.2%}", *(power(r[bound]) for bound in ("log10_attack", *BOUNDS))]
+             for r in soft])
+    yield "WikiText-2", table(
+        ["layers", "step", "training loss since the row above", "validation loss", "accuracy", "largest activation"],
+        [[r["options"].get("n_layer", 12), r["step"], f"{r['train_loss']:.2f}", f"{r['val_loss']:.2f}", f"{r['val_acc']:.1%}", f"{r['act_max']:,.0f}"]
+         for r in read(RESULTS / "wikitext2.jsonl")])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--tables", action="store_true", help="print the tables and draw nothing")
@@ -256,7 +275,7 @@ def main():
         records = read()
         if not records:
             raise UserError("results/shakespeare.jsonl has no runs; make them with python results/sweep.py")
-        for title, text in [*tables(records), *tight_tables(read(TIGHT))] if args.tables else ():
+        for title, text in [*tables(records), *tight_tables(read(TIGHT)), *readme_tables(records)] if args.tables else ():
             print(f"### {title}\n\n{text}")
         if not args.tables:
             try:
