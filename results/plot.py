@@ -40,7 +40,7 @@ def tradeoff(records, plt):
     Accuracy and loss against both bounds: what every method and optimizer reaches with the paper's shape, dominated runs left
     out, and in grey what the search over shapes and scales reaches with soft cap and Muon.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey="row", layout="constrained")
     grid = [r for r in searched(records) if r["part"] == "grid"]
     shapes = [r for r in searched(records) if r["part"] == "headline"]
     for (bound, label), column in zip(BOUND_LABELS.items(), axes.T):
