@@ -1763,7 +1763,7 @@ def test_a_bad_sweep_is_refused(data, monkeypatch):
 def test_tables_in_the_results_come_from_the_records():
     """Every table that plot.py makes stands in results/README.md or README.md as it is."""
     report = (HERE / "results/README.md").read_text() + (HERE / "README.md").read_text()
-    made = [*plot.tables(sweep.read()), *plot.tight_tables(sweep.read(sweep.TIGHT)), *plot.readme_tables(sweep.read())]
+    made = plot.all_tables(sweep.read())
     assert len(made) > 1
     for title, text in made:
         assert text in report, f"{title}: run python results/plot.py --tables and copy it"

@@ -25,6 +25,10 @@ def of_pair(records, method, optimizer):
     return [r for r in records if (r["options"]["method"], r["options"]["optimizer"]) == (method, optimizer)]
 
 
+def drawn_frontier(records, bound):
+    return [r for r in frontier(records, bound) if r[bound] <= WIDEST]
+
+
 def plain(ax):
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -41,17 +45,18 @@ def tradeoff(records, plt):
     out, and in grey what the search over shapes and scales reaches with soft cap and Muon.
     """
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey="row", layout="constrained")
-    grid = [r for r in searched(records) if r["part"] == "grid"]
-    shapes = [r for r in searched(records) if r["part"] == "headline"]
-    for (bound, label), column in zip(BOUND_LABELS.items(), axes.T):
+    grid = searched(records, "grid")
+
+    def line(column, runs, bound, **look):
+        points = drawn_frontier(runs, bound)
         for ax, y, unit in zip(column, ("val_acc", "val_loss"), (100, 1)):
-            points = [r for r in frontier(shapes, bound) if r[bound] <= WIDEST]
-            ax.plot([10 ** r[bound] for r in points], [r[y] * unit for r in points], color="#DDDDDD", linewidth=6)
+            ax.plot([10 ** r[bound] for r in points], [r[y] * unit for r in points], **look)
+
+    for (bound, label), column in zip(BOUND_LABELS.items(), axes.T):
+        line(column, searched(records, "headline"), bound, color="#DDDDDD", linewidth=6)
         for method, optimizer in pairs():
-            points = [r for r in frontier(of_pair(grid, method, optimizer), bound) if r[bound] <= WIDEST]
-            for ax, y, unit in zip(column, ("val_acc", "val_loss"), (100, 1)):
-                ax.plot([10 ** r[bound] for r in points], [r[y] * unit for r in points],
-                        color=COLORS[method], markersize=5, linewidth=1.5, **LINES[optimizer])
+            line(column, of_pair(grid, method, optimizer), bound, color=COLORS[method], markersize=5, linewidth=1.5,
+                 **LINES[optimizer])
         column[-1].set_xlabel(label)
         for ax in column:
             ax.set_xscale("log")
@@ -70,8 +75,7 @@ def norms(records, plt):
     for method, ax in zip(METHODS, axes.flat):
         for optimizer in OPTIMIZERS:
             middle = strengths(method, optimizer)[2].items()
-            run = next((r for r in of_pair(records, method, optimizer)
-                        if r["part"] == "grid" and middle <= r["options"].items() and "val_acc" in r), None)
+            run = next((r for r in of_pair(searched(records, "grid"), method, optimizer) if middle <= r["options"].items()), None)
             if run:
                 ax.plot(run["trace"]["step"], [x * run["config"]["w_max"] for x in run["trace"]["norm_over_cap"]],
                         color=COLORS[method], markersize=4, **LINES[optimizer])
@@ -117,16 +121,13 @@ def radius(records, plt):
 def tight(records, plt):
     """The preset's accuracy against its certified bound, beside the frontier of the paper's architecture."""
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    papers = [r for r in frontier([r for r in records if "val_acc" in r], "log10_certified") if r["log10_certified"] <= WIDEST]
-    ax.plot([10 ** r["log10_certified"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
-            label="paper's architecture, any options: certified")
-    ax.plot([10 ** r["log10_attack"] for r in papers], [100 * r["val_acc"] for r in papers], color="#0072B2", marker="o",
-            linestyle=":", markerfacecolor="white", label="the same models: attack")
-    tights = levels(read(TIGHT))
-    for bound, look, label in (("log10_certified", dict(marker="s"), "--preset=tight: certified"),
-                               ("log10_attack", dict(marker="s", linestyle=":", markerfacecolor="white"), "the same models: attack")):
-        ax.plot([10 ** max(r[bound] for r in runs) for runs in tights], [100 * mean(r["val_acc"] for r in runs) for runs in tights],
-                color="#D55E00", label=label, **look)
+    papers = [[r] for r in drawn_frontier([r for r in records if "val_acc" in r], "log10_certified")]
+    for name, points, look in (("paper's architecture, any options", papers, dict(color="#0072B2", marker="o")),
+                               ("--preset=tight", levels(read(TIGHT)), dict(color="#D55E00", marker="s"))):
+        accuracy = [100 * mean(r["val_acc"] for r in runs) for runs in points]
+        at = lambda bound: [10 ** max(r[bound] for r in runs) for runs in points]
+        ax.plot(at("log10_certified"), accuracy, label=f"{name}: certified", **look)
+        ax.plot(at("log10_attack"), accuracy, label="the same models: attack", linestyle=":", markerfacecolor="white", **look)
     ax.set_xscale("log")
     ax.set_xlabel("Lipschitz constant, embeddings to logits")
     ax.set_ylabel("accuracy on the validation split, %")
@@ -185,8 +186,7 @@ def spread(values, form="{:.2%}"):
 
 
 def tables(records):
-    first = searched(records)
-    grid = [r for r in first if r["part"] == "grid"]
+    first, grid = searched(records), searched(records, "grid")
     finals = [same_but_seed(records, r["options"]) for r in records if r["part"] == "final" and r["options"]["seed"] == 0]
     yield "learning rates", table(["", *(OPTIMIZER_LABELS[o] for o in OPTIMIZERS)],
                                   [[LABELS[m], *(chosen_lr((m, o), records) or "unfinished" for o in OPTIMIZERS)] for m in METHODS])
@@ -195,10 +195,11 @@ def tables(records):
     for bound, label in BOUND_LABELS.items():
         yield f"frontier, {label}", table(
             ["", "options", "accuracy", "loss", "paper protocol", "certified", "paper", "attack", "activations", "float8 loses"],
-            [[who(r["options"]), settings(r["options"]), spread([s["val_acc"] for s in same]), f"{r['val_loss']:.3f}",
+            [[who(r["options"]), settings(r["options"]), spread([s["val_acc"] for s in same_but_seed(records, r["options"])]),
+              f"{r['val_loss']:.3f}",
               f"{r['paper_protocol_acc']:.2%}", power(r["log10_certified"]), power(r["log10_paper"]), power(r["log10_attack"]),
               f"{r['act_max']:.1f}, {r['act_rms']:.2f}", f"{100 * r['float8_lost']:.2f}"]
-             for r in frontier(first, bound) if (same := same_but_seed(records, r["options"]))])
+             for r in frontier(first, bound)])
         yield f"best accuracy under a {label}, every pair of the grid", table(
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
             [[who({"method": m, "optimizer": o}), *(f"{b['val_acc']:.2%}" if (b := best_under(of_pair(grid, m, o), bound, limit))
@@ -211,13 +212,17 @@ def tables(records):
             yield f"headline, {label}", table(["at most", "accuracy", "short of 60 %", "reached", "loss", "paper protocol", "attack",
                                                "median certified radius", "options"], rows)
     if finals:
-        cell = lambda accuracy, name="": "none" if accuracy is None else f"{accuracy:.1%}{name}"
-        best_of = lambda optimizer, limit: best_under([r for r in grid if r["options"]["optimizer"] == optimizer], BOUNDS[0], limit)
-        in_grid = lambda r: cell(r and r["val_acc"], r and f", {LABELS[r['options']['method']]}")
-        in_final = lambda bound, limit: cell((runs := best_final(finals, bound, limit)) and mean(r["val_acc"] for r in runs))
+        def in_final(bound, limit):
+            runs = best_final(finals, bound, limit)
+            return f"{mean(r['val_acc'] for r in runs):.1%}" if runs else "none"
+
+        def in_grid(optimizer, limit):
+            best = best_under([r for r in grid if r["options"]["optimizer"] == optimizer], BOUNDS[0], limit)
+            return f"{best['val_acc']:.1%}, {LABELS[best['options']['method']]}" if best else "none"
+
         yield "tradeoff, in short", table(
             ["at most", "certified", "published formula", "certified, paper's shape, Muon", "the same, AdamW"],
-            [[f"{limit:g}", *(in_final(bound, limit) for bound in BOUNDS), *(in_grid(best_of(o, limit)) for o in OPTIMIZERS)]
+            [[f"{limit:g}", *(in_final(bound, limit) for bound in BOUNDS), *(in_grid(o, limit) for o in OPTIMIZERS)]
              for limit in LIMITS])
     yield "activations and float8", table(
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
@@ -255,7 +260,7 @@ def readme_tables(records):
         ["seed", "accuracy", "paper protocol", "log10 certified", "seconds"],
         [[r["seed"], f"{r['val_acc']:.2%}", f"{r['paper_protocol_acc']:.2%}", f"{r['log10_certified']:.2f}",
           f"{r['wall_seconds']:.0f}"] for r in runs])
-    soft = [r for r in of_pair(searched(records), "soft_cap", "muon") if r["part"] == "grid"]
+    soft = of_pair(searched(records, "grid"), "soft_cap", "muon")
     if soft:
         yield "attack, in short", table(
             ["`w_max`", "accuracy", "attack", "certified", "paper"],
@@ -263,8 +268,12 @@ def readme_tables(records):
              for r in soft])
     yield "WikiText-2", table(
         ["layers", "step", "training loss since the row above", "validation loss", "accuracy", "largest activation"],
-        [[r["options"].get("n_layer", 12), r["step"], f"{r['train_loss']:.2f}", f"{r['val_loss']:.2f}", f"{r['val_acc']:.1%}", f"{r['act_max']:,.0f}"]
-         for r in read(RESULTS / "wikitext2.jsonl")])
+        [[r["options"].get("n_layer", 12), r["step"], f"{r['train_loss']:.2f}", f"{r['val_loss']:.2f}", f"{r['val_acc']:.1%}",
+          f"{r['act_max']:,.0f}"] for r in read(RESULTS / "wikitext2.jsonl")])
+
+
+def all_tables(records):
+    return [*tables(records), *tight_tables(read(TIGHT)), *readme_tables(records)]
 
 
 def main():
@@ -275,7 +284,7 @@ def main():
         records = read()
         if not records:
             raise UserError("results/shakespeare.jsonl has no runs; make them with python results/sweep.py")
-        for title, text in [*tables(records), *tight_tables(read(TIGHT)), *readme_tables(records)] if args.tables else ():
+        for title, text in all_tables(records) if args.tables else ():
             print(f"### {title}\n\n{text}")
         if not args.tables:
             try:

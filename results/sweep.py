@@ -34,7 +34,6 @@ from prepare import UserError, open_split
 from train import evaluate
 
 RECORDS, TIGHT, RUNS = RESULTS / "shakespeare.jsonl", RESULTS / "tight.jsonl", ROOT / "out" / "sweep"
-PARTS = ("lr", "grid", "headline", "seeds", "final", "tight", "ablation")
 CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
 
 METHODS = ("soft_cap", "hard_cap", "svd_cap", "spectral_normalize", "stiefel", "spectral_hammer", "spectral_weight_decay", "none")
@@ -261,9 +260,9 @@ def best_under(records, bound, limit):
     return max((r for r in records if r[bound] <= math.log10(limit)), key=lambda r: r["val_acc"], default=None)
 
 
-def searched(records):
-    """The first seed's runs of the grid and the headline, all of STEPS steps."""
-    return [r for r in records if r["part"] in ("grid", "headline") and "val_acc" in r]
+def searched(records, *parts):
+    """The first seed's runs that did not diverge of the grid and the headline, or one of them, all of STEPS steps."""
+    return [r for r in records if r["part"] in (parts or ("grid", "headline")) and "val_acc" in r]
 
 
 def distinct(records):
@@ -311,9 +310,15 @@ ABLATION_RUNS = [reduce(dict.__or__, CHANGES[:i + 1]) | {"max_steps": ABLATION_S
 ABLATION_RUNS += [change | {"max_steps": ABLATION_STEPS} for change in BACK]
 
 
+# For each part, what lists its jobs, once the parts before it are done, and what does one with so many threads
+PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLINE, headline),
+         "seeds": (frontier_seeds, partial(run, "seeds")), "final": (finalists, final),
+         "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", default=PARTS, help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the machine's cores")
     args = parser.parse_args()
     threads = max(1, os.cpu_count() // args.jobs)
@@ -326,10 +331,7 @@ def main():
         if not meta.exists() or json.loads(meta.read_text()).get("sha256") != CANONICAL:
             raise UserError("data/shakespeare is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
         for part in args.parts:
-            jobs, f = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLINE, headline),
-                       "seeds": (frontier_seeds, partial(run, "seeds")), "final": (finalists, final),
-                       "tight": (lambda: TIGHT_RUNS, partial(run, "tight")),
-                       "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}[part]
+            jobs, f = PARTS[part]
             list(pool.map(lambda job: f(job, threads), jobs()))
     except (UserError, OSError) as e:
         sys.exit(f"sweep.py: {e}")
