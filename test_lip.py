@@ -1674,11 +1674,11 @@ def record(bound, acc, **options):
     return {"part": "grid", "options": {"seed": 0, **options}, "log10_certified": bound, "val_acc": acc}
 
 
-def test_frontier_keeps_what_nothing_beats():
-    runs = [record(2, 0.5), record(1, 0.3), record(1, 0.4), record(3, 0.5), record(400, 0.6), record(1.5, 0.2)]
+def test_frontier_keeps_what_buys_accuracy():
+    runs = [record(2, 0.5), record(1, 0.3), record(1, 0.4), record(3, 0.501), record(400, 0.6), record(1.5, 0.2)]
     assert sweep.frontier(runs, "log10_certified") == [record(1, 0.4), record(2, 0.5), record(400, 0.6)]
     assert sweep.best_under(runs, "log10_certified", 10) == record(1, 0.4)
-    assert sweep.best_under(runs, "log10_certified", 1e4)["val_acc"] == 0.5
+    assert sweep.best_under(runs, "log10_certified", 1e4)["val_acc"] == 0.501
     assert sweep.best_under(runs, "log10_certified", 2) is None
 
 

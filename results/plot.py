@@ -10,7 +10,7 @@ import sys
 from statistics import mean
 
 from sweep import (ABLATION_RUNS, BACK, BOUNDS, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
-                   chosen_lr, complete, frontier, pairs, read, searched, strengths)
+                   chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
@@ -23,6 +23,12 @@ WIDEST = 30  # log10 of the largest bound that is drawn
 
 def of_pair(records, method, optimizer):
     return [r for r in records if (r["options"]["method"], r["options"]["optimizer"]) == (method, optimizer)]
+
+
+def of_strength(grid, method, optimizer, i):
+    """The run of a pair at its i-th strength, at the learning rate of the smallest training loss; None if there is none."""
+    strength = strengths(method, optimizer)[i].items()
+    return min((r for r in of_pair(grid, method, optimizer) if strength <= r["options"].items()), key=tuning_loss, default=None)
 
 
 def drawn_frontier(records, bound):
@@ -74,13 +80,11 @@ def norms(records, plt):
     figure, axes = plt.subplots(2, 4, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
     for method, ax in zip(METHODS, axes.flat):
         for optimizer in OPTIMIZERS:
-            middle = strengths(method, optimizer)[2].items()
-            run = next((r for r in of_pair(searched(records, "grid"), method, optimizer) if middle <= r["options"].items()), None)
-            if run:
+            if run := of_strength(searched(records, "grid"), method, optimizer, 2):
                 ax.plot(run["trace"]["step"], [x * run["config"]["w_max"] for x in run["trace"]["norm_over_cap"]],
                         color=COLORS[method], markersize=4, **LINES[optimizer])
-        if "w_max" in dict(middle):
-            ax.axhline(dict(middle)["w_max"], color="black", linewidth=0.8, linestyle="--")
+        if cap := strengths(method, "muon")[2].get("w_max"):
+            ax.axhline(cap, color="black", linewidth=0.8, linestyle="--")
         ax.set_title(LABELS[method], fontsize=10)
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
@@ -187,7 +191,8 @@ def spread(values, form="{:.2%}"):
 
 def tables(records):
     first, grid = searched(records), searched(records, "grid")
-    finals = [same_but_seed(records, r["options"]) for r in records if r["part"] == "final" and r["options"]["seed"] == 0]
+    finals = [runs for r in records if r["part"] == "final" and r["options"]["seed"] == 0
+              if len(runs := same_but_seed(records, r["options"])) > 1]  # at the other learning rate there is one seed
     yield "learning rates", table(["", *(OPTIMIZER_LABELS[o] for o in OPTIMIZERS)],
                                   [[LABELS[m], *(chosen_lr((m, o), records) or "unfinished" for o in OPTIMIZERS)] for m in METHODS])
     if not first:
@@ -228,7 +233,7 @@ def tables(records):
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
           f"{100 * r['float8_lost']:.2f}"]
-         for m, o in pairs() for i in (2, -1) for r in of_pair(grid, m, o) if strengths(m, o)[i].items() <= r["options"].items()])
+         for m, o in pairs() for i in (2, -1) if (r := of_strength(grid, m, o, i))])
 
 
 def tight_tables(records):
