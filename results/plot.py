@@ -9,8 +9,8 @@ import math
 import sys
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, BACK, BOUNDS, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError, best_under,
-                   chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
+from sweep import (ABLATION_RUNS, ASKED, BACK, BOUNDS, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+                   best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
@@ -209,26 +209,24 @@ def tables(records):
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
             [[who({"method": m, "optimizer": o}), *(f"{b['val_acc']:.2%}" if (b := best_under(of_pair(grid, m, o), bound, limit))
                                                    else "none" for limit in LIMITS)] for m, o in pairs()])
-        rows = [[f"{limit:g}", spread(accuracy := [r["val_acc"] for r in runs]), f"{60 - 100 * mean(accuracy):.1f}",
-                 power(max(r[bound] for r in runs)), spread([r["val_loss"] for r in runs], "{:.3f}"),
-                 spread([r["paper_protocol_acc"] for r in runs]), power(max(r["log10_attack"] for r in runs)),
-                 median_radius(runs), settings(runs[0]["options"])] for limit in LIMITS if (runs := best_final(finals, bound, limit))]
-        if rows:
-            yield f"headline, {label}", table(["at most", "accuracy", "short of 60 %", "reached", "loss", "paper protocol", "attack",
-                                               "median certified radius", "options"], rows)
-    if finals:
-        def in_final(bound, limit):
-            runs = best_final(finals, bound, limit)
-            return f"{mean(r['val_acc'] for r in runs):.1%}" if runs else "none"
+    asked = [(f"{bound[6:]} ≤ {limit:g}", bound, limit, runs) for bound, limit in ASKED if (runs := best_final(finals, bound, limit))]
+    if asked:
+        at_most = lambda runs: [power(max(r[bound] for r in runs)) for bound in (*BOUNDS, "log10_attack")]
+        yield "headline", table(
+            ["bound", "accuracy", "short of 60 %", "loss", "paper protocol", "certified", "paper", "attack", "median certified radius",
+             "options"],
+            [[name, spread(accuracy := [r["val_acc"] for r in runs]), f"{60 - 100 * mean(accuracy):.1f}",
+              spread([r["val_loss"] for r in runs], "{:.3f}"), spread([r["paper_protocol_acc"] for r in runs]), *at_most(runs),
+              median_radius(runs), settings(runs[0]["options"])] for name, _, _, runs in asked])
 
-        def in_grid(optimizer, limit):
-            best = best_under([r for r in grid if r["options"]["optimizer"] == optimizer], BOUNDS[0], limit)
+        def in_grid(optimizer, bound, limit):
+            best = best_under([r for r in grid if r["options"]["optimizer"] == optimizer], bound, limit)
             return f"{best['val_acc']:.1%}, {LABELS[best['options']['method']]}" if best else "none"
 
         yield "tradeoff, in short", table(
-            ["at most", "certified", "published formula", "certified, paper's shape, Muon", "the same, AdamW"],
-            [[f"{limit:g}", *(in_final(bound, limit) for bound in BOUNDS), *(in_grid(o, limit) for o in OPTIMIZERS)]
-             for limit in LIMITS])
+            ["bound", "any shape and scales", "paper's, Muon", "paper's, AdamW"],
+            [[name, f"{mean(r['val_acc'] for r in runs):.1%}", *(in_grid(o, bound, limit) for o in OPTIMIZERS)]
+             for name, bound, limit, runs in asked])
     yield "activations and float8", table(
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
