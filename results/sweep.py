@@ -187,19 +187,20 @@ def measurements(path, thorough):
 # ----------------------------------------------------------------------------------------------------------------------
 # The parts
 
-def tune(pair, threads):
-    """Learning rates for a (method, optimizer) at the middle strength, twice as large each, until the best is not at an end."""
-    method, optimizer = pair
-
-    def loss(i):
-        record = run("lr", {"method": method, "optimizer": optimizer, **strengths(method, optimizer)[2],
-                            "lr": FIRST_LR[optimizer] * 2.0 ** i, "max_steps": LR_STEPS}, threads)
-        return tuning_loss(record)
-
+def bracket(lr, run_at):
+    """Run at learning rates around lr, twice as large each, until the one with the smallest training loss is not at an end."""
+    loss = lambda i: tuning_loss(run_at(lr * 2.0 ** i))
     losses = {i: loss(i) for i in (-1, 0, 1)}
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
         i = best + (1 if best == max(losses) else -1)
         losses[i] = loss(i)
+
+
+def tune(pair, threads):
+    """Learning rates for a (method, optimizer) at the middle strength."""
+    method, optimizer = pair
+    options = {"method": method, "optimizer": optimizer, **strengths(method, optimizer)[2]}
+    bracket(FIRST_LR[optimizer], lambda lr: run("lr", options | {"lr": lr, "max_steps": LR_STEPS}, threads))
 
 
 def tuning_loss(record):
@@ -224,9 +225,11 @@ def lr_of(pair):
 
 def grid(pair, threads):
     for strength in strengths(*pair):
-        # without any decay, the learning rate that was tuned with it may be too large
-        for factor in (1.0, 0.5, 0.25) if strength == {"weight_decay": 0.0} else (1.0,):
-            run("grid", {"method": pair[0], "optimizer": pair[1], **strength, "lr": lr_of(pair) * factor}, threads)
+        options = {"method": pair[0], "optimizer": pair[1], **strength}
+        if strength == {"weight_decay": 0.0}:  # unconstrained; the learning rate was tuned with decay, so that it says little
+            bracket(lr_of(pair), lambda lr: run("grid", options | {"lr": lr}, threads))
+        else:
+            run("grid", options | {"lr": lr_of(pair)}, threads)
 
 
 ONE, TWO, THREE = ({"n_layer": n_layer, "n_embd": n_embd} for n_layer, n_embd in ((1, 400), (2, 288), (3, 256)))  # about 2 M
