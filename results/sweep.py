@@ -281,12 +281,12 @@ def frontier_seeds():
 
 def finalists():
     """
-    What is best under each bound that is asked for. As every bound is proportional to logit_scale, runs of up to twice the
-    bound take part, and whose bound is not 5 % below it, as it differs from seed to seed, gets a smaller logit_scale.
+    What is best under each bound that is asked for. Every bound is proportional to logit_scale; so runs whose bound is up to 1.5
+    times too large take part, and who is not 5 % below, as it differs from seed to seed, gets a smaller logit_scale.
     """
     runs, found = searched(read()), []
     for bound, limit in ASKED:
-        if best := best_under(runs, bound, 2 * limit):
+        if best := best_under(runs, bound, 1.5 * limit):
             shrink = min(1.0, 0.95 * limit / 10 ** best[bound])
             options = best["options"] | {"logit_scale": float(f"{best['options']['logit_scale'] * shrink:.2g}")}
             found += [options] if options not in found else []
