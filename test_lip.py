@@ -1693,14 +1693,14 @@ def test_a_learning_rate_is_chosen_between_worse_ones():
 
 
 def test_finals_are_the_best_under_a_limit_at_the_better_learning_rate(monkeypatch):
-    runs = [record(bound, acc, lr=lr, logit_scale=1.0) | {"log10_paper": 0.1}
+    runs = [record(bound, acc, lr=lr, logit_scale=1.0, n_layer=1) | {"log10_paper": 0.1}
             for bound, acc, lr in ((0.2, 0.3, 0.1), (1.5, 0.4, 0.2), (9, 0.6, 0.3), (0.1, 0.9, 0.4), (1.1, 0.35, 0.5))]
     runs[3]["part"] = "seeds"
     monkeypatch.setattr(sweep, "read", lambda: runs)
     # 10^1.1 is near enough to 10 and gets a smaller logit_scale
     assert [(o["lr"], o["logit_scale"]) for o in sweep.finalists()] == [(0.3, 1.0), (0.1, 1.0), (0.5, 0.75), (0.2, 1.0)]
     seeds = sweep.frontier_seeds()
-    assert len(seeds) == 8 and all({"seed": seed, "lr": lr, "logit_scale": 1.0} in seeds for seed, lr in ((2, 0.2), (1, 0.3)))
+    assert len(seeds) == 8 and all({"seed": seed, "lr": lr, "logit_scale": 1.0, "n_layer": 1} in seeds for seed, lr in ((2, 0.2), (1, 0.3)))
     done = []
     monkeypatch.setattr(sweep, "run", lambda part, options, threads: done.append(options) or {
         "options": options, "trace": {"train_loss": [options["lr"]] * 2}})
