@@ -1692,6 +1692,14 @@ def test_a_learning_rate_is_chosen_between_worse_ones():
     assert sweep.chosen_lr(("none", "muon"), runs + [tuned(0.8, None)]) == 0.4
 
 
+def test_learning_rates_are_tried_until_the_best_is_between_two(monkeypatch):
+    monkeypatch.setattr(sweep, "tuning_loss", lambda lr: abs(math.log2(lr / best)))
+    for best in (1.0, 8.0, 1 / 16):
+        tried = []
+        sweep.bracket(1.0, lambda lr: tried.append(lr) or lr)
+        assert len(set(tried)) == len(tried) and {best / 2, best, best * 2} <= set(tried)
+
+
 def test_finals_are_the_best_under_a_limit_at_the_better_learning_rate(monkeypatch):
     runs = [record(bound, acc, lr=lr, logit_scale=1.0, n_layer=1) | {"log10_paper": 0.1}
             for bound, acc, lr in ((0.2, 0.3, 0.1), (1.5, 0.4, 0.2), (9, 0.6, 0.3), (0.1, 0.9, 0.4), (1.1, 0.35, 0.5))]

@@ -247,6 +247,7 @@ HEADLINE = ((ONE, 1, 1.0, 1.0, 1.0), (ONE, 1, 1.2, 1.0, 1.0), (ONE, 1, 1.5, 1.0,
             (ONE, 4, 3.0, 4.0, 0.08), (TWO, 4, 5.0, 1.0, 0.5), (ONE, 4, 2.0, 1.0, 0.8), (ONE, 4, 5.0, 1.0, 0.8),
             (ONE, 4, 3.0, 1.0, 12.0), (ONE, 4, 1.0, 16.0, 2.7, 2.0), (ONE, 4, 2.0, 16.0, 3.0, 4.0))
 
+
 def headline(point, threads):
     shape, *values = point
     run("headline", {"method": "soft_cap", "optimizer": "muon", "lr": lr_of(("soft_cap", "muon")), **shape,
