@@ -232,7 +232,7 @@ def grid(pair, threads):
             run("grid", options | {"lr": lr_of(pair)}, threads)
 
 
-ONE, TWO, THREE = ({"n_layer": n_layer, "n_embd": n_embd} for n_layer, n_embd in ((1, 400), (2, 288), (3, 256)))  # about 2 M
+ONE, TWO = {"n_layer": 1, "n_embd": 400}, {"n_layer": 2, "n_embd": 288}  # about 2 M parameters; the grid has three layers
 # Values of SEARCHED. One layer makes the certificate small, which leaves room for large scales; the logit scales are such that
 # the bound comes out just below one of LIMITS.
 SEARCHED = ("n_head", "w_max", "softmax_scale", "logit_scale", "w_max_mlp")
