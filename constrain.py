@@ -276,7 +276,7 @@ def paper_bound(model):
     multiply the value path as well.
     """
     config = model.config
-    others = ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio")
+    others = ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")
     if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in others):
         return None
     alpha, log10_R = config.residual_weight, 0.0
@@ -379,22 +379,24 @@ def body_bound(layers, R):
 
     The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the chain rule
     multiplies the layers' bounds, each on the ball of radius R that its input stays in. x -> (1 - alpha) x + alpha f(x) has
-    the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|.
+    the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|. The projection onto a ball, as onto any
+    convex set, has gain 1, and R is at most the ball's radius from there on.
     Everything is a log10, since K of a large model exceeds the largest float.
     """
     log10_R, total, parts = log10(R), 0.0, []
-    for alpha, A_V, A_QK, mlp_gain, mlp_growth in layers:
+    for alpha, A_V, A_QK, mlp_gain, mlp_growth, ball in layers:
         value, score = log10(A_V), log10(A_QK) + 2 * log10_R
         gain = log10_mix(alpha, log10_add(value, score)) + log10(mlp_gain)
         parts.append({"R": log10_R, "value": value, "score": score, "mlp": log10(mlp_gain), "gain": gain})
-        log10_R += log10_mix(alpha, value) + log10(mlp_growth)
+        log10_R = min(log10_R + log10_mix(alpha, value) + log10(mlp_growth), log10(ball))
         total += gain
     return total, parts
 
 
 def layer_norms(model):
-    """What certificate needs of each layer and no R changes: [(alpha, A_V, A_QK, MLP gain, MLP growth)]."""
-    return [(block.alpha, *attention_norms(block.attn, model.config.softmax_scale), *mlp_norms(block)) for block in model.blocks]
+    """What certificate needs of each layer and no R changes: [(alpha, A_V, A_QK, MLP gain, MLP growth, ball)]."""
+    return [(block.alpha, *attention_norms(block.attn, model.config.softmax_scale), *mlp_norms(block), block.ball or math.inf)
+            for block in model.blocks]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

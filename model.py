@@ -38,6 +38,11 @@ def maxmin(x):
 ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
 
 
+def onto_ball(x, radius):
+    """x (..., n) with every vector whose RMS norm is above radius shortened to it, its nearest point in the ball."""
+    return x * (radius * x.float().square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).rsqrt()).to(x.dtype)
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int = 65
@@ -55,6 +60,7 @@ class GPTConfig:
     activation: str = "gelu"     # gelu, over its largest slope, or maxmin
     mlp_layers: int = 2          # linear layers of an MLP
     mlp_ratio: int = 4           # width between them, over n_embd
+    ball: float | None = None    # blocks project their outputs onto the ball of this RMS norm
 
     @property
     def residual_weight(self):
@@ -66,6 +72,8 @@ class GPTConfig:
         if not 0 < self.residual_weight <= 1 or self.mlp_layers < 2 or not 0 <= self.softmax_scale < math.inf:
             raise ValueError(f"needs 0 < alpha <= 1, mlp_layers >= 2 and softmax_scale >= 0, not {self.alpha}, {self.mlp_layers} "
                              f"and {self.softmax_scale}")
+        if self.ball is not None and not 0 < self.ball < math.inf:
+            raise ValueError(f"ball={self.ball} must be above 0")
         if not self.softmax_scale and not self.position_bias:
             raise ValueError("softmax_scale=0 leaves attention nothing to go by; use position_bias")
         if self.n_embd % (2 * self.n_head):
@@ -189,13 +197,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.alpha = config.residual_weight
+        self.alpha, self.ball = config.residual_weight, config.ball
         self.attn = Attention(config, layer)
         self.mlp = FeedForward(config)
 
     def forward(self, x, cos, sin):
         x = (1 - self.alpha) * x + self.alpha * self.attn(x, cos, sin)
-        return (1 - self.alpha) * x + self.alpha * self.mlp(x)
+        x = (1 - self.alpha) * x + self.alpha * self.mlp(x)
+        return x if self.ball is None else onto_ball(x, self.ball)
 
 
 class GPT(nn.Module):

@@ -33,7 +33,7 @@ import optim
 import prepare
 import train
 from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap_coupling
-from model import GELU_SLOPE, GPT, MLP, GPTConfig, MLPConfig
+from model import GELU_SLOPE, GPT, MLP, GPTConfig, MLPConfig, onto_ball
 from optim import UPDATE_NORM, Muon, dual_rows, map_by_shape, orthogonalize
 from prepare import UserError
 
@@ -430,7 +430,7 @@ def test_fresh_model_and_mlp_bounds():
 
 def layer_gains(net, R=1.0):
     """Certified gains, for inputs of norm <= R, of a one-layer net: attention alone, its output norm, MLP block, all."""
-    (a, A_V, A_QK, mlp_gain, mlp_growth), = constrain.layer_norms(net)
+    (a, A_V, A_QK, mlp_gain, mlp_growth, _), = constrain.layer_norms(net)
     attention = A_V + A_QK * R ** 2
     return attention, A_V * R, mlp_gain, mlp_growth, (1 - a + a * attention) * mlp_gain
 
@@ -569,7 +569,8 @@ def random_net(seed, tight):
         c = rng.choice((0, 0.1, c))
         options = dict(position_bias=c == 0 or rng.random() < 0.5, per_head=rng.random() < 0.5,
                        attn_scale=rng.choice((0.2, 1.0)), alpha=rng.choice((None, 0.7, 1.0)),
-                       activation=rng.choice(("gelu", "maxmin")), mlp_layers=rng.choice((2, 3, 4)), mlp_ratio=rng.choice((1, 2)))
+                       activation=rng.choice(("gelu", "maxmin")), mlp_layers=rng.choice((2, 3, 4)), mlp_ratio=rng.choice((1, 2)),
+                       ball=rng.choice((None, 0.3, 1.0)))
     net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8, **options)
     for block in net.blocks if options.get("position_bias") else ():
         block.attn.bias.data = 3 * torch.randn(block.attn.bias.shape)
@@ -642,6 +643,23 @@ def test_heads_constrained_one_by_one_cost_no_factor(H):
     net = gpt(H=H, d=16, c=0.5, per_head=True, attn_scale=1.0)
     set_identities(net)
     assert constrain.attention_norms(net.blocks[0].attn, 0.5) == (pytest.approx(1, abs=1e-6), pytest.approx(2 * 0.5, abs=1e-6))
+
+
+def test_ball_stops_the_growth_of_the_activations():
+    x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
+    y = onto_ball(x, 0.5)
+    torch.testing.assert_close(y, torch.tensor([[0.3, 0.4], [0.3, 0.4], [0.0, 0.0]]) * torch.tensor([[2 ** 0.5], [1], [1]]))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    torch.manual_seed(0)
+    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0).requires_grad_(False) for ball in (None, 0.5))
+    held.load_state_dict(free.state_dict())
+    rms = lambda net: net.blocks[2](10 * torch.randn(2, 8, 16), net.cos[:8], net.sin[:8]).square().mean(dim=-1).sqrt().max()
+    assert rms(free) > 1 and rms(held) == pytest.approx(0.5)
+    parts = [constrain.certificate(net)[1] for net in (free, held)]
+    assert parts[0][0] == parts[1][0] and [part["R"] for part in parts[1][1:]] == [math.log10(0.5)] * 2
+    assert all(a["score"] - a["R"] * 2 == pytest.approx(b["score"] - b["R"] * 2) for a, b in zip(*parts))
+    assert lipschitz_bound(held, "certified") < lipschitz_bound(free, "certified") and lipschitz_bound(held, "paper") is None
 
 
 def test_position_bias_counts_distances():
@@ -806,7 +824,7 @@ def test_config_refuses_heads_that_do_not_fit():
             GPTConfig(n_embd=n_embd, n_head=n_head)
     for bad, message in ((dict(activation="relu"), "gelu, maxmin"), (dict(alpha=0.0), "alpha"), (dict(alpha=1.1), "alpha"),
                          (dict(mlp_layers=1), "mlp_layers"), (dict(softmax_scale=-1.0), "softmax_scale"),
-                         (dict(softmax_scale=0.0), "position_bias")):
+                         (dict(softmax_scale=0.0), "position_bias"), (dict(ball=0.0), "ball")):
         with pytest.raises(ValueError, match=message):
             GPTConfig(**bad)
 

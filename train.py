@@ -62,6 +62,7 @@ class Config:
     activation: str = "gelu"          # gelu or maxmin
     mlp_layers: int = 2               # linear layers of an MLP
     mlp_ratio: int = 4                # width between them, over n_embd
+    ball: float | None = None         # blocks project their outputs onto the ball of this RMS norm
     # constraint
     method: str = "soft_cap"          # soft_cap, hard_cap, spectral_normalize, spectral_hammer, spectral_weight_decay, stiefel, svd_cap or none
     w_max: float = 6.0                # largest RMS->RMS norm of a matrix
@@ -138,7 +139,7 @@ def parse(argv):
 def check(config):
     """Raise UserError for values that no run could use."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "w_max", "w_max_mlp", "batch_size", "max_steps", "eval_interval",
-                 "logit_scale", "attn_scale", "mlp_ratio", "lr", "embedding_lr", "accumulate", "eval_tokens"):
+                 "logit_scale", "attn_scale", "mlp_ratio", "ball", "lr", "embedding_lr", "accumulate", "eval_tokens"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive and finite")

@@ -97,10 +97,9 @@ def norms(records, plt):
 
 
 def levels(tight):
-    """The runs of the preset, a list for every logit_scale with one for each seed."""
-    runs = [r for r in tight if r["part"] == "tight"]
-    return [[r for r in runs if r["options"]["logit_scale"] == scale]
-            for scale in sorted({r["options"]["logit_scale"] for r in runs})]
+    """The runs of the preset, a list of the seeds of each choice of options, smallest bound first."""
+    runs = [same_but_seed(tight, r["options"]) for r in tight if r["part"] == "tight" and r["options"]["seed"] == 0]
+    return sorted(runs, key=lambda seeds: seeds[0]["log10_certified"])
 
 
 def radius(records, plt):
@@ -153,8 +152,8 @@ def power(log10_x):
 
 def settings(options):
     """What sets a run apart from the others, as options of train.py."""
-    common = ["seed", "max_steps", "eval_interval", "eval_tokens"]
-    if "seed" in options:  # all options of a run, of which `who` names two
+    common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset"]
+    if "seed" in options and "preset" not in options:  # all options of a run of the paper's architecture, of which `who` names two
         common += ["method", "optimizer", *(name for name in PAPER if PAPER[name] == options.get(name))]
     shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
              if name not in common}
@@ -248,10 +247,10 @@ def tight_tables(records):
         ["certified bound", "attack", "accuracy", "paper protocol", "median certified radius"],
         zip(certified, attacked, accuracy, [spread([r["paper_protocol_acc"] for r in runs], "{:.1%}") for runs in presets], radii))
     yield "tight, at several bounds", table(
-        ["`--logit_scale`", "accuracy", "loss", "paper protocol", "certified", "attack", "median certified radius", "float8 loses", "lr"],
-        [[f"{runs[0]['options']['logit_scale']:g}", accuracy[i], spread([r["val_loss"] for r in runs], "{:.3f}"),
+        ["options", "accuracy", "loss", "paper protocol", "certified", "attack", "median certified radius", "float8 loses"],
+        [[settings(runs[0]["options"]), accuracy[i], spread([r["val_loss"] for r in runs], "{:.3f}"),
           spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
-          f"{100 * mean(r['float8_lost'] for r in runs):.2f}", f"{runs[0]['options']['lr']:g}"]
+          f"{100 * mean(r['float8_lost'] for r in runs):.2f}"]
          for i, runs in enumerate(presets)])
     names = ["the paper's architecture"] + [f"+ {settings(change)}" for change in CHANGES[1:]] + [settings(change) for change in BACK]
     done = {name: next((r for r in records if r["options"] == complete("ablation", options)), None)

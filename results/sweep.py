@@ -304,10 +304,9 @@ def final(options, threads):
 
 
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate
-LEVELS = ((7.99, 0.025), (1.99, 0.05), (29.0, 0.025), (3.99, 0.05), (99.0, 0.0125))
+LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05}, {"logit_scale": 29.0, "lr": 0.025})
 TIGHT_STEPS, ABLATION_STEPS = 1200, 300
-TIGHT_RUNS = [{"logit_scale": scale, "lr": lr, "seed": seed, "max_steps": TIGHT_STEPS}
-              for scale, lr in LEVELS for seed in (0, 1, 2)]
+TIGHT_RUNS = [level | {"seed": seed, "max_steps": TIGHT_STEPS} for level in LEVELS for seed in (0, 1, 2)]
 
 # From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False, "per_head": False,
