@@ -9,7 +9,7 @@ import math
 import sys
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, ASKED, BACK, BOUNDS, CHANGES, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+from sweep import (ABLATION_RUNS, ALONE, ASKED, BACK, BOUNDS, CHANGES, CONTENT_BACK, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
                    best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
@@ -152,7 +152,7 @@ def power(log10_x):
 
 def settings(options):
     """What sets a run apart from the others, as options of train.py."""
-    common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset"]
+    common = ["seed", "max_steps", "eval_interval", "eval_tokens", *(["preset"] if options.get("preset") == "tight" else [])]
     if "seed" in options and "preset" not in options:  # all options of a run of the paper's architecture, of which `who` names two
         common += ["method", "optimizer", *(name for name in PAPER if PAPER[name] == options.get(name))]
     shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
@@ -252,7 +252,9 @@ def tight_tables(records):
           spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
           f"{100 * mean(r['float8_lost'] for r in runs):.2f}"]
          for i, runs in enumerate(presets)])
-    names = ["the paper's architecture"] + [f"+ {settings(change)}" for change in CHANGES[1:]] + [settings(change) for change in BACK]
+    names = ["the paper's architecture", *(f"+ {settings(change)}" for change in CHANGES[1:]),
+             *(f"tight, but {settings(change)}" for change in BACK), *(f"the paper's, but {settings(change)}" for change in ALONE),
+             *(f"tight-content, but {settings(change)}" if change else "tight-content" for change in CONTENT_BACK)]
     done = {name: next((r for r in records if r["options"] == complete("ablation", options)), None)
             for name, options in zip(names, ABLATION_RUNS)}
     rows = [[name, f"{r['val_acc']:.2%}", power(r["log10_certified"]), power(r["log10_attack"])] for name, r in done.items() if r]

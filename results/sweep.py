@@ -303,10 +303,13 @@ def final(options, threads):
         run("final", min(tried, key=tuning_loss)["options"] | {"seed": seed}, threads)
 
 
-# The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate
-LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05}, {"logit_scale": 29.0, "lr": 0.025})
+# The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate.
+# And the one that looks at content.
+CONTENT = {"preset": "tight-content"}
+LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05}, {"logit_scale": 29.0, "lr": 0.025},
+          CONTENT | {"max_steps": 800})
 TIGHT_STEPS, ABLATION_STEPS = 1200, 300
-TIGHT_RUNS = [level | {"seed": seed, "max_steps": TIGHT_STEPS} for level in LEVELS for seed in (0, 1, 2)]
+TIGHT_RUNS = [{"max_steps": TIGHT_STEPS} | level | {"seed": seed} for level in LEVELS for seed in (0, 1, 2)]
 
 # From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False, "per_head": False,
@@ -318,8 +321,15 @@ CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "pos
 BACK = ({"activation": "gelu"}, {"alpha": 0.5}, {"per_head": False, "attn_scale": 8 ** -0.5}, {"method": "soft_cap"},
         {"method": "hard_cap"}, {"method": "spectral_normalize"}, {"softmax_scale": 0.25}, {"mlp_layers": 2}, {"mlp_layers": 6},
         {"n_head": 4}, {"n_head": 16}, {"n_layer": 2, "mlp_layers": 2}, {"optimizer": "adamw", "lr": 0.002})
-ABLATION_RUNS = [reduce(dict.__or__, CHANGES[:i + 1]) | {"max_steps": ABLATION_STEPS} for i in range(len(CHANGES))]
-ABLATION_RUNS += [change | {"max_steps": ABLATION_STEPS} for change in BACK]
+# Each alone on the paper's architecture, and each taken back from the preset that looks at content
+ALONE = ({"activation": "maxmin"}, {"per_head": True, "attn_scale": 1.0}, {"attn_scale": 0.5}, {"alpha": 1.0},
+         {"n_layer": 1, "n_embd": 400}, {"mlp_layers": 4, "mlp_ratio": 1}, {"method": "stiefel"}, {"w_max_mlp": 2.0}, {"w_max": 2.0},
+         {"w_max": 2.0, "ball": 1.0})
+CONTENT_BACK = ({}, {"ball": 1e6}, {"per_head": False}, {"position_bias": False}, {"activation": "gelu"}, {"n_layer": 1},
+                {"softmax_scale": 0.25}, {"w_max": 2.5})
+ABLATION_RUNS = [{"max_steps": ABLATION_STEPS} | options for options in
+                 (*(reduce(dict.__or__, CHANGES[:i + 1]) for i in range(len(CHANGES))), *BACK,
+                  *(CHANGES[0] | change for change in ALONE), *(CONTENT | change for change in CONTENT_BACK))]
 
 
 # For each part, what lists its jobs, once the parts before it are done, and what does one with so many threads
