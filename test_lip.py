@@ -1311,6 +1311,23 @@ def test_the_tight_preset_is_certified_by_its_logit_scale(data, monkeypatch, cap
     assert "<= certified" in capsys.readouterr().out
 
 
+def test_the_preset_that_looks_at_content_is_held_by_its_ball(data, monkeypatch, capsys):
+    small = ["--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--max_steps=30", "--eval_interval=30", "--device=cpu",
+             "--compile=false", "--out_dir=out"]
+    assert run_main(train, monkeypatch, "--preset=tight-content", *small) is None
+    net, ckpt = model.load_checkpoint("out/ckpt.pt")
+    parts = constrain.certificate(net)[1]
+    assert ckpt["config"]["ball"] == 1.0 and all(10 ** part["R"] <= 1 + 1e-6 for part in parts) and log_lines()[-1]["val_acc"] > 0.3
+    assert max(layer["score"] for layer in parts) > -1  # so content counts
+    capsys.readouterr()
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=30", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["log10_attack"] <= result["log10_certified"]
+    net.blocks[0].ball = net.blocks[1].ball = None
+    assert constrain.certificate(net)[0] > result["log10_certified"]
+    one_line(run_main(train, monkeypatch, "--ball=0", *small), "--ball=0.0 must be positive", "--ball")
+
+
 def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     train.train(train.Config(**TINY | dict(max_steps=60, eval_interval=25)))
     printed, lines = capsys.readouterr().out, log_lines()
