@@ -308,7 +308,7 @@ def final(options, threads):
 CONTENT = {"preset": "tight-content"}
 LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05}, {"logit_scale": 29.0, "lr": 0.025},
           CONTENT | {"max_steps": 800})
-TIGHT_STEPS, ABLATION_STEPS = 1200, 300
+TIGHT_STEPS, ABLATION_STEPS = 1200, 200
 TIGHT_RUNS = [{"max_steps": TIGHT_STEPS} | level | {"seed": seed} for level in LEVELS for seed in (0, 1, 2)]
 
 # From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
