@@ -100,7 +100,7 @@ CIFAR10 = dict(out_dir="out/cifar10", dataset="cifar10", w_max=6.0, batch_size=5
 TIGHT = dict(out_dir="out/tight", n_layer=1, n_head=8, n_embd=512, softmax_scale=0.0, logit_scale=8.0, position_bias=True,
              per_head=True, attn_scale=1.0, alpha=1.0, activation="maxmin", mlp_layers=4, mlp_ratio=1, method="stiefel", w_max=1.0,
              lr=0.025, max_steps=1200, eval_interval=1200)
-# The same with room for content: two layers of the paper's kind, and a ball that keeps the activations small. Below 10^4.
+# With room for content: two layers of the paper's kind, and a ball that keeps the activations small. The bound is about 7e3.
 TIGHT_CONTENT = dict(out_dir="out/tight-content", n_layer=2, n_head=8, n_embd=256, position_bias=True, per_head=True,
                      activation="maxmin", ball=1.0, w_max=3.5, max_steps=800, eval_interval=800)
 PRESETS = {"cifar10": CIFAR10, "tight": TIGHT, "tight-content": TIGHT_CONTENT, "fineweb": FINEWEB,

@@ -9,8 +9,8 @@ import math
 import sys
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, ALONE, ASKED, BACK, BOUNDS, CHANGES, CONTENT_BACK, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
+from sweep import (ABLATION_RUNS, ALONE, ASKED, BACK, BOUNDS, CHANGES, CONTENT_BACK, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS,
+                   TIGHT, UserError, best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
