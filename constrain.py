@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GELU_SLOPE, GPT, GPTConfig, gelu, load_checkpoint
+from model import GELU_SLOPE, GPT, GPTConfig, gelu, load_checkpoint, onto_ball
 from optim import POLAR, UPDATE_NORM, has_bf16, keep_memory, orthogonalize, polar_steps
 from prepare import UserError, open_split
 
@@ -412,9 +412,8 @@ def ascend(f, X, R, steps=100):
     """
     rms = lambda x: x.square().mean(dim=-1, keepdim=True).sqrt()
     unit = lambda x: x / rms(x).clamp_min(1e-30)
-    project = lambda x: x * (R / rms(x).clamp_min(1e-30)).clamp_max(1)
     last = lambda x: f(x)[:, -1]                                     # (B, m): with causal attention it sees all tokens
-    X = project(X).requires_grad_()
+    X = onto_ball(X, R).requires_grad_()
     u, best = unit(torch.randn(last(X).shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype).to(X.device)), 0.0
     optimizer = torch.optim.Adam([X], maximize=True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the one that jvp can differentiate
@@ -428,7 +427,7 @@ def ascend(f, X, R, steps=100):
             best = max(best, (rms(dY) / rms(dX).amax(dim=1).clamp_min(1e-30)).max().item())
             X.grad, = torch.autograd.grad((u * dY).mean(dim=-1).clamp_min(1e-30).log().sum(), X)
             optimizer.step()
-            X.data = project(X.data)
+            X.data = onto_ball(X.data, R)
     return best
 
 

@@ -40,7 +40,8 @@ ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
 
 def onto_ball(x, radius):
     """x (..., n) with every vector whose RMS norm is above radius shortened to it, its nearest point in the ball."""
-    return x * (radius * x.float().square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).rsqrt()).to(x.dtype)
+    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / (x_wide.square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).sqrt() / radius).to(x.dtype)
 
 
 @dataclass

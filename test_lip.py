@@ -651,6 +651,7 @@ def test_ball_stops_the_growth_of_the_activations():
     torch.testing.assert_close(y, torch.tensor([[0.3, 0.4], [0.3, 0.4], [0.0, 0.0]]) * torch.tensor([[2 ** 0.5], [1], [1]]))
     y.sum().backward()
     assert x.grad.isfinite().all()
+    assert onto_ball(torch.randn(9, 7).double() * 9, 0.3).square().mean(dim=-1).sqrt().max().item() == pytest.approx(0.3, rel=1e-14)
     torch.manual_seed(0)
     free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0).requires_grad_(False) for ball in (None, 0.5))
     held.load_state_dict(free.state_dict())

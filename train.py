@@ -37,7 +37,7 @@ from tqdm import tqdm
 import prepare
 from constrain import (METHODS, PROMISE_W_MAX, TAKE_DTYPE, certified_radii, lipschitz_bound, matrices, pgd, rms_norm,
                        soft_cap_coupling, svd_cap)
-from model import ACTIVATIONS, GPT, MLP, GPTConfig, MLPConfig, load_checkpoint
+from model import ACTIVATIONS, GPT, MLP, GPTConfig, MLPConfig, load_checkpoint, onto_ball
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import Tokenizer, UserError
 
@@ -343,8 +343,7 @@ def constrain(model, config, lr):
         for W in owner:
             dist.broadcast(W, owner[W])
     if isinstance(model, GPT):
-        E = model.wte.weight
-        E.div_(E.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1))
+        model.wte.weight.copy_(onto_ball(model.wte.weight, 1.0))
 
 
 @torch.inference_mode()
