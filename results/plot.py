@@ -9,8 +9,8 @@ import math
 import sys
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, ALONE, ASKED, BACK, BOUNDS, CHANGES, CONTENT_BACK, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS,
-                   TIGHT, UserError, best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
+from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+                   best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
@@ -98,7 +98,7 @@ def norms(records, plt):
 
 
 def levels(tight):
-    """The runs of the preset, a list of the seeds of each choice of options, smallest bound first."""
+    """The runs of the presets, a list of the seeds of each choice of options, smallest bound first."""
     runs = [same_but_seed(tight, r["options"]) for r in tight if r["part"] == "tight" and r["options"]["seed"] == 0]
     return sorted(runs, key=lambda seeds: seeds[0]["log10_certified"])
 
@@ -153,12 +153,13 @@ def power(log10_x):
 
 def settings(options):
     """What sets a run apart from the others, as options of train.py."""
+    preset = [options["preset"]] if "preset" in options else []
     common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset"]
-    if "seed" in options and "preset" not in options:  # all options of a run of the paper's architecture, of which `who` names two
+    if "seed" in options and not preset:  # all options of a run of the paper's architecture, of which `who` names two
         common += ["method", "optimizer", *(name for name in PAPER if PAPER[name] == options.get(name))]
     shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
              if name not in common}
-    return ", ".join([*([options["preset"]] if "preset" in options else []), *(f"{name} {value}" for name, value in shown.items())])
+    return ", ".join([*preset, *(f"{name} {value}" for name, value in shown.items())])
 
 
 def table(head, rows):
@@ -188,8 +189,9 @@ def finals(records):
 
 def headline(records):
     """[(name, bound, limit, runs of all seeds)]: the best final for each bound that is asked for."""
+    candidates = finals(records)
     return [(f"{bound[6:]} ≤ {limit:g}", bound, limit, runs) for bound, limit in ASKED
-            if (runs := best_final(finals(records), bound, limit))]
+            if (runs := best_final(candidates, bound, limit))]
 
 
 def median_radius(runs):
@@ -260,9 +262,9 @@ def tight_tables(records, papers):
           spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
           f"{100 * mean(r['float8_lost'] for r in runs):.2f}"]
          for i, runs in enumerate(presets)])
-    rows = []
+    rows, candidates = [], (presets, finals(papers))
     for limit, target in TARGETS:
-        both = [best_final(runs, "log10_certified", limit) for runs in (presets, finals(papers))]
+        both = [best_final(runs, "log10_certified", limit) for runs in candidates]
         if all(both):
             reached, paper = (mean(r["val_acc"] for r in runs) for runs in both)
             aim = ["the best", ""] if target is None else [f"{target} %", f"{100 * reached - target:.1f}"]
@@ -270,12 +272,9 @@ def tight_tables(records, papers):
     if rows:
         yield "tight, against its targets", table(
             ["certified bound", "target", "reached", "above it by", "the paper's architecture reaches"], rows)
-    names = ["the paper's architecture", *(f"+ {settings(change)}" for change in CHANGES[1:]),
-             *(f"tight, but {settings(change)}" for change in BACK), *(f"the paper's, but {settings(change)}" for change in ALONE),
-             *(f"tight-content, but {settings(change)}" if change else "tight-content" for change in CONTENT_BACK)]
-    done = {name: next((r for r in records if r["options"] == complete("ablation", options)), None)
-            for name, options in zip(names, ABLATION_RUNS)}
-    rows = [[name, f"{r['val_acc']:.2%}", power(r["log10_certified"]), power(r["log10_attack"])] for name, r in done.items() if r]
+    rows = [[f"{start} {settings(change)}".strip(), f"{r['val_acc']:.2%}", power(r["log10_certified"]), power(r["log10_attack"])]
+            for (start, change, _), options in zip(ABLATIONS, ABLATION_RUNS)
+            for r in records if r["options"] == complete("ablation", options)]
     if rows:
         yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
 

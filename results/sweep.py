@@ -1,5 +1,5 @@
 """
-The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl, those of --preset=tight one of
+The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl, those of the tight presets one of
 results/tight.jsonl.
 
     python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text
@@ -325,11 +325,14 @@ BACK = ({"activation": "gelu"}, {"alpha": 0.5}, {"per_head": False, "attn_scale"
 ALONE = ({"activation": "maxmin"}, {"per_head": True, "attn_scale": 1.0}, {"attn_scale": 0.5}, {"alpha": 1.0},
          {"n_layer": 1, "n_embd": 400}, {"mlp_layers": 4, "mlp_ratio": 1}, {"method": "stiefel"}, {"w_max_mlp": 2.0}, {"w_max": 2.0},
          {"w_max": 2.0, "ball": 1.0})
-CONTENT_BACK = ({}, {"ball": 1e6}, {"per_head": False}, {"position_bias": False}, {"activation": "gelu"}, {"n_layer": 1},
+CONTENT_BACK = ({"ball": 1e6}, {"per_head": False}, {"position_bias": False}, {"activation": "gelu"}, {"n_layer": 1},
                 {"softmax_scale": 0.25}, {"w_max": 2.5})
-ABLATION_RUNS = [{"max_steps": ABLATION_STEPS} | options for options in
-                 (*(reduce(dict.__or__, CHANGES[:i + 1]) for i in range(len(CHANGES))), *BACK,
-                  *(CHANGES[0] | change for change in ALONE), *(CONTENT | change for change in CONTENT_BACK))]
+ABLATIONS = [("the paper's architecture", {}, CHANGES[0]),  # (from what, what changes, all options)
+             *(("+", CHANGES[i], reduce(dict.__or__, CHANGES[:i + 1])) for i in range(1, len(CHANGES))),
+             *(("tight, but", change, change) for change in BACK),
+             *(("the paper's, but", change, CHANGES[0] | change) for change in ALONE),
+             ("tight-content", {}, CONTENT), *(("tight-content, but", change, CONTENT | change) for change in CONTENT_BACK)]
+ABLATION_RUNS = [{"max_steps": ABLATION_STEPS} | options for _, _, options in ABLATIONS]
 
 
 # For each part, what lists its jobs, once the parts before it are done, and what does one with so many threads
