@@ -3,19 +3,14 @@ Weight constraints, and the Lipschitz bound that they give to the network.
 
     python constrain.py out/shakespeare/ckpt.pt            # norms, bounds, an attack on them, certified predictions
     python constrain.py out/shakespeare/ckpt.pt --json     # the same for programs
-    python constrain.py --bench                            # time and error of every method against an exact SVD
 
 Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of matrices are
 RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm sqrt(n/m) * sigma_max.
-Each method maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step. To add a constraint,
-write one such function and name it in METHODS.
+What is exact, norms, bounds and attacks, is computed in float64 on the CPU, as not every GPU has float64.
 """
-import argparse
 import copy
-import json
+import inspect
 import math
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +18,8 @@ import numpy as np
 import torch
 
 from model import GELU_SLOPE, GPT, GPTConfig, gelu, load_checkpoint, onto_ball
-from optim import POLAR, UPDATE_NORM, has_bf16, keep_memory, orthogonalize, polar_steps
-from prepare import UserError, open_split
+from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
+from prepare import Parser, number, one_line_errors, open_data, say, to_json
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others in their
 # interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6 of 1, from below.
@@ -36,17 +31,49 @@ EXACT_POLAR = POLAR[:1] + POLAR[1:2] * 4 + POLAR[2:] + ((15 / 8, -10 / 8, 3 / 8)
 PSI = (0.494527, -0.331985, 0.187114, -0.070508, 0.014907, -0.001316)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The constraints
+# ------------------------------------------------------------------------------------------------------------
+# The constraints. Each maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step. To add one, write
+# a function under @constraint. Beside W it may ask, by name, for what `after_step` lists.
+
+METHODS = {}        # name: constraint
+PROMISE_W_MAX = []  # the names of those after which every matrix has norm <= w_max
+
+
+def constraint(f):
+    METHODS[f.__name__] = f
+    return f
+
+
+def cap(f):
+    """A constraint that promises norms of at most w_max."""
+    PROMISE_W_MAX.append(f.__name__)
+    return constraint(f)
+
+
+def after_step(method, w_max, lr, decay, update_norm, dtype):
+    """
+    The constraint METHODS[method] of W alone, given what it asks for of: w_max; the step's learning rate lr; decay, the share
+    of W that the step took off (lr * weight_decay); update_norm, a bound on the norm of its update, infinite with AdamW; and
+    dtype, which inner products may have.
+    """
+    values = dict(w_max=w_max, lr=lr, decay=decay, update_norm=update_norm, dtype=dtype)
+    asked = inspect.signature(METHODS[method]).parameters
+    return partial(METHODS[method], **{name: values[name] for name in values if name in asked})
+
 
 def rms_unit(W):
     """sqrt(m/n): the largest singular value of an (m, n) matrix of RMS->RMS norm 1."""
     return math.sqrt(W.shape[-2] / W.shape[-1])
 
 
+def exact(W):
+    """A copy in float64 on the CPU, without a gradient."""
+    return W.detach().cpu().double()
+
+
 def rms_norm(W):
     """RMS->RMS operator norms of (..., m, n), exactly (SVD in float64), as a float64 tensor (...)."""
-    return torch.linalg.svdvals(W.detach().double())[..., 0] / rms_unit(W)
+    return torch.linalg.svdvals(exact(W))[..., 0] / rms_unit(W)
 
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
@@ -81,23 +108,27 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     return sigma * scale, u, v
 
 
-def none(W, w_max=None):
+@constraint
+def none(W):
     """No constraint. With Muon's or AdamW's weight_decay this is the paper's weight decay: W <- (1 - lr decay) W."""
     return W.clone()
 
 
+@constraint
 def spectral_weight_decay(W, decay, dtype=torch.float32):
     """W - decay sigma_1 u_1 v_1^T: weight decay of the largest singular value alone (the paper, section 3)."""
     sigma, u, v = top_singular(W, dtype)
     return W - decay * sigma * u @ v.mT
 
 
+@cap
 def spectral_normalize(W, w_max, dtype=torch.float32):
     """W min(1, w_max / |W|): the whole matrix scaled down to norm w_max (Miyato et al. 2018; the paper, section 3)."""
     sigma, _, _ = top_singular(W, dtype)
     return W * (w_max * rms_unit(W) / sigma.clamp_min(torch.finfo(W.dtype).tiny)).clamp_max(1)
 
 
+@constraint
 def spectral_hammer(W, w_max, dtype=torch.float32):
     """
     W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest singular value is set to w_max (the paper, section 3).
@@ -109,6 +140,7 @@ def spectral_hammer(W, w_max, dtype=torch.float32):
     return W - (sigma - w_max * rms_unit(W)).clamp_min(0) * u @ v.mT
 
 
+@cap
 def stiefel(W, w_max, dtype=torch.float32):
     """
     w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (the paper, section 3).
@@ -131,7 +163,22 @@ def stiefel(W, w_max, dtype=torch.float32):
     return w_max * rms_unit(W) * (X.mT if tall else X).reshape(W.shape)
 
 
-def soft_cap(W, alpha, dtype=torch.float32):
+@cap
+def soft_cap(W, w_max, lr, decay=0.0, update_norm=0.0, dtype=torch.float32):
+    """
+    soft_cap_polynomial with the alpha that takes back a step of Muon (the paper, section 3). AdamW's steps have no fixed norm;
+    after those it promises nothing.
+    """
+    alpha = soft_cap_coupling(w_max, decay, lr * UPDATE_NORM)
+    return soft_cap_polynomial(W, alpha, dtype if small(update_norm, w_max) else torch.float32)
+
+
+def small(update_norm, w_max):
+    """Whether a step is one that a cap can take back in bfloat16."""
+    return update_norm <= 0.03 * w_max
+
+
+def soft_cap_polynomial(W, alpha, dtype=torch.float32):
     """
     sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values (the paper,
     section 3). Close to the identity for small sigma, with a largest image that soft_cap_coupling makes w_max.
@@ -154,7 +201,7 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     The smallest alpha for which soft_cap brings a matrix of norm <= w_max back to norm <= w_max after an optimizer step.
 
     weight_decay is the decay of that step (lr times the optimizer's), update_norm the norm of its update (lr times
-    UPDATE_NORM for Muon), so that the norm after it is at most k = w_max (1 - weight_decay) + update_norm. The published
+    UPDATE_NORM for Muon), so that the norm after it is at most k = w_max |1 - weight_decay| + update_norm. The published
     coupling (the paper, appendix) asks only that k itself lands on w_max; this one asks it of all of [0, k].
 
     With y = alpha sigma^2, q = sigma (1 - y) grows up to its turning point y = 1/3, and p grows always.
@@ -165,7 +212,7 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
       gives alpha = (62/81)^2 / (3 w_max^2) whatever k is. q is odd about its zero and falls below minus that value
       only for sigma > 2 / sqrt(3 alpha) = 2.613 w_max; no alpha can do for a larger k.
     """
-    k = w_max * (1 - weight_decay) + update_norm
+    k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
         return 0.0
     alpha = (62 / 81) ** 2 / (3 * w_max ** 2)
@@ -184,7 +231,8 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     return high
 
 
-def hard_cap(W, w_max, dtype=torch.float32):
+@cap
+def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
     """
     sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
 
@@ -195,6 +243,7 @@ def hard_cap(W, w_max, dtype=torch.float32):
     All products but the first and the last are on the smaller side. A batch with norms near 2 w_max or beyond goes through
     the SVD.
     """
+    dtype = dtype if small(update_norm, w_max) else torch.float32
     w = w_max * rms_unit(W) * (1 - 6e-3)
     X = (W / w).to(dtype).reshape(-1, *W.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
@@ -214,23 +263,14 @@ def hard_cap(W, w_max, dtype=torch.float32):
     return W - (W_ @ D if tall else D @ W_)
 
 
+@cap
 def svd_cap(W, w_max):
     """sigma -> min(sigma, w_max) by an SVD in W's precision: the reference for hard_cap."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U * S.clamp_max(w_max * rms_unit(W))[..., None, :] @ Vh
 
 
-METHODS = {f.__name__: f for f in (soft_cap, hard_cap, spectral_normalize, spectral_hammer, spectral_weight_decay,
-                                   stiefel, svd_cap, none)}
-
-# After each of these every matrix has norm <= w_max: soft_cap relies on Muon's update norm, the others project.
-PROMISE_W_MAX = ("soft_cap", "hard_cap", "spectral_normalize", "stiefel", "svd_cap")
-
-# These take the dtype of their inner products, and in bfloat16 still hold what they promise; the caps after small steps.
-TAKE_DTYPE = ("soft_cap", "hard_cap", "spectral_normalize", "spectral_hammer", "spectral_weight_decay", "stiefel")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The Lipschitz bound
 
 def lipschitz_bound(model, kind):
@@ -265,7 +305,7 @@ def log10_mix(alpha, log10_x):
 
 def embedding_norm(model):
     """The largest RMS norm of a row of the embedding table."""
-    return model.wte.weight.detach().double().square().mean(dim=1).max().sqrt().item()
+    return exact(model.wte.weight).square().mean(dim=1).max().sqrt().item()
 
 
 def paper_bound(model):
@@ -321,8 +361,8 @@ def attention_norms(attn, softmax_scale):
     (q and k may not swap roles here: a query is one token for all heads, but each head may look at another key's token.)
     """
     H, dh = attn.n_head, attn.d_head
-    *Wqk, Wv = attn.qkv.weight.detach().double().view(-1, H, dh, H * dh)   # each (H, d_head, d); W_q and W_k unless c = 0
-    Wo = attn.proj.weight.detach().double()                                # (d, d)
+    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)              # each (H, d_head, d); W_q and W_k unless c = 0
+    Wo = exact(attn.proj.weight)                                           # (d, d)
     Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                          # (H, d, d_head)
     sigma = lambda W: torch.linalg.svdvals(W)[..., 0]
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
@@ -356,8 +396,8 @@ def mlp_norms(block):
     product = math.prod(rms_norm(layer.weight).item() for layer in (mlp.fc, *mlp.mid, mlp.proj))
     if mlp.mid or mlp.activation is not gelu:
         return ((1 - alpha) + alpha * product,) * 2
-    W = mlp.proj.weight.detach().double() @ mlp.fc.weight.detach().double()
-    identity = torch.eye(len(W), dtype=torch.float64, device=W.device)
+    W = exact(mlp.proj.weight) @ exact(mlp.fc.weight)
+    identity = torch.eye(len(W), dtype=torch.float64)
     whole = lambda m, r: rms_norm((1 - alpha) * identity + alpha * m * W).item() + alpha * r * product
     r = 1 - 1 / (2 * GELU_SLOPE)
     return whole(1 - r, r), whole(1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE))
@@ -399,7 +439,7 @@ def layer_norms(model):
             for block in model.blocks]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The attack, and certified predictions
 
 def ascend(f, X, R, steps=100):
@@ -414,7 +454,7 @@ def ascend(f, X, R, steps=100):
     unit = lambda x: x / rms(x).clamp_min(1e-30)
     last = lambda x: f(x)[:, -1]                                     # (B, m): with causal attention it sees all tokens
     X = onto_ball(X, R).requires_grad_()
-    u, best = unit(torch.randn(last(X).shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype).to(X.device)), 0.0
+    u, best = unit(torch.randn(last(X).shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype)), 0.0
     optimizer = torch.optim.Adam([X], maximize=True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the one that jvp can differentiate
         for step in range(steps + 1):
@@ -437,7 +477,7 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     sequences of block_size tokens in the same ball, in float64. Half of the restarts begin at embeddings of text, cut from
     tokens (N,) or else of random ids, half at random points.
     """
-    net = copy.deepcopy(model).double().requires_grad_(False)
+    net = copy.deepcopy(model).cpu().double().requires_grad_(False)
     g = torch.Generator().manual_seed(0)
     if not isinstance(model, GPT):  # the MLP's bound is global; one image is a sequence of one token
         X = torch.randn(restarts, 1, model.config.n_in, generator=g, dtype=torch.float64)
@@ -446,9 +486,9 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     ids = torch.randint(model.config.vocab_size, (restarts // 2, n), generator=g)
     if tokens is not None and len(tokens) > n:
         ids = tokens[torch.randint(len(tokens) - n, (restarts // 2, 1), generator=g) + torch.arange(n)]
-    X = torch.randn(restarts, n, model.config.n_embd, generator=g, dtype=torch.float64).to(net.wte.weight.device)
+    X = torch.randn(restarts, n, model.config.n_embd, generator=g, dtype=torch.float64)
     X = R * X / X.square().mean(dim=-1, keepdim=True).sqrt()
-    X[:restarts // 2] = net.wte.weight[ids.to(X.device)]
+    X[:restarts // 2] = net.wte.weight[ids]
     return ascend(net.forward_embeddings, X, R, steps)
 
 
@@ -478,13 +518,13 @@ def certified_radii(model, x, y):
     before, and the difference of logits i and j by that times |w_i - w_j|, w_i being the last layer's rows.
     """
     W, z = model.layers[-1].weight, model(x)[0]
-    hidden = math.prod(torch.linalg.svdvals(layer.weight.double())[0].item() for layer in model.layers[:-1])
+    hidden = math.prod(torch.linalg.svdvals(exact(layer.weight))[0].item() for layer in model.layers[:-1])
     distance = torch.cdist(W[y], W, compute_mode="donot_use_mm_for_euclid_dist")
     margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
     return margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0) / hidden
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def matrices(model):
     """{name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and the biases."""
@@ -513,7 +553,7 @@ def margins(model, tokens):
         delta.scatter_(1, top.indices[:, None], math.inf)
         bears.append(delta.min(dim=-1).values / (model.config.logit_scale * math.sqrt(W.shape[1])))
         right.append(top.indices == tokens[a + 1:b + 1])
-    return torch.cat(bears).double(), torch.cat(right)
+    return torch.cat(bears).cpu().double(), torch.cat(right).cpu()
 
 
 def log10_radii(model, bears, layers):
@@ -524,7 +564,7 @@ def log10_radii(model, bears, layers):
     """
     R = embedding_norm(model)
     K = lambda r: body_bound(layers, R + r)[0]
-    wanted = bears.clamp_min(1e-30).log10()
+    wanted = bears.clamp(1e-30, 1e30).log10()
     low = math.floor(wanted.min().item() - max(K(0), 0)) - 1
     grid = low + torch.arange(0, int((wanted.max().item() + 3 - low) / 0.0043) + 1, dtype=torch.float64) * 0.0043
     reached = torch.tensor([x + K(10 ** x) for x in grid.tolist()], dtype=torch.float64)
@@ -532,139 +572,80 @@ def log10_radii(model, bears, layers):
     return torch.where(bears >= 1e-30, radii, -math.inf)  # a tie bears nothing
 
 
-def report(path, as_json, steps):
-    """Norms of every matrix of a checkpoint, its bounds with their parts, an attack, and certified predictions."""
+def report(path, steps):
+    """Norms of every matrix of a GPT's checkpoint, its bounds with their parts, an attack, and certified predictions."""
     model, ckpt = load_checkpoint(path)
     if not isinstance(model, GPT):
-        return report_mlp(path, model, ckpt, as_json, steps)
+        return report_mlp(path, model, ckpt, steps)
     norms = {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}
     layers, R = layer_norms(model), embedding_norm(model)
     certified, parts = certificate(model, R, layers)
     paper, folder, text = paper_bound(model), Path("data") / ckpt["config"]["dataset"], None
     if (folder / "meta.json").exists():
         n = max(4096, 2 ** 23 // model.config.vocab_size)  # all of Shakespeare's validation split
-        text = torch.from_numpy(open_split(folder, "val", ckpt["meta"])[0][:n].astype(np.int64))
+        text = torch.from_numpy(open_data(folder, like=ckpt["meta"])[2][0][:n].astype(np.int64))
     found = log10(attack(model, steps=steps, tokens=text))
     result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
               "w_max": ckpt["config"]["w_max"], "embedding": R, "norms": norms, "log10_layers": parts,
               "log10_attack": found, "log10_certified": certified, "log10_paper": paper,
               "paper_broken": paper is not None and found > paper}
-    if text is not None:
-        bears, right = margins(model, text)
-        radii = log10_radii(model, bears, layers)
-        middle = round(radii[right].median().item())
-        result["certified_accuracy"] = {"1e%d" % x: (right & (radii > x)).double().mean().item()
-                                        for x in range(middle - 2, middle + 2)}
-        result["val_acc"] = right.double().mean().item()
-        result["log10_median_radius"] = radii[right].median().item()
-        result["characters"] = [{"token": t, "right": r, "log10_radius": x if x > -math.inf else None} for t, r, x in
-                                zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())]
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n")
-    print(f"{'RMS->RMS norms':<14} {'W_q':>8} {'W_k':>8} {'W_v':>8} {'W_o':>8} {'W_in':>8} {'W_out':>8}")
+    lines = [f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n",
+             f"{'RMS->RMS norms':<14} {'W_q':>8} {'W_k':>8} {'W_v':>8} {'W_o':>8} {'W_in':>8} {'W_out':>8}"]
     for i in range(len(model.blocks)):
         row = [norm for layer in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj") for norm in norms[f"blocks.{i}.{layer}"]]
-        print(f"layer {i:<8} " + " ".join(f"{norm:8.4f}" for norm in row))
-    print(f"embedding {R:.4f}, head {norms['head'][0]:.4f}, logit_scale {model.config.logit_scale:g}\n")
-    print(f"{'log10 of':<14} {'R':>8} {'value':>8} {'score':>8} {'MLP':>8} {'gain':>8}   (R: norm of the layer's input)")
-    for i, part in enumerate(parts):
-        print(f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in part.values()))
-    print("\nlog10 of the Lipschitz constant, embeddings -> logits:")
+        lines.append(f"layer {i:<8} " + " ".join(f"{norm:8.4f}" for norm in row))
+    lines += [f"embedding {R:.4f}, head {norms['head'][0]:.4f}, logit_scale {model.config.logit_scale:g}\n",
+              f"{'log10 of':<14} {'R':>8} {'value':>8} {'score':>8} {'MLP':>8} {'gain':>8}   (R: norm of the layer's input)",
+              *(f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in part.values()) for i, part in enumerate(parts))]
     formula = ("published formula: for other architectures" if paper is None else
                f"published formula {paper:.4f}, {'broken by the attack' if found > paper else 'not an upper bound in general'}")
-    print(f"  attack {found:.4f} <= certified {certified:.4f}    ({formula})")
+    lines += ["\nlog10 of the Lipschitz constant, embeddings -> logits:",
+              f"  attack {found:.4f} <= certified {certified:.4f}    ({formula})"]
     if text is None:
-        print(f"no data in {folder}, so the attack began at random tokens and no prediction was certified")
-        return
-    print(f"\naccuracy on {len(text):,} tokens of the validation split: {result['val_acc']:.2%}; median certified radius of a "
-          f"right prediction {10 ** result['log10_median_radius']:.1e}")
-    print("certified accuracy at radius " + ", ".join(f"{r}: {a:.2%}" for r, a in result["certified_accuracy"].items()))
+        lines.append(f"no data in {folder}, so the attack began at random tokens and no prediction was certified")
+        return result, "\n".join(lines)
+    scores = certified_predictions(model, layers, text)
+    radius = "" if scores["log10_median_radius"] is None else (
+        f"; median certified radius of a right prediction {10 ** scores['log10_median_radius']:.1e}")
+    lines += [f"\naccuracy on {len(text):,} tokens of the validation split: {scores['val_acc']:.2%}{radius}",
+              "certified accuracy at radius " + ", ".join(f"{r}: {a:.2%}" for r, a in scores["certified_accuracy"].items())]
+    return result | scores, "\n".join(lines)
 
 
-def report_mlp(path, model, ckpt, as_json, steps):
+def certified_predictions(model, layers, text):
+    """Accuracy on tokens (N,), alone and at four radii around the median certified one, and the first 256 radii."""
+    bears, right = margins(model, text)
+    radii = log10_radii(model, bears, layers)
+    median = radii[right].median().item() if right.any() else -math.inf  # a tie has radius 0
+    middle = round(median) if median > -math.inf else 0
+    return {"certified_accuracy": {"1e%d" % x: (right & (radii > x)).double().mean().item()
+                                   for x in range(middle - 2, middle + 2)},
+            "val_acc": right.double().mean().item(), "log10_median_radius": median if median > -math.inf else None,
+            "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in
+                           zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())]}
+
+
+def report_mlp(path, model, ckpt, steps):
     """Norms and bound of an MLP's checkpoint, and an attack; its accuracy on perturbed images is in train.py's log."""
     result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
               "w_max": ckpt["config"]["w_max"],
               "norms": {name: rms_norm(W).tolist() for name, W in matrices(model).items()},
               "log10_attack": log10(attack(model, steps=steps)), "log10_certified": lipschitz_bound(model, "certified")}
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}")
-    print("RMS->RMS norms of the layers: " + ", ".join(f"{norm:.4f}" for norm in result["norms"].values()))
-    print(f"log10 of the Lipschitz constant, images -> logits: attack {result['log10_attack']:.4f} <= certified "
-          f"{result['log10_certified']:.4f}")
-
-
-BENCH_SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
-                (4, 768, 768), (1, 3072, 768), (1, 768, 3072))                  # matrices of a layer of the 145 M model
-
-
-def bench():
-    """
-    Time of every method against the exact SVD and, for a batch, against a loop over its matrices; and its largest error
-    against its exact target. Inner products are in bfloat16 where the hardware has it, as in train.py.
-    """
-    torch.manual_seed(0)
-    keep_memory()
-    dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
-    w_max, lr = 1.0, 0.03  # the largest step for which train.py rounds soft_cap
-    alpha = soft_cap_coupling(w_max, 0, lr * UPDATE_NORM)
-
-    def target(name, s):  # the exact image of RMS->RMS singular values s (..., r), largest first
-        top = torch.zeros_like(s)
-        top[..., 0] = s[..., 0]
-        q = s - alpha * s ** 3
-        return {"soft_cap": q + alpha * q ** 3, "hard_cap": s.clamp_max(w_max), "svd_cap": s.clamp_max(w_max),
-                "spectral_normalize": s * (w_max / s[..., :1]).clamp_max(1), "none": s,
-                "spectral_hammer": s - (top - w_max).clamp_min(0), "stiefel": torch.full_like(s, w_max),
-                "spectral_weight_decay": s - 0.1 * top}[name]
-
-    def milliseconds(f):
-        f()
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            f()
-            times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times)[2]
-
-    strength = {"soft_cap": alpha, "spectral_weight_decay": 0.1}
-    print(f"{'shape':>16} {'method':<22} {'ms':>8} {'x SVD':>7} {'x loop':>7} {'error / w_max':>14}    in {dtype}")
-    for shape in BENCH_SHAPES:
-        m, n = shape[-2:]
-        U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-        s = (w_max + lr) * torch.linspace(1, 0.01, min(m, n), dtype=torch.float64).expand(shape[0], -1)  # after a step of Muon
-        W = (U * s[..., None, :] @ Vh * math.sqrt(m / n)).float()
-        for name in ("svd_cap", *(name for name in METHODS if name != "svd_cap")):
-            method = partial(METHODS[name], dtype=dtype) if name in TAKE_DTYPE else METHODS[name]
-            apply = lambda W: method(W, strength.get(name, w_max))
-            ms = milliseconds(lambda: apply(W))
-            svd_ms = ms if name == "svd_cap" else svd_ms
-            loop = f"{milliseconds(lambda: [apply(matrix) for matrix in W]) / ms:7.1f}" if shape[0] > 1 else " " * 7
-            exact = U * target(name, s)[..., None, :] @ Vh * math.sqrt(m / n)
-            error = (rms_norm(apply(W).double() - exact) / w_max).max().item()
-            print(f"{str(shape):>16} {name:<22} {ms:8.2f} {svd_ms / ms:7.1f} {loop} {error:14.1e}")
+    return result, (f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n"
+                    "RMS->RMS norms of the layers: " + ", ".join(f"{norm:.4f}" for norm in result["norms"].values()) +
+                    f"\nlog10 of the Lipschitz constant, images -> logits: attack {result['log10_attack']:.4f} <= certified "
+                    f"{result['log10_certified']:.4f}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Norms and Lipschitz bounds of a checkpoint, or a benchmark.")
-    parser.add_argument("ckpt", nargs="?", help="checkpoint written by train.py")
+    parser = Parser(description="Norms and Lipschitz bounds of a checkpoint.")
+    parser.add_argument("ckpt", help="checkpoint written by train.py")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--steps", type=int, default=100, help="of the attack's gradient ascent")
-    parser.add_argument("--bench", action="store_true", help="time every method against the exact SVD")
+    parser.add_argument("--steps", type=number(int, 0, 10 ** 9), default=100, help="of the attack's gradient ascent [100]")
     args = parser.parse_args()
-    if args.bench:
-        bench()
-    elif args.ckpt:
-        try:
-            report(args.ckpt, args.json, args.steps)
-        except UserError as e:
-            sys.exit(f"constrain.py: {e}")
-    else:
-        parser.error("name a checkpoint, or use --bench")
+    with one_line_errors("constrain.py"):
+        result, text = report(args.ckpt, args.steps)
+        say(to_json(result) if args.json else text)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ parametrization of Modula (Large et al., arXiv 2405.14813), in which every part 
 n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant of the whole is the
 one that constrain.lipschitz_bound computes.
 """
-import argparse
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from prepare import Tokenizer, UserError
+from prepare import Parser, Tokenizer, UserError, check_options, number, one_line_errors, option, say
 
 # GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is 1-Lipschitz.
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
@@ -46,35 +44,35 @@ def onto_ball(x, radius):
 
 @dataclass
 class GPTConfig:
+    """The model's options, which are options of train.py too; with ValueError for values that no model can have."""
     vocab_size: int = 65
-    block_size: int = 256        # longest context, in tokens
-    n_layer: int = 2
-    n_head: int = 4
-    n_embd: int = 256
-    softmax_scale: float = 1.0   # attention scores are softmax_scale * <q, k> / d_head
-    logit_scale: float = 1.0     # logits are logit_scale * head(x); part of the function that the bound is about
-    # The paper's architecture has the values below; the others are for small certificates (train.py --preset=tight)
-    position_bias: bool = False  # scores get a learned number for every head and distance between query and key
-    per_head: bool = False       # constrain W_q, W_k and W_v head by head: matrices (d_head, n_embd)
-    attn_scale: float = 1 / 3    # factor of attention's output
-    alpha: float | None = None   # weight of a block's output against the residual's, by default 1/(2 n_layer); 1: no residual
-    activation: str = "gelu"     # gelu, over its largest slope, or maxmin
-    mlp_layers: int = 2          # linear layers of an MLP
-    mlp_ratio: int = 4           # width between them, over n_embd
-    ball: float | None = None    # blocks project their outputs onto the ball of this RMS norm
+    block_size: int = option(256, "context length in tokens", 1, 10_000_000)
+    n_layer: int = option(2, "blocks", 1, 10_000)
+    n_head: int = option(4, "attention heads per block", 1, 10_000)
+    n_embd: int = option(256, "width", 1, 1_000_000)
+    softmax_scale: float = option(1.0, "attention scores are softmax_scale * <q, k> / d_head", 0, 1e9)
+    logit_scale: float = option(1.0, "logits are logit_scale * head(x); the Lipschitz bounds include it", 1e-12, 1e12)
+    # The paper's architecture has the values below; others are for small certificates (train.py --preset=tight)
+    position_bias: bool = option(False, "add to the scores a learned number for every head and distance")
+    per_head: bool = option(False, "constrain W_q, W_k and W_v head by head: matrices (d_head, n_embd)")
+    attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
+    alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); 1: no residual", 1e-9, 1)
+    activation: str = option("gelu", "gelu, over its largest slope, or maxmin", choices=tuple(ACTIVATIONS))
+    mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
+    mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)
+    ball: float | None = option(None, "blocks project their outputs onto the ball of this RMS norm", 1e-9, 1e9)
 
     @property
     def residual_weight(self):
-        return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha  # 2 n_layer steps: the product of gains stays bounded
+        return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha  # so that the product of all gains stays bounded
+
+    @property
+    def n_params(self):
+        mlp = 2 * self.mlp_ratio + (self.mlp_layers - 2) * self.mlp_ratio ** 2
+        return 2 * self.vocab_size * self.n_embd + self.n_layer * self.n_embd ** 2 * ((4 if self.softmax_scale else 2) + mlp)
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
-        if not 0 < self.residual_weight <= 1 or self.mlp_layers < 2 or not 0 <= self.softmax_scale < math.inf:
-            raise ValueError(f"needs 0 < alpha <= 1, mlp_layers >= 2 and softmax_scale >= 0, not {self.alpha}, {self.mlp_layers} "
-                             f"and {self.softmax_scale}")
-        if self.ball is not None and not 0 < self.ball < math.inf:
-            raise ValueError(f"ball={self.ball} must be above 0")
+        check_options(self)
         if not self.softmax_scale and not self.position_bias:
             raise ValueError("softmax_scale=0 leaves attention nothing to go by; use position_bias")
         if self.n_embd % (2 * self.n_head):
@@ -246,7 +244,7 @@ class GPT(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
+            if temperature < 1e-6:  # divided by less than that, logits overflow
                 next_idx = logits.argmax(dim=-1, keepdim=True)
             else:
                 next_idx = torch.multinomial((logits / temperature).softmax(dim=-1), num_samples=1)
@@ -285,34 +283,48 @@ def load_checkpoint(path, device="cpu"):
         sizes = ckpt["model_config"]
         model = (MLP(MLPConfig(**sizes)) if "n_hidden" in sizes else GPT(GPTConfig(**sizes))).to(device)
         model.load_state_dict(ckpt["model"])
-        return model, ckpt
+        for key in ("config", "meta", "step"):
+            ckpt[key]
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one with python train.py")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
-        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0]})")
+        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {(str(e) or '-').splitlines()[0]})")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path} has weights that are not finite; nothing can be said of it")
+    return model, ckpt
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=None):
+    """
+    The text that a model writes after a prompt, with it; by default it begins a document, or a line where tokens are
+    characters.
+    """
+    ids = [tokenizer.start] if prompt is None else tokenizer.encode(prompt)
+    device = model.wte.weight.device
+    ids = model.generate(torch.tensor([ids], device=device), n_tokens, temperature, top_k)[0].tolist()
+    return tokenizer.decode(ids if prompt is not None else ids[1:])
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write text with a trained model.")
+    parser = Parser(description="Write text with a trained model.")
     parser.add_argument("ckpt", help="checkpoint written by train.py")
-    parser.add_argument("--prompt", default="\n", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=500, help="number of tokens to write")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_k", type=int, default=None, help="sample among the k likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", help="text to continue; <|endoftext|> in GPT-2's tokens begins a document, as no prompt does")
+    parser.add_argument("--tokens", type=number(int, 0, 10 ** 9), default=500, help="number of tokens to write [500]")
+    parser.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="0 takes the likeliest token [0.8]")
+    parser.add_argument("--top_k", type=number(int, 1, 10 ** 9), help="sample among the k likeliest tokens only")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     args = parser.parse_args()
-    try:
-        if not args.prompt or args.tokens < 0 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
-            raise UserError("needs a prompt, --tokens and --temperature of at least 0 and --top_k of at least 1")
+    with one_line_errors("model.py"):
+        if args.prompt == "":
+            raise UserError("the prompt is empty; leave --prompt out to begin anywhere")
         model, ckpt = load_checkpoint(args.ckpt)
         if not isinstance(model, GPT):
             raise UserError(f"{args.ckpt} is an image model, which writes no text; see python constrain.py {args.ckpt}")
-        tokenizer = Tokenizer(ckpt["meta"])
-        idx = torch.tensor([tokenizer.encode(args.prompt)])
-    except UserError as e:
-        sys.exit(f"model.py: {e}")
-    torch.manual_seed(args.seed)
-    print(tokenizer.decode(model.generate(idx, args.tokens, args.temperature, args.top_k)[0].tolist()))
+        torch.manual_seed(args.seed)
+        say(sample(model, Tokenizer(ckpt["meta"]), args.prompt, args.tokens, args.temperature, args.top_k))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Muon: momentum whose update is orthogonalized, so that a step moves every matrix
 A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max + lr, whatever
 the gradient was (constrain.soft_cap_coupling). For AdamW use torch.optim.AdamW.
 
-    python optim.py     # time orthogonalize and print the singular values that it returns
+    python optim.py     # what orthogonalize does to singular values
 """
 import ctypes
 import math
@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 
 import torch
+
+from prepare import say
 
 # Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the odd quintic
 # nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar Express, Amsel et al.,
@@ -59,8 +61,8 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     UPDATE_NORM; zeros stay zeros. Entries may have any finite size. `dtype` (float32 or bfloat16) is that of the products.
     """
     X = G.detach().reshape(-1, *G.shape[-2:]).float()
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # squares of floats fit in a double
-    X = (X * norm.clamp_min(1e-38).reciprocal().float()).to(dtype)
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-38)  # so that squares neither overflow nor vanish
+    X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-38)).to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT  # products on the small side
@@ -154,18 +156,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def main():
-    import time
     torch.manual_seed(0)
-    print(f"{'shape':>16} {'dtype':>9} {'ms':>8} {'smallest':>9} {'largest':>8}  singular value")
-    for shape in ((12, 256, 256), (3, 1024, 256), (768, 768), (3072, 768)):
-        G = torch.randn(shape)
-        for dtype in (torch.float32, torch.bfloat16):
-            orthogonalize(G, dtype=dtype)  # warm up
-            start = time.perf_counter()
-            O = orthogonalize(G, dtype=dtype)
-            ms = 1e3 * (time.perf_counter() - start)
-            s = torch.linalg.svdvals(O.double())
-            print(f"{str(shape):>16} {str(dtype)[6:]:>9} {ms:8.1f} {s.min():9.4f} {s.max():8.4f}")
+    U, _, Vh = torch.linalg.svd(torch.randn(64, 256), full_matrices=False)
+    s = torch.logspace(0, -4, 64)
+    s /= s.norm()
+    after = [torch.linalg.svdvals(orthogonalize(U * s @ Vh, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    say("a singular value over the Frobenius norm, and what orthogonalize makes of it in float32 and bfloat16")
+    for row in list(zip(s, *after))[::7]:
+        say("  ".join(f"{x:.5f}" for x in row))
 
 
 if __name__ == "__main__":

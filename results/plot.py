@@ -4,13 +4,12 @@ Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print t
     pip install matplotlib && python results/plot.py              # tradeoff.png, norms.png, radius.png, tight.png
     python results/plot.py --tables                               # the tables alone, in Markdown
 """
-import argparse
 import math
-import sys
 from statistics import mean
 
 from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
                    best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
+from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999", "#D55E00")))
@@ -303,15 +302,15 @@ def all_tables(records):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser = Parser(description=__doc__.split("\n")[1])
     parser.add_argument("--tables", action="store_true", help="print the tables and draw nothing")
     args = parser.parse_args()
-    try:
+    with one_line_errors("plot.py"):
         records = read()
         if not records:
             raise UserError("results/shakespeare.jsonl has no runs; make them with python results/sweep.py")
         for title, text in all_tables(records) if args.tables else ():
-            print(f"### {title}\n\n{text}")
+            say(f"### {title}\n\n{text}")
         if not args.tables:
             try:
                 import matplotlib.pyplot as plt
@@ -319,8 +318,6 @@ def main():
                 raise UserError("the figures need matplotlib: pip install matplotlib")
             for draw in (tradeoff, norms, radius, tight):
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
-    except UserError as e:
-        sys.exit(f"plot.py: {e}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ results/tight.jsonl.
 Finished runs are skipped, and a run that was stopped goes on from its checkpoint in out/sweep: Ctrl-C and start again as
 often as you like. Every part takes its choices from the lines of those before it.
 """
-import argparse
 import json
 import math
 import os
@@ -30,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from constrain import attack, layer_norms, log10, log10_radii, margins
 from model import load_checkpoint
-from prepare import UserError, open_split
+from optim import has_bf16
+from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 from train import evaluate
 
 RECORDS, TIGHT, RUNS = RESULTS / "shakespeare.jsonl", RESULTS / "tight.jsonl", ROOT / "out" / "sweep"
@@ -127,12 +127,12 @@ def run(part, options, threads):
         if part != "lr":
             record |= measurements(out / "ckpt.pt", thorough=part in ("final", "tight"))
     with lock:
-        path.with_suffix(".part").write_text("".join(json.dumps(r) + "\n" for r in read(path) + [record]))
+        path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
-        print(f"{part}: {' '.join(args)}: " + (record.get("error") or
+        say(f"{part}: {' '.join(args)}: " + (record.get("error") or
               f"training loss {record['trace']['train_loss'][-1]:.4f}, "
               + (f"accuracy {record['val_acc']:.2%}, " if "val_acc" in record else "") +
-              f"log10 certified {record['log10_certified']:.2f}, {record['seconds']:.0f} s"), flush=True)
+              f"log10 certified {record['log10_certified']:.2f}, {record['seconds']:.0f} s"))
     return record
 
 
@@ -168,9 +168,10 @@ def measurements(path, thorough):
     """
     model, ckpt = load_checkpoint(path)
     model.requires_grad_(False)
-    cpu, text = torch.device("cpu"), open_split(ROOT / "data" / "shakespeare", "val", ckpt["meta"])[0]
+    cpu, text = torch.device("cpu"), open_data(ROOT / "data" / "shakespeare", like=ckpt["meta"])[2][0]
     tokens = torch.from_numpy(text.astype(np.int64))
-    with torch.autocast("cpu", getattr(torch, ckpt["config"]["dtype"]), enabled=ckpt["config"]["dtype"] != "float32"):
+    dtype = ckpt["config"]["dtype"] or ("bfloat16" if has_bf16(cpu) else "float32")
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
         result = evaluate(model, text, cpu)
     with attacking:
         result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
@@ -342,26 +343,23 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the machine's cores")
+    parser.add_argument("--jobs", type=number(int, 1, 1000), default=2, help="runs at a time, which share the machine's cores")
     args = parser.parse_args()
     threads = max(1, os.cpu_count() // args.jobs)
     torch.set_num_threads(threads)
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        if not set(args.parts) <= set(PARTS):
-            raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
-        meta = ROOT / "data" / "shakespeare" / "meta.json"
-        if not meta.exists() or json.loads(meta.read_text()).get("sha256") != CANONICAL:
-            raise UserError("data/shakespeare is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
-        for part in args.parts:
-            jobs, f = PARTS[part]
-            list(pool.map(lambda job: f(job, threads), jobs()))
-    except (UserError, OSError) as e:
-        sys.exit(f"sweep.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("sweep.py: stopped; the same command goes on")
+        with one_line_errors("sweep.py", "stopped; the same command goes on"):
+            if not set(args.parts) <= set(PARTS):
+                raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
+            folder = ROOT / "data" / "shakespeare"
+            if not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL:
+                raise UserError(f"{folder} is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
+            for part in args.parts:
+                jobs, f = PARTS[part]
+                list(pool.map(lambda job: f(job, threads), jobs()))
     finally:
         pool.shutdown(cancel_futures=True)
 
