@@ -10,6 +10,8 @@ n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the 
 one that constrain.lipschitz_bound computes.
 """
 import math
+import pickle
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -279,7 +281,9 @@ class MLP(nn.Module):
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats that damaged files seem to have
+            ckpt = torch.load(path, map_location=device, weights_only=True)
         sizes = ckpt["model_config"]
         model = (MLP(MLPConfig(**sizes)) if "n_hidden" in sizes else GPT(GPTConfig(**sizes))).to(device)
         model.load_state_dict(ckpt["model"])
@@ -288,7 +292,8 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one with python train.py")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
-        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {(str(e) or '-').splitlines()[0]})")
+        reason = "holds more than tensors, or is damaged" if isinstance(e, pickle.UnpicklingError) else str(e).split("\n")[0]
+        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {reason})")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{path} has weights that are not finite; nothing can be said of it")
     return model, ckpt
@@ -303,8 +308,8 @@ def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=N
     characters.
     """
     ids = [tokenizer.start] if prompt is None else tokenizer.encode(prompt)
-    device = model.wte.weight.device
-    ids = model.generate(torch.tensor([ids], device=device), n_tokens, temperature, top_k)[0].tolist()
+    ids = torch.tensor([ids]).to(model.wte.weight.device)
+    ids = model.generate(ids, n_tokens, temperature, top_k)[0].cpu().tolist()
     return tokenizer.decode(ids if prompt is not None else ids[1:])
 
 

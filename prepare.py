@@ -70,6 +70,7 @@ class UserError(Exception):
 @contextmanager
 def one_line_errors(script, interrupted="interrupted"):
     """End the program with one line for what is the user's to mend."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     try:
         yield
     except (UserError, OSError) as e:
@@ -92,7 +93,9 @@ def option(default, help, low=None, high=None, choices=None):
 
 
 def check_option(name, value, low=None, high=None, choices=None, **_):
-    """Raise ValueError unless low <= value <= high, and value is one of choices."""
+    """Raise ValueError unless value is not empty, low <= value <= high, and it is one of choices."""
+    if value == "":
+        raise ValueError(f"{name}= is empty")
     if choices is not None and value not in choices:
         raise ValueError(f"{name}={value} is none of {', '.join(choices)}")
     if low is not None and not low <= value <= high:
@@ -296,8 +299,8 @@ def describe(error):
     """A short reason for a fault of requests, whose own text is a page of nested objects."""
     e, text = requests.exceptions, str(error)
     if isinstance(error, e.SSLError):
-        why = re.search(r"certificate verify failed: [^(]*\w|\] ([\w ]+)", text)
-        return f"no trusted connection: {why[0].strip('] ') if why else 'TLS failed'}"
+        why = re.search(r"\] ([^(]*\w)", text)
+        return f"no trusted connection: {why[1] if why else 'TLS failed'}"
     if isinstance(error, e.ProxyError):
         return "the proxy does not answer; see HTTP_PROXY and HTTPS_PROXY"
     if isinstance(error, e.InvalidProxyURL):
@@ -402,6 +405,9 @@ def open_text(folder, meta):
     if meta["tokenizer"] == "gpt2":
         names = {split: [path for path in sorted(folder.iterdir())
                          if re.fullmatch(rf"(fineweb_)?{split}_\d{{6}}\.bin", path.name)] for split in ("train", "val")}
+        for split in names:
+            if not names[split]:
+                raise ValueError(f"it has no {split}_*.bin")
         train, val = ([read_shard(path) for path in names[split]] for split in ("train", "val"))
     else:
         train, val = ([read_tokens(folder / f"{split}.bin", meta[f"{split}_tokens"])] for split in ("train", "val"))

@@ -11,7 +11,10 @@ import math
 import os
 import pickle
 import random
+import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -19,6 +22,8 @@ import threading
 import time
 import tracemalloc
 import zipfile
+from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,6 +31,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import constrain
 import model
@@ -828,6 +835,34 @@ def test_generate():
     assert len(set(net.generate(idx[:1], 200, temperature=50.0)[0].tolist())) > 5
 
 
+def test_samples_begin_where_documents_do(fake_gpt2, data, monkeypatch, capsys):
+    """With no prompt: a line, or whatever a text without lines has; in GPT-2's tokens a document."""
+    Path("flat.txt").write_text("to be or not to be, " * 200)
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items()]
+    for tokenizer, options in (("char", []), ("gpt2", ["--prompt=<|endoftext|>"])):
+        assert run_main(prepare, monkeypatch, "text", "flat.txt", "--name", "flat", "--tokenizer", tokenizer) is None
+        assert run_main(train, monkeypatch, *tiny, "--dataset=flat") is None
+        capsys.readouterr()
+        assert run_main(model, monkeypatch, "out/ckpt.pt", "--tokens", 20) is None
+        assert not capsys.readouterr().out.startswith("!")
+        assert run_main(model, monkeypatch, "out/ckpt.pt", *options) is None
+    tokenizer, begun = prepare.Tokenizer({"tokenizer": "gpt2"}), []
+    assert tokenizer.encode("<|endoftext|>ab<|endoftext|>") == [50256, 97, 98, 50256] and tokenizer.encode("ab") == [97, 98]
+    net, ckpt = model.load_checkpoint("out/ckpt.pt")
+    monkeypatch.setattr(net, "generate", lambda ids, *_: begun.append(ids.tolist()) or torch.cat((ids, torch.tensor([[97]])), dim=1))
+    assert model.sample(net, tokenizer) == "a" and model.sample(net, tokenizer, "<|endoftext|>b") == "ba"
+    assert begun == [[[50256]], [[50256, 98]]]
+    assert prepare.Tokenizer({"tokenizer": "char", "vocabulary": "\nab"}).start == 0
+
+
+def test_tiny_temperatures_take_the_likeliest_token():
+    torch.manual_seed(0)
+    net, idx = random_weights(gpt(logit_scale=100.0)), torch.zeros(1, 1, dtype=torch.long)
+    likeliest = net.generate(idx, 8, temperature=0)
+    for temperature in (1e-320, 1e-30, 1e-7, 1e-5):
+        assert torch.equal(net.generate(idx, 8, temperature=temperature), likeliest)
+
+
 def test_config_refuses_heads_that_do_not_fit():
     for n_embd, n_head in ((30, 4), (12, 4)):
         with pytest.raises(ValueError, match="n_embd"):
@@ -852,6 +887,11 @@ class Handler(BaseHTTPRequestHandler):
             what = what.pop(0) if len(what) > 1 else what[0]
         if isinstance(what, str) and what.isdigit():
             return self.send_error(int(what))
+        if isinstance(what, tuple) and what[0].isdigit():  # a status with headers
+            self.send_response(int(what[0]))
+            for name, value in ({"Content-Length": "0"} | what[1]).items():
+                self.send_header(name, value)
+            return self.end_headers()
         kind, body = what if isinstance(what, tuple) else ("whole", what)
         first = int(start.removeprefix("bytes=").removesuffix("-")) if start else 0
         if start and first >= len(body):
@@ -959,6 +999,75 @@ def test_prepare_refuses_bad_text(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     one_line(run_main(prepare, monkeypatch, "text", "fine.txt", "--name", "kept"), "No space left")
     assert sorted(os.listdir("data/kept")) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+    later = formatdate(time.time() + 50, usegmt=True)
+    server.files["/busy"] = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}), BODY]
+    prepare.download(server.url + "/busy", tmp_path / "f", SHA, backoff=0.5)
+    assert waits[:2] == [7, 1] and 45 <= waits[2] <= 50 and (tmp_path / "f").read_bytes() == BODY
+    server.files["/busy"] = [("429", {"Retry-After": "nonsense"}), ("429", {"Retry-After": "86400"})]
+    with pytest.raises(UserError, match="asks to come back in 86400 seconds") as e:
+        prepare.download(server.url + "/busy", tmp_path / "g", backoff=0.5)
+    one_line(str(e.value))
+    server.files["/busy"] = ("429", {})
+    with pytest.raises(UserError, match="tried 4 times .429 Too Many Requests"):
+        prepare.download(server.url + "/busy", tmp_path / "g")
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    get = lambda url: prepare.download(url, tmp_path / "f", timeout=2)
+    server.files["/round"] = ("302", {"Location": "/round"})
+    server.files["/length"] = ("200", {"Content-Length": "many"})
+    for url, message in ((server.url + "/round", "redirects do not end"), ("http://", "this is no URL"), ("http://[::1", "this is no URL"),
+                         ("http://127.0.0.1:99999/f", "this is no URL"), ("http://.example/f", "this is no URL"),
+                         (server.url.replace("http", "https") + "/f", "no trusted connection"),
+                         ("http://no-such-host.invalid/f", "no connection")):
+        with pytest.raises(UserError, match=message) as e:
+            get(url)
+        one_line(str(e.value), url)
+    one_line(str(pytest.raises(UserError, prepare.fetch_text, "ftp://127.0.0.1/f").value), "neither a file nor an http")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(UserError, match="the proxy does not answer; see HTTP_PROXY"):
+        get("http://example.invalid/f")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_certificate_that_nobody_signed_is_named(tmp_path):
+    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "2",
+                           "-keyout", tmp_path / "key", "-out", tmp_path / "cert"], capture_output=True) if shutil.which("openssl") else None
+    if made is None or made.returncode:
+        pytest.skip("needs openssl")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(UserError, match="no trusted connection: certificate verify failed: self.signed certificate"):
+        prepare.download(f"https://127.0.0.1:{server.server_port}/f", tmp_path / "f")
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "To be, or not to be.\n" * 100
+    pages = ("<!DOCTYPE html><title>Sign in</title>" + text, "\ufeff\n <!-- portal -->\n<HTML lang=en>" + text,
+             '<?xml version="1.0"?><html>' + text, "<script>location = 1</script>" + text)
+    for page in pages:
+        server.files["/page"] = page.encode()
+        Path("page.txt").write_text(page, encoding="utf-8")
+        for source in (server.url + "/page", "page.txt"):
+            one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source, "a page in HTML")
+    assert not Path("data").exists()
+    Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
+    assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
 
 
 PLAY = """# A Play
@@ -1119,6 +1228,102 @@ def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.8e6, peak
+
+
+@pytest.mark.parametrize("name", ("documents", "short lines", "one line", "chinese", "spaces", "line breaks", "crlf", "a few words", "separators"))
+def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, tmp_path, name):
+    text = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)), "short lines": "a\r\n" * 50_000,
+            "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000, "spaces": " " * 300_000, "line breaks": "\n" * 300_000,
+            "crlf": "to be or not to be\r\n" * 5000, "a few words": "to be or not " * 25,
+            "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000}[name]
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
+    meta, train_shards, val = prepare.open_data(tmp_path / "data")
+    written = [token for token in np.concatenate(train_shards + val).tolist() if token != prepare.GPT2_END]
+    assert bytes(written).decode() == text.replace("\r\n", "\n").replace("<|endoftext|>", "")
+    share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
+    assert abs(share - 0.1) < (0.05 if name == "a few words" else 0.004), share
+
+
+def test_a_text_without_cuts_needs_little_memory(fake_gpt2, tmp_path, monkeypatch):
+    (tmp_path / "dna.txt").write_text("ACGT" * 2_000_000)
+    monkeypatch.setattr(BytesTokens, "encode_ordinary", staticmethod(lambda text: [1] * (len(text) // 8)))
+    tracemalloc.start()
+    prepare.write_shards([tmp_path / "dna.txt"], tmp_path / "data")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6, peak
+
+
+@pytest.mark.parametrize("text", (" " * 3_000_000, "\n" * 3_000_000, "x" + "\t" * 3_000_000 + "x"))
+def test_no_text_makes_the_tokenizer_panic(tmp_path, monkeypatch, text):
+    cache = CANONICAL.parent / "tiktoken"
+    if not cache.exists():
+        pytest.skip("needs tiktoken's gpt2 files")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    (tmp_path / "a.txt").write_text(text)
+    prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
+    assert prepare.Tokenizer({"tokenizer": "gpt2"}).decode(shard_tokens(tmp_path / "data")[1:]) == text
+
+
+@pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
+def test_a_split_too_short_is_refused_when_it_is_made(fake_gpt2, tmp_path, monkeypatch, capsys, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    args = "text", "a.txt", "--name", "mine", "--tokenizer", tokenizer
+    for text, part in (("x" * 100, "100 tokens" if tokenizer == "char" else "101 tokens"), ("<|endoftext|>" * 3, "tokens")):
+        Path("a.txt").write_text(text)
+        one_line(run_main(prepare, monkeypatch, *args), "a.txt", part)
+    monkeypatch.setattr(prepare, "MIN_TOKENS", 2)
+    Path("a.txt").write_text("abc")
+    one_line(run_main(prepare, monkeypatch, *args), "a.txt", "to validate on")
+    assert not Path("data").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: BytesTokens)
+    Path("a.txt").write_text("x y " * 100)
+    assert run_main(prepare, monkeypatch, *args) is None
+    size = int(re.search(r"--block_size=(\d+) or less", capsys.readouterr().out)[1])
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, eval_interval=1)).items() if k != "block_size"] + ["--dataset=mine"]
+    assert run_main(train, monkeypatch, *tiny, f"--block_size={size}") is None
+    one_line(run_main(train, monkeypatch, *tiny, f"--block_size={size + 1}"), "use a longer text or a smaller --block_size")
+
+
+def test_only_files_of_a_data_set_are_replaced(fake_gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("to be or not to be\n" * 100)
+    mine = {"notes.txt", "other.bin", "train.bin.bak", "mytrain_000000.bin", "pretrain_000001.bin", "val_1.bin"}
+    Path("data/mybins").mkdir(parents=True)
+    for name in mine:
+        (Path("data/mybins") / name).write_text(name)
+    for tokenizer, files in (("gpt2", {"train_000000.bin", "val_000000.bin"}), ("char", {"train.bin", "val.bin"})) * 2:
+        assert run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mybins", "--tokenizer", tokenizer) is None
+        assert set(os.listdir("data/mybins")) == mine | files | {"meta.json"}
+        assert all((Path("data/mybins") / name).read_text() == name for name in mine)
+        meta, shards, val = prepare.open_data("data/mybins")
+        assert (meta["train_tokens"], meta["val_tokens"]) == (sum(map(len, shards)), len(val[0]))
+    Path("data/mybins/fineweb_train_000001.bin").write_bytes(shard(1000))
+    before = sorted(os.listdir("data/mybins"))
+    one_line(run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mybins", "--tokenizer", "gpt2"), "holds FineWeb's shards")
+    assert sorted(os.listdir("data/mybins")) == before and os.listdir("data") == ["mybins"]
+
+
+def test_several_at_once_leave_one_whole_data_set(tmp_path, monkeypatch):
+    """Six preparations of one name, of two texts: what is left is one of them, and every reader meanwhile saw a whole one."""
+    monkeypatch.chdir(tmp_path)
+    texts = {name: f"{name} to be or not to be\n" * 20_000 for name in ("first", "second")}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    prepare.write_dataset(texts["first"], "data/mine", "first")
+    run = lambda name: subprocess.Popen([sys.executable, HERE / "prepare.py", "text", name, "--name", "mine"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running, seen = [run(name) for name in ("first", "second") * 3], 0
+    while any(p.poll() is None for p in running):
+        meta, shards, val = prepare.open_data("data/mine")
+        text = prepare.Tokenizer(meta).decode(np.concatenate(shards + val).tolist())
+        assert text == texts[meta["source"]]
+        seen += 1
+    assert seen > 3 and all(p.returncode == 0 and p.stderr.read() == "" for p in running)
+    assert sorted(os.listdir("data/mine")) == ["meta.json", "train.bin", "val.bin"] and os.listdir("data") == ["mine"]
 
 
 def shard(n, magic=prepare.SHARD_MAGIC, version=1, count=None, largest=50256):
@@ -1339,6 +1544,125 @@ def test_the_preset_that_looks_at_content_is_held_by_its_ball(data, monkeypatch,
     one_line(run_main(train, monkeypatch, "--ball=0", *small), "--ball=0.0 must be positive", "--ball")
 
 
+class OnGPU(torch.Tensor):
+    """A tensor on the CPU that says it is on another device, "meta", and refuses to be of float64, as Apple's GPUs do."""
+    @staticmethod
+    def __new__(cls, inner):
+        assert inner.dtype != torch.float64, "float64 on the device"
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="meta",
+                                                     storage_offset=inner.storage_offset())
+        tensor.inner = inner
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        return on_gpu(f, args, kwargs or {})
+
+
+def on_gpu(f, args, kwargs):
+    inputs = {}
+
+    def unwrap(x):
+        if isinstance(x, OnGPU):
+            inputs[id(x.inner)] = x
+        return x.inner if isinstance(x, OnGPU) else x
+
+    args, kwargs = tree_map(unwrap, (args, kwargs))
+    there = bool(inputs)
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == "meta"
+        kwargs = kwargs | {"device": "cpu"}
+    wrap = lambda x: inputs[id(x)] if id(x) in inputs else OnGPU(x)
+    return tree_map(lambda x: wrap(x) if there and isinstance(x, torch.Tensor) else x, f(*args, **kwargs))
+
+
+class GPU(TorchDispatchMode):
+    """Within it there is a device "meta" that computes, in all types but float64."""
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return on_gpu(f, args, kwargs or {})
+
+
+def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
+    for owner, name in ((train, "activations"), (train, "evaluate"), (constrain, "margins"), (GPT, "generate")):
+        monkeypatch.setattr(owner, name, torch.no_grad()(getattr(owner, name).__wrapped__))  # inference mode knows no such devices
+    monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_images": rng.integers(0, 255, (60, 12)).astype(np.uint8) for split in ("train", "val")}
+    prepare.write_images("data/images", arrays | {f"{split}_labels": rng.integers(0, 3, 60) for split in ("train", "val")}, "test")
+    with GPU():
+        with pytest.raises(AssertionError, match="float64"):
+            torch.zeros(3, device="meta").double()
+        tight = dict(softmax_scale=0.0, position_bias=True, per_head=True, activation="maxmin", alpha=1.0, method="stiefel", w_max=1.0,
+                     lr=0.02)
+        runs = [tight, dict(optimizer="adamw"), dict(embedding="adam"), dict(dataset="images"), dict(activation="maxmin", ball=1.0)]
+        for options in runs + [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]:
+            train.train(train.Config(**TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50) | options))
+        net = gpt().to("meta")
+        bears, right = constrain.margins(net, torch.randint(0, 11, (40,)).to("meta"))
+        assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
+        assert constrain.log10_radii(net, bears, constrain.layer_norms(net)).shape == (39,)
+
+
+def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
+    """No right prediction, a head of zeros, a vocabulary of one character: numbers or null, never a traceback."""
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, eval_interval=1)).items()]
+    strict = lambda text: json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    def reports():
+        capsys.readouterr()
+        assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1") is None
+        assert "<= certified" in capsys.readouterr().out
+        assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
+        return strict(capsys.readouterr().out)
+
+    assert run_main(train, monkeypatch, *tiny) is None
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    ckpt["model"]["head.weight"].zero_()
+    torch.save(ckpt, "out/ckpt.pt")
+    result = reports()
+    assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
+    assert set(result["certified_accuracy"].values()) == {0}
+    net = model.load_checkpoint("out/ckpt.pt")[0]
+    wrong = lambda model, tokens: (torch.ones(len(tokens) - 1, dtype=torch.float64), torch.zeros(len(tokens) - 1, dtype=torch.bool))
+    monkeypatch.setattr(constrain, "margins", wrong)
+    result = reports()
+    assert result["val_acc"] == 0 and result["log10_median_radius"] is None and lipschitz_bound(net, "certified") == -math.inf
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    prepare.write_dataset("a" * 1000, "data/shakespeare", "test")
+    assert run_main(train, monkeypatch, *tiny) is None
+    assert [strict(line)["val_acc"] for line in Path("out/log.jsonl").read_text().splitlines()] == [1.0]
+    result = reports()
+    assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    for bad in (math.nan, math.inf):
+        ckpt["model"]["head.weight"][0, 0] = bad
+        torch.save(ckpt, "out/ckpt.pt")
+        for script in (constrain, model):
+            one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
+
+
+def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, fake_gpt2, capsys):
+    """Data prepared again under the same name are refused by all who read them for a checkpoint; the same text is not."""
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items()]
+    for tokenizer in ("char", "gpt2"):
+        Path("a.txt").write_text("to be or not to be, that is the question\n" * 100)
+        Path("b.txt").write_bytes(Path("a.txt").read_bytes())
+        Path("c.txt").write_text("To Be Or Not, or whether it is nobler in the mind\n" * 100)  # more characters
+        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, "--name", "mine", "--tokenizer", tokenizer) is None
+        assert prepared("a.txt") and run_main(train, monkeypatch, *tiny, "--dataset=mine") is None
+        assert prepared("c.txt")
+        before = Path("out/ckpt.pt").read_bytes()
+        readers = (constrain, ("out/ckpt.pt", "--steps=1")), (train, ("--resume", "--out_dir=out", "--max_steps=3"))
+        for script, argv in readers:
+            one_line(run_main(script, monkeypatch, *argv), "other data than data/mine now holds")
+        with pytest.raises(UserError, match="other data than"):
+            prepare.open_data("data/mine", like=torch.load("out/ckpt.pt", weights_only=True)["meta"])
+        assert Path("out/ckpt.pt").read_bytes() == before and prepared("b.txt")  # the same text from another file
+        for script, argv in readers:
+            assert run_main(script, monkeypatch, *argv) is None
+
+
 def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     train.train(train.Config(**TINY | dict(max_steps=60, eval_interval=25)))
     printed, lines = capsys.readouterr().out, log_lines()
@@ -1554,6 +1878,236 @@ def test_failure_of_one_process_ends_all(data):
     printed = run.communicate(timeout=60)[0]
     assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] >= 10
+
+
+def test_options_on_resume_take_effect(data, monkeypatch, capsys):
+    """The caps hold at every step after a resume, whatever it changes; and every group has the values of the options."""
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=20, eval_interval=20, w_max=1.0)).items()]
+    seen, step = [], train.constrain
+
+    def watch(net, config, lr):
+        step(net, config, lr)
+        seen.append((max((rms_norm(W) / cap / config.w_max).max().item() for W, cap in train.relative_caps(net, config).items()), lr))
+
+    kept, make = [], train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", lambda *args: kept.append(make(*args)) or kept[-1])
+    for first in ("soft_cap", "none", "stiefel"):
+        assert run_main(train, monkeypatch, *tiny, f"--method={first}", "--w_max=6" if first == "none" else "--w_max=1", "--lr=0.5") is None
+        saved = Path("out/ckpt.pt").read_bytes()
+        for changes in (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4), dict(w_max_mlp=3.0, weight_decay=0.5),
+                        dict(method="soft_cap", w_max=0.5, lr=0.1), dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
+                        dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02), dict(dtype="bfloat16"),
+                        dict(batch_size=2, accumulate=2)):
+            Path("out/ckpt.pt").write_bytes(saved)
+            seen.clear()
+            monkeypatch.setattr(train, "constrain", watch)
+            argv = [f"--{name}={value}" for name, value in changes.items()]
+            assert run_main(train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=30", *argv) is None, (first, changes)
+            monkeypatch.setattr(train, "constrain", step)
+            config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
+            assert len(seen) == 10 and config.items() >= changes.items()
+            assert config["method"] not in PROMISE_W_MAX or max(norm for norm, _ in seen) <= 1.001, (first, changes, seen)
+            lr, groups = seen[-1][1], [group for optimizer in kept[-1] for group in optimizer.param_groups]
+            assert lr == pytest.approx(config["lr"] / 30)
+            relative = {1.0, (config["w_max_mlp"] or config["w_max"]) / config["w_max"]}
+            assert sorted({group["lr"] / lr for group in groups}) == pytest.approx(sorted({*relative, config["embedding_lr"]}))
+            assert all(group["weight_decay"] * group["lr"] == pytest.approx(config["weight_decay"] * lr) for group in groups[:-1])
+            assert groups[-1]["weight_decay"] == 0  # the embedding table's
+            assert all(group["momentum"] == config["momentum"] for group in groups)
+            assert all(group["dtype"] == getattr(torch, config["dtype"]) for group in groups)
+    assert run_main(train, monkeypatch, *tiny, "--optimizer=adamw", "--method=hard_cap") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=30", "--momentum=0.5", "--lr=0.1") is None
+    assert all(group["betas"] == (0.5, 0.95) for group in kept[-1][0].param_groups) and log_lines()[-1]["norm_over_cap"] <= 1.001
+
+
+@pytest.mark.parametrize("argv, parts", (
+    (["--optimizer=adamw"], ["optimizer=muon", "--optimizer=adamw"]), (["--embedding=adam"], ["embedding=dual"]),
+    (["--seed=1"], ["seed=0"]), (["--n_head=4"], ["n_head=2"]), (["--preset=tight"], ["cannot go on with", "of --preset=tight"]),
+    (["--max_steps=3"], ["is at step 8, past --max_steps=3"]), (["--lr=3", "--w_max=1"], ["no soft cap holds w_max=1"]),
+    (["--weight_decay=10"], ["--weight_decay=10 times the learning rate, 0.1, must be below 1"]),
+    (["--position_bias=true"], ["position_bias=False"]), (["--ball=2"], ["ball=None"])))
+def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch, argv, parts):
+    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in TINY.items()]) is None
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv), *parts)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_a_preset_goes_on_in_its_folder(data, monkeypatch):
+    small = ["--n_head=4", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_interval=5", "--device=cpu", "--compile=false"]
+    assert run_main(train, monkeypatch, "--preset=tight", "--lr=0.05", "--max_steps=5", *small) is None
+    assert run_main(train, monkeypatch, "--resume", "--preset=tight", "--max_steps=10") is None
+    config = model.load_checkpoint("out/tight/ckpt.pt")[1]["config"]
+    assert config["lr"] == 0.05 and config["n_embd"] == 32 and [line["step"] for line in log_lines("out/tight")] == [5, 10]
+    shutil.copytree("out/tight", "out/moved")
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/moved", "--max_steps=15") is None
+    assert [len(log_lines(f"out/{name}")) for name in ("tight", "moved")] == [2, 3]  # a moved folder stays where it is
+
+
+def test_what_the_machine_settled_is_not_kept(data, monkeypatch):
+    options = {name: value for name, value in TINY.items() if name not in ("dtype", "compile", "device")}
+    monkeypatch.setattr(train, "has_compiler", lambda device: False)
+    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in options.items()]) is None
+    config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
+    assert config["dtype"] is config["compile"] is config["device"] is None
+
+
+def test_one_run_at_a_time_in_a_folder(data, monkeypatch):
+    """A second run is told who has the folder and touches nothing; a killed one leaves no lock."""
+    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=3)).items()]
+    first = start_training("out", "--max_steps=100000")
+    wait_for_lines("out", 1, first)
+    for argv in (options, ["--resume", "--out_dir=out"]):
+        before = sorted(os.listdir("out"))
+        one_line(run_main(train, monkeypatch, *argv), "out is in use by", f"process {first.pid} on", "--out_dir")
+        assert sorted(os.listdir("out")) == before
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert run_main(train, monkeypatch, *options) is None
+    assert sorted(os.listdir("out")) == ["ckpt.old.pt", "ckpt.pt", "log.jsonl", "log.old.jsonl"] and len(log_lines()) == 1
+
+
+@pytest.mark.parametrize("how", ("one", "two"))
+def test_sigterm_saves(data, how):
+    """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
+    run = start_training("out", "--max_steps=100000") if how == "one" else torchrun(2, max_steps=100_000, eval_interval=20)
+    wait_for_lines("out", 1, run)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    printed = run.communicate(timeout=60)[0]
+    assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
+    assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
+
+
+def test_checkpoints_between_evaluations(data, monkeypatch):
+    saved, save = [], train.save
+    monkeypatch.setattr(train, "save", lambda path, ckpt: saved.append(ckpt["step"]) or save(path, ckpt))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    train.train(train.Config(**TINY | dict(max_steps=6, eval_interval=100)))
+    assert saved == [0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
+
+
+@pytest.mark.parametrize("kind", ("gone", "failing", "other", "asked for"))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
+def test_without_a_compiler(data, tmp_path, kind):
+    """No compiler, one that fails and one that is none: the run goes on as it is, or, if --compile asked, one line."""
+    (tmp_path / "failing").mkdir()
+    compiler = tmp_path / "failing" / "g++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
+    compiler.chmod(0o755)
+    path = {"gone": str(tmp_path), "failing": f"{tmp_path}/failing:{os.environ['PATH']}"}.get(kind, os.environ["PATH"])
+    environment = os.environ | {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    if kind in ("other", "asked for"):
+        environment["CXX"] = "/bin/false"
+    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items() if k != "compile"]
+    run = subprocess.run([sys.executable, HERE / "train.py", *options, *(["--compile"] if kind == "asked for" else [])],
+                         capture_output=True, text=True, env=environment)
+    if kind == "asked for":
+        assert run.returncode and run.stderr.count("\n") == 1 and "torch.compile does not work" in run.stderr and "--compile=False" in run.stderr
+        assert not Path("out").exists()
+    else:
+        assert run.returncode == 0 and run.stderr == "" and len(log_lines()) == 1, run.stderr
+        assert kind == "gone" or "going on without it" in run.stdout
+
+
+@pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
+def test_no_output_error_loses_a_run(data, redirect):
+    options = " ".join(f"--{k}={v}" for k, v in (TINY | dict(max_steps=12, eval_interval=3)).items())
+    command = f"set -o pipefail; {sys.executable} {HERE / 'train.py'} {options} {redirect}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    assert [line["step"] for line in log_lines()] == [3, 6, 9, 12] and torch.load("out/ckpt.pt", weights_only=True)["step"] == 12
+    for command in (f"model.py out/ckpt.pt {redirect}", f"constrain.py out/ckpt.pt --steps=1 {redirect}") if "|" in redirect else ():
+        run = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} {HERE / command}"], capture_output=True, text=True)
+        assert run.returncode == 0 and run.stderr == "", run.stderr
+
+
+def test_letters_that_the_terminal_lacks(data):
+    prepare.write_dataset("h\u00e9llo w\u00f6rld\n" * 200, "data/shakespeare", "test")
+    options = [f"--{k}={v}" for k, v in TINY.items()]
+    run = subprocess.run([sys.executable, HERE / "train.py", *options], capture_output=True,
+                         env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and run.stderr == b"" and b"?" in run.stdout and len(log_lines()) == 2
+
+
+BAD = ("0", "-1", "1e400", "9" * 30, "nan", "", "\u00bd", "-inf")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config) if field.metadata])
+def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
+    """Every option with zero, negative, huge, nan and empty: it trains, or says in one line what is wrong, and harms nothing."""
+    options = TINY | dict(max_steps=1, eval_interval=1, eval_tokens=50)
+    works = {"softmax_scale": "0", "weight_decay": "0", "momentum": "0", "momentum_warmup": "0 9", "max_steps": "9", "eval_interval": "9",
+             "seed": "0", "compile": "0", "resume": "0", "position_bias": "0", "per_head": "0", "eval_tokens": "",
+             "out_dir": "0 -1 9 n 1 \u00bd -i", "embedding_lr": ""}.get(name, "").split()
+    for value in BAD:
+        tiny = [f"--{k}={v}" for k, v in options.items() if k != name]
+        message = run_main(train, monkeypatch, *tiny, f"--{name}={value}")
+        if message is None:
+            assert any(value.startswith(start) for start in works), (name, value)
+            if name != "out_dir":
+                shutil.rmtree("out")
+        else:
+            one_line(message, "train.py: ")
+            assert name in message or name in ("softmax_scale", "dataset"), message
+            assert not Path("out").exists() and sorted(os.listdir("data")) == ["shakespeare"]
+
+
+@pytest.mark.parametrize("module, argv, names", (
+    (model, ("out/ckpt.pt",), ("prompt", "tokens", "temperature", "top_k", "seed")), (constrain, ("out/ckpt.pt",), ("steps",)),
+    (prepare, ("fineweb",), ("shards",)), (prepare, ("text", "a.txt"), ("name", "tokenizer")), (prepare, ("shakespeare",), ("source",)),
+    (sweep, (), ("jobs",)), (bench, ("step",), ("batch_size", "lr", "preset")), (bench, (), ("methods",)), (plot, (), ("tables",))))
+def test_bad_values_of_the_other_scripts_are_one_line(data, monkeypatch, module, argv, names):
+    monkeypatch.setattr(prepare, "download", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(sweep, "ROOT", data)
+    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in (TINY | dict(max_steps=1)).items()]) is None
+    Path("a.txt").write_text("to be or not to be\n" * 50)
+    for name in names:
+        for value in BAD:
+            message = run_main(module, monkeypatch, *argv, f"--{name}={value}")
+            fine = {"tokens": "0", "temperature": "0", "seed": "0", "steps": "0", "prompt": "n", "name": "0-19n\u00bd"}.get(name, "")
+            if message is None:
+                assert value and value[0] in fine, (name, value)
+            else:
+                one_line(message, f"{module.__name__}.py: ")
+    for extra in (["--no_such=1"], ["x", "y", "z"], []):
+        message = run_main(module, monkeypatch, *(extra and argv), *extra)
+        assert message is None or one_line(message) is None
+
+
+@pytest.mark.parametrize("damage", ("absent", "empty", "truncated", "binary", "odd"))
+@pytest.mark.parametrize("kind", ("char", "gpt2", "images"))
+def test_damaged_files_are_one_line(data, monkeypatch, fake_gpt2, kind, damage):
+    """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
+    if kind == "images":
+        rng = np.random.default_rng(0)
+        prepare.write_images("data/mine", {f"{s}_{k}": rng.integers(0, 255, (60, 12)).astype(np.uint8) if k == "images" else
+                                           rng.integers(0, 3, 60) for s in ("train", "val") for k in ("images", "labels")}, "test")
+    else:
+        Path("a.txt").write_text("to be or not to be\n" * 100)
+        assert run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mine", "--tokenizer", kind) is None
+    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, dataset="mine")).items()]
+    assert run_main(train, monkeypatch, *tiny) is None
+    again = ["--resume", "--out_dir=out", "--max_steps=1"]
+    names = sorted(path for path in Path("data/mine").iterdir()) + [Path("out/ckpt.pt"), Path("out/log.jsonl")]
+    for path in names:
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[:len(whole) // 2], "odd": whole[:-1], "binary": b"\x80\xff\x00" * 500}.get(damage, b""))
+        if damage == "absent":
+            path.unlink()
+        ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
+        for module, argv in ((train, tiny), (train, again), (constrain, ["out/ckpt.pt", "--steps=0"]), (model, ["out/ckpt.pt"])):
+            if path.parent.name == "out" and argv is tiny:
+                continue  # a fresh run reads neither
+            message = run_main(module, monkeypatch, *argv)
+            if message is not None:
+                one_line(message, f"{module.__name__}.py: ")
+            elif module is train:  # a damaged log is no reason not to go on
+                assert path.name == "log.jsonl", (path, damage, argv)
+            assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt or path.name == "log.jsonl"
+        path.write_bytes(whole)
 
 
 def test_accumulation_changes_nothing(data):

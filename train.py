@@ -145,7 +145,8 @@ def resume(config, given):
     for name in sorted(names):
         value, before = getattr(config, name), options.get(name)
         if name in fixed and value != before:
-            raise UserError(f"{path} has {name}={before}, so it cannot go on with --{name}={value}")
+            of = "" if name in given else f" of --preset={config.preset}"
+            raise UserError(f"{path} has {name}={before}, so it cannot go on with --{name}={value}{of}")
         options[name] = value
     if ckpt["step"] > options["max_steps"]:
         raise UserError(f"{path} is at step {ckpt['step']}, past --max_steps={options['max_steps']}")
@@ -494,11 +495,11 @@ def evaluate_images(model, data, device):
         x, y = image_inputs(data, np.arange(i, min(i + 1000, len(data[0]))), device)
         with torch.no_grad():
             logits, loss = model(x, y)
-        counts = [loss.item() * len(y), (logits.argmax(-1) == y).sum(), len(y)]
         radii = certified_radii(model, x, y) / IMAGE_SCALE
-        counts += [(radii > eps).sum() for eps in EPSILONS] + [pgd(model, x, y, IMAGE_SCALE * eps).sum() for eps in EPSILONS]
-        total += torch.tensor(counts, dtype=torch.float64)
-    loss, correct, count, *robust = summed(total).tolist()
+        robust = [radii > eps for eps in EPSILONS] + [pgd(model, x, y, IMAGE_SCALE * eps) for eps in EPSILONS]
+        right = [logits.argmax(dim=1) == y, *robust]
+        total += torch.tensor([loss.item() * len(y), len(y), *(r.sum().item() for r in right)], dtype=torch.float64)
+    loss, count, correct, *robust = summed(total).tolist()
     names = [f"{kind}_acc_{eps * 255:.0f}" for kind in ("certified", "attacked") for eps in EPSILONS]
     return {"val_loss": loss / count, "val_acc": correct / count, **{name: n / count for name, n in zip(names, robust)}}
 
@@ -681,7 +682,7 @@ def train(config, given=()):
     device = find_device(config)
     settle(config, device)
     dtype = getattr(torch, config.dtype)
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    amp = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     data = load_data(config, device, ckpt and ckpt["meta"])
     torch.manual_seed(config.seed)
@@ -696,11 +697,14 @@ def train(config, given=()):
 
     compiled = isinstance(model, GPT) and (has_compiler(device) if config.compile is None else config.compile)
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        trim_log(out / "log.jsonl", step) if ckpt else keep_old(out)
         say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
             f"w_max {config.w_max:g}, on {f'{world()} times ' if world() > 1 else ''}{device} in {config.dtype}"
             f"{', compiled' if compiled else ''}" + (f"; resumed at step {step}" if ckpt else ""))
+    if compiled and step < config.max_steps:
+        compile_blocks(model, config, data.batch(step), amp)
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        trim_log(out / "log.jsonl", step) if ckpt else keep_old(out)
 
     started, saved_step, saved_at = time.perf_counter() - seconds, step, time.perf_counter()
     timed_steps, timed_seconds = 0, 0.0
@@ -719,8 +723,6 @@ def train(config, given=()):
 
     if not ckpt:
         checkpoint()  # so that there is something to resume from at any moment
-    if compiled and step < config.max_steps:
-        compile_blocks(model, config, data.batch(step), amp)
     bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=True if rank() else None)
     with bar, StopRequest() as stop_request:
         while step < config.max_steps:

@@ -10,6 +10,7 @@ These machines are noisy, so all is relative to something measured in the same r
 import math
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def step(argv):
     device = train.find_device(config)
     train.settle(config, device)
     dtype, batch, T = getattr(torch, config.dtype), config.batch_size // config.accumulate, config.block_size
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    amp = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     vocab_size, padded = (50257, 50304) if config.dataset == "fineweb" else (65, 65)
     torch.manual_seed(config.seed)
     model = train.new_gpt(config, padded).to(device)
