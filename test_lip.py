@@ -2055,6 +2055,14 @@ def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
             assert not Path("out").exists() and sorted(os.listdir("data")) == ["shakespeare"]
 
 
+@pytest.mark.parametrize("option", ("n_embd=1000000", "n_layer=10000 --n_embd=20000", "batch_size=10000000", "mlp_ratio=1000 --n_embd=8000",
+                                    "mlp_layers=1000 --n_embd=8000"))
+def test_what_no_machine_could_hold_is_refused_before_it_is_built(data, monkeypatch, option):
+    tiny = [f"--{k}={v}" for k, v in TINY.items() if f"{k}=" not in option]
+    one_line(run_main(train, monkeypatch, *tiny, *f"--{option}".split()), "GB or more", "lower --n_embd")
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("module, argv, names", (
     (model, ("out/ckpt.pt",), ("prompt", "tokens", "temperature", "top_k", "seed")), (constrain, ("out/ckpt.pt",), ("steps",)),
     (prepare, ("fineweb",), ("shards",)), (prepare, ("text", "a.txt"), ("name", "tokenizer")), (prepare, ("shakespeare",), ("source",)),
@@ -2081,6 +2089,8 @@ def test_bad_values_of_the_other_scripts_are_one_line(data, monkeypatch, module,
 @pytest.mark.parametrize("kind", ("char", "gpt2", "images"))
 def test_damaged_files_are_one_line(data, monkeypatch, fake_gpt2, kind, damage):
     """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
+    monkeypatch.setattr(prepare, "GPT2_END", 256)
+    monkeypatch.setattr(BytesTokens, "n_vocab", 257)
     if kind == "images":
         rng = np.random.default_rng(0)
         prepare.write_images("data/mine", {f"{s}_{k}": rng.integers(0, 255, (60, 12)).astype(np.uint8) if k == "images" else

@@ -67,7 +67,7 @@ class Config(GPTConfig):
                                  "lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
     momentum_warmup: int = option(0, "steps over which Muon's momentum rises from 0.85", 0, 10 ** 12)
-    batch_size: int = option(16, "sequences per step", 1, 10 ** 9)
+    batch_size: int = option(16, "sequences per step", 1, 10 ** 7)
     accumulate: int = option(1, "parts of a batch that go through the model one after the other, for less memory", 1, 10 ** 9)
     max_steps: int = option(750, "optimizer steps", 1, 10 ** 12)
     cooldown: float = option(1.0, "share of the steps, at the end, over which the learning rate falls linearly to 0", 1e-9, 1)
@@ -269,7 +269,7 @@ class Text:
         vocab_size = self.meta["vocab_size"]
         if self.meta["tokenizer"] == "gpt2":
             vocab_size = -(-vocab_size // 128) * 128  # 50,257 tokens become 50,304, a better size for products
-        return new_gpt(self.config, vocab_size)
+        return new_gpt(self.config, vocab_size, self.device)
 
     def batch(self, step):
         """Inputs and targets (batch_size, T), int64. Where windows begin differs from epoch to epoch."""
@@ -307,7 +307,7 @@ class Images:
         self.config, self.device, self.meta, self.train, self.val = config, device, meta, train, val
 
     def model(self):
-        return MLP(MLPConfig(n_in=self.meta["images"], n_out=self.meta["classes"]))
+        return MLP(MLPConfig(n_in=self.meta["images"], n_out=self.meta["classes"])).to(self.device)
 
     def batch(self, step):
         """Inputs (batch_size, pixels) and labels (batch_size,)."""
@@ -350,15 +350,20 @@ def image_inputs(data, rows, device):
 # ------------------------------------------------------------------------------------------------------------
 # Model, optimizers and the constraint
 
-def new_gpt(config, vocab_size):
-    """A GPT with config's options. What no machine could hold is refused before it is built."""
-    config = GPTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)} |
-                       {"vocab_size": vocab_size})
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if 4 * config.n_params > memory:
-        raise UserError(f"a model of {config.n_params / 1e9:,.1f} billion parameters does not fit into this machine's memory, "
-                        f"{memory / 1e9:,.0f} GB; lower --n_embd or --n_layer")
-    return GPT(config)
+def new_gpt(config, vocab_size, device):
+    """A GPT with config's options on a device. What that could not hold is refused before it is built."""
+    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
+    gpt = GPTConfig(**sizes | {"vocab_size": vocab_size})
+    tokens = config.batch_size * config.block_size // (config.accumulate * world())
+    needed = 4 * (3 * gpt.n_params + tokens * (vocab_size + 6 * config.n_layer * config.n_embd))  # at the very least
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        raise UserError(f"{gpt.n_params / 1e6:,.0f} M parameters and {tokens:,} tokens at a time take {needed / 1e9:,.0f} GB or "
+                        f"more, {device} has {memory / 1e9:,.0f}; lower --n_embd, --n_layer or --batch_size, or raise --accumulate")
+    return GPT(gpt).to(device)
 
 
 def relative_caps(model, config):
@@ -686,7 +691,7 @@ def train(config, given=()):
 
     data = load_data(config, device, ckpt and ckpt["meta"])
     torch.manual_seed(config.seed)
-    model = data.model().to(device)
+    model = data.model()
     project(model, config, above=0)
     optimizers = make_optimizers(model, config, dtype)
     step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0

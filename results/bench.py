@@ -67,7 +67,7 @@ def step(argv):
     amp = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     vocab_size, padded = (50257, 50304) if config.dataset == "fineweb" else (65, 65)
     torch.manual_seed(config.seed)
-    model = train.new_gpt(config, padded).to(device)
+    model = train.new_gpt(config, padded, device)
     optimizers = train.make_optimizers(model, config, dtype)
     ids = torch.randint(vocab_size, (batch, T + 1), device=device)
     if train.has_compiler(device) if config.compile is None else config.compile:
