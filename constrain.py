@@ -1,12 +1,14 @@
 """
 Weight constraints, and the Lipschitz bound that they give to the network.
 
-    python constrain.py out/shakespeare/ckpt.pt            # norms, bounds, an attack on them, certified predictions
+    python constrain.py out/shakespeare/ckpt.pt            # norms, bounds, an attack on them, certified
+    predictions
     python constrain.py out/shakespeare/ckpt.pt --json     # the same for programs
 
-Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of matrices are
-RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm sqrt(n/m) * sigma_max.
-What is exact, norms, bounds and attacks, is computed in float64 on the CPU, as not every GPU has float64.
+Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of
+matrices are RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm
+sqrt(n/m) * sigma_max. What is exact, norms, bounds and attacks, is computed in float64 on the CPU, as not
+every GPU has float64.
 """
 import copy
 import inspect
@@ -16,24 +18,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GELU_SLOPE, GPT, GPTConfig, gelu, load_checkpoint, onto_ball
 from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
 from prepare import Parser, number, one_line_errors, open_data, say, to_json
 
-# Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others in their
-# interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6 of 1, from below.
+# Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others
+# in their interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6
+# of 1, from below.
 EXACT_POLAR = POLAR[:1] + POLAR[1:2] * 4 + POLAR[2:] + ((15 / 8, -10 / 8, 3 / 8),)
 
 
-# The polynomial of degree 5 nearest to psi(y) = 1 / (y + 1 + sqrt(y + 1)) on [0, 3], its error weighed by what it does to a
-# singular value in hard_cap, y sqrt(y + 1): that is at most 2.4e-4.
+# The polynomial of degree 5 nearest to psi(y) = 1 / (y + 1 + sqrt(y + 1)) on [0, 3], its error weighed by
+# what it does to a singular value in hard_cap, y sqrt(y + 1): that is at most 2.4e-4.
 PSI = (0.494527, -0.331985, 0.187114, -0.070508, 0.014907, -0.001316)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The constraints. Each maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step. To add one, write
-# a function under @constraint. Beside W it may ask, by name, for what `after_step` lists.
+# The constraints. Each maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step.
+# To add one, write a function under @constraint. Beside W it may ask, by name, for what `after_step` lists.
 
 METHODS = {}        # name: constraint
 PROMISE_W_MAX = []  # the names of those after which every matrix has norm <= w_max
@@ -52,9 +57,9 @@ def cap(f):
 
 def after_step(method, w_max, lr, decay, update_norm, dtype):
     """
-    The constraint METHODS[method] of W alone, given what it asks for of: w_max; the step's learning rate lr; decay, the share
-    of W that the step took off (lr * weight_decay); update_norm, a bound on the norm of its update, infinite with AdamW; and
-    dtype, which inner products may have.
+    The constraint METHODS[method] of W alone, given what it asks for of: w_max; the step's learning rate lr;
+    decay, the share of W that the step took off (lr * weight_decay); update_norm, a bound on the norm of its
+    update, infinite with AdamW; and dtype, which inner products may have.
     """
     values = dict(w_max=w_max, lr=lr, decay=decay, update_norm=update_norm, dtype=dtype)
     asked = inspect.signature(METHODS[method]).parameters
@@ -78,12 +83,14 @@ def rms_norm(W):
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """
-    The largest singular triple of each matrix in (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n, 1).
+    The largest singular triple of each matrix in (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n,
+    1).
 
-    Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps at the price of a few matrix
-    products. Started from the largest column of A^512 it needs no memory and no random numbers. sigma = |W v| is below
-    the true one, by less than 0.1 % however close the other singular values are. `dtype` is that of A^8 and on: bfloat16
-    changes the norm of A^4 by 0.2 % at most, and so what the iteration takes for sigma by 0.03 %.
+    Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps at the price of a
+    few matrix products. Started from the largest column of A^512 it needs no memory and no random numbers.
+    sigma = |W v| is below the true one, by less than 0.1 % however close the other singular values are.
+    `dtype` is that of A^8 and on: bfloat16 changes the norm of A^4 by 0.2 % at most, and so what the
+    iteration takes for sigma by 0.03 %.
     """
     scale = W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     X = W / scale
@@ -101,7 +108,7 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
         x = x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
         x = A @ x
     x = x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
-    y = X @ x if W.shape[-2] >= W.shape[-1] else X.mT @ x  # the singular vector on the other side, times sigma
+    y = X @ x if W.shape[-2] >= W.shape[-1] else X.mT @ x  # the other singular vector, times sigma
     sigma = y.norm(dim=-2, keepdim=True)
     y = y / sigma.clamp_min(1e-30)
     u, v = (y, x) if W.shape[-2] >= W.shape[-1] else (x, y)
@@ -110,20 +117,26 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
 
 @constraint
 def none(W):
-    """No constraint. With Muon's or AdamW's weight_decay this is the paper's weight decay: W <- (1 - lr decay) W."""
+    """
+    No constraint. With Muon's or AdamW's weight_decay this is the paper's weight decay: W <- (1 - lr decay)
+    W.
+    """
     return W.clone()
 
 
 @constraint
 def spectral_weight_decay(W, decay, dtype=torch.float32):
-    """W - decay sigma_1 u_1 v_1^T: weight decay of the largest singular value alone (the paper, section 3)."""
+    """W - decay sigma_1 u_1 v_1^T: weight decay of the largest singular value alone (paper, section 3)."""
     sigma, u, v = top_singular(W, dtype)
     return W - decay * sigma * u @ v.mT
 
 
 @cap
 def spectral_normalize(W, w_max, dtype=torch.float32):
-    """W min(1, w_max / |W|): the whole matrix scaled down to norm w_max (Miyato et al. 2018; the paper, section 3)."""
+    """
+    W min(1, w_max / |W|): the whole matrix scaled down to norm w_max (Miyato et al. 2018; the paper, section
+    3).
+    """
     sigma, _, _ = top_singular(W, dtype)
     return W * (w_max * rms_unit(W) / sigma.clamp_min(torch.finfo(W.dtype).tiny)).clamp_max(1)
 
@@ -131,10 +144,10 @@ def spectral_normalize(W, w_max, dtype=torch.float32):
 @constraint
 def spectral_hammer(W, w_max, dtype=torch.float32):
     """
-    W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest singular value is set to w_max (the paper, section 3).
+    W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest singular value is set to w_max (paper, section 3).
 
-    Does not promise norm w_max: a step may lift several singular values over it, and this takes back one. Unlike the
-    paper's it leaves a matrix alone whose norm is below w_max, so that it never inflates one.
+    Does not promise norm w_max: a step may lift several singular values over it, and this takes back one.
+    Unlike the paper's it leaves a matrix alone whose norm is below w_max, so that it never inflates one.
     """
     sigma, u, v = top_singular(W, dtype)
     return W - (sigma - w_max * rms_unit(W)).clamp_min(0) * u @ v.mT
@@ -143,11 +156,12 @@ def spectral_hammer(W, w_max, dtype=torch.float32):
 @cap
 def stiefel(W, w_max, dtype=torch.float32):
     """
-    w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (the paper, section 3).
+    w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (paper, section 3).
 
-    After an optimizer step W is near it. With X = W / w_max and E = X X^T - I, whose norm is then at most 1/2, three steps
-    X <- X + (3/8 E^2 - 1/2 E) X of Newton-Schulz take every singular value to within 1e-5 of 1: a step turns an error e into
-    about 5/2 e^3. All products but the last E are in `dtype`: they are corrections. Farther off Muon's iteration does it.
+    After an optimizer step W is near it. With X = W / w_max and E = X X^T - I, whose norm is then at most
+    1/2, three steps X <- X + (3/8 E^2 - 1/2 E) X of Newton-Schulz take every singular value to within 1e-5 of
+    1: a step turns an error e into about 5/2 e^3. All products but the last E are in `dtype`: they are
+    corrections. Farther off Muon's iteration does it.
     """
     X = (W / (w_max * rms_unit(W))).reshape(-1, *W.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
@@ -166,8 +180,8 @@ def stiefel(W, w_max, dtype=torch.float32):
 @cap
 def soft_cap(W, w_max, lr, decay=0.0, update_norm=0.0, dtype=torch.float32):
     """
-    soft_cap_polynomial with the alpha that takes back a step of Muon (the paper, section 3). AdamW's steps have no fixed norm;
-    after those it promises nothing.
+    soft_cap_polynomial with the alpha that takes back a step of Muon (the paper, section 3). AdamW's steps
+    have no fixed norm; after those it promises nothing.
     """
     alpha = soft_cap_coupling(w_max, decay, lr * UPDATE_NORM)
     return soft_cap_polynomial(W, alpha, dtype if small(update_norm, w_max) else torch.float32)
@@ -180,12 +194,14 @@ def small(update_norm, w_max):
 
 def soft_cap_polynomial(W, alpha, dtype=torch.float32):
     """
-    sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values (the paper,
-    section 3). Close to the identity for small sigma, with a largest image that soft_cap_coupling makes w_max.
+    sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values (the
+    paper, section 3). Close to the identity for small sigma, with a largest image that soft_cap_coupling
+    makes w_max.
 
-    With y = alpha sigma^2 that is sigma (1 - y) (1 + y (1 - y)^2) = sigma (1 - y^2 (3 - 3y + y^2)), so in terms of the Gram
-    matrix B of eigenvalues y it is W - W B^2 (3 I - 3 B + B^2): only a correction of W, which `dtype` may round. In
-    bfloat16 it is off by up to 2.3 %, so a cap that moves singular values by up to 3 % holds to 1e-3.
+    With y = alpha sigma^2 that is sigma (1 - y) (1 + y (1 - y)^2) = sigma (1 - y^2 (3 - 3y + y^2)), so in
+    terms of the Gram matrix B of eigenvalues y it is W - W B^2 (3 I - 3 B + B^2): only a correction of W,
+    which `dtype` may round. In bfloat16 it is off by up to 2.3 %, so a cap that moves singular values by up
+    to 3 % holds to 1e-3.
     """
     W_ = W.to(dtype)
     X = W_ * (math.sqrt(alpha) / rms_unit(W))
@@ -198,19 +214,21 @@ def soft_cap_polynomial(W, alpha, dtype=torch.float32):
 
 def soft_cap_coupling(w_max, weight_decay, update_norm):
     """
-    The smallest alpha for which soft_cap brings a matrix of norm <= w_max back to norm <= w_max after an optimizer step.
+    The smallest alpha for which soft_cap brings a matrix of norm <= w_max back to norm <= w_max after an
+    optimizer step.
 
-    weight_decay is the decay of that step (lr times the optimizer's), update_norm the norm of its update (lr times
-    UPDATE_NORM for Muon), so that the norm after it is at most k = w_max |1 - weight_decay| + update_norm. The published
-    coupling (the paper, appendix) asks only that k itself lands on w_max; this one asks it of all of [0, k].
+    weight_decay is the decay of that step (lr times the optimizer's), update_norm the norm of its update (lr
+    times UPDATE_NORM for Muon), so that the norm after it is at most k = w_max |1 - weight_decay| +
+    update_norm. The published coupling (the paper, appendix) asks only that k itself lands on w_max; this one
+    asks it of all of [0, k].
 
     With y = alpha sigma^2, q = sigma (1 - y) grows up to its turning point y = 1/3, and p grows always.
     - k <= w_max: alpha = 0.
-    - Up to k = 1.3065 w_max the turning point lies outside [0, k], so k has the largest image, p(q(k)) = w_max. That
-      falls as alpha rises from 0 to 1 / (3 k^2), so bisection finds its one root there.
-    - Beyond, the turning point has it: q = 2 / (3 sqrt(3 alpha)) there and p(q) = (62/81) / sqrt(3 alpha) = w_max, which
-      gives alpha = (62/81)^2 / (3 w_max^2) whatever k is. q is odd about its zero and falls below minus that value
-      only for sigma > 2 / sqrt(3 alpha) = 2.613 w_max; no alpha can do for a larger k.
+    - Up to k = 1.3065 w_max the turning point lies outside [0, k], so k has the largest image: p(q(k)) =
+      w_max. That falls as alpha rises from 0 to 1 / (3 k^2), so bisection finds its one root there.
+    - Beyond, the turning point has it: q = 2 / (3 sqrt(3 alpha)) there and p(q) = (62/81) / sqrt(3 alpha) =
+      w_max, which gives alpha = (62/81)^2 / (3 w_max^2) whatever k is. q is odd about its zero and falls
+      below minus that value only for sigma > 2 / sqrt(3 alpha) = 2.613 w_max; no alpha can do for a larger k.
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
@@ -220,7 +238,8 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     if k > k_largest:
         lr = update_norm / UPDATE_NORM
         largest = lr * (k_largest - w_max) / (k - w_max)
-        raise ValueError(f"no soft cap holds w_max={w_max:g} at lr={lr:g}; the largest lr that it can hold is {largest:.4g}")
+        raise ValueError(f"no soft cap holds w_max={w_max:g} at lr={lr:g}; the largest lr that it can hold "
+                         f"is {largest:.4g}")
     if alpha * k ** 2 > 1 / 3:
         return alpha
     low, high = 0.0, 1 / (3 * k ** 2)
@@ -236,12 +255,12 @@ def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
     """
     sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
 
-    With w 0.6 % below w_max, X = W / w and Y = X X^T - I, of eigenvalues y = (sigma/w)^2 - 1, it is W - max(Y, 0) psi(Y) W:
-    max(Y, 0) = Y (I + sign Y) / 2, where the sign comes from Muon's iteration, and psi(y) = 1 / (y + 1 + sqrt(y + 1)) from a
-    polynomial on [0, 3]. The result is within 1 % of w_max of the exact one, and not above w_max: where the sign has not
-    converged, near w, and everywhere for norms up to 1.1 w_max in bfloat16, what is missing is less than w leaves room for.
-    All products but the first and the last are on the smaller side. A batch with norms near 2 w_max or beyond goes through
-    the SVD.
+    With w 0.6 % below w_max, X = W / w and Y = X X^T - I, of eigenvalues y = (sigma/w)^2 - 1, it is
+    W - max(Y, 0) psi(Y) W: max(Y, 0) = Y (I + sign Y) / 2, where the sign comes from Muon's iteration, and
+    psi(y) = 1 / (y + 1 + sqrt(y + 1)) from a polynomial on [0, 3]. The result is within 1 % of w_max of the
+    exact one, and not above w_max: where the sign has not converged, near w, and everywhere for norms up to
+    1.1 w_max in bfloat16, what is missing is less than w leaves room for. All products but the first and the
+    last are on the smaller side. A batch with norms near 2 w_max or beyond goes through the SVD.
     """
     dtype = dtype if small(update_norm, w_max) else torch.float32
     w = w_max * rms_unit(W) * (1 - 6e-3)
@@ -253,7 +272,8 @@ def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
     size = (Y2 @ Y2).float().norm(dim=(-2, -1), keepdim=True) ** (1 / 4)  # from |y|_max to n^(1/8) times it
     if not (size <= 3).all():
         return svd_cap(W, w_max)
-    # Muon's first step would take [-1, 1] to [-1.9, 1.9]. Without it y must be above 0.025 size to come out at 0.991 to 0.993
+    # Muon's first step would take [-1, 1] to [-1.9, 1.9]. Without it y must be above 0.025 size to come out
+    # at 0.991 to 0.993
     sign = polar_steps(Y * (1.8 / size.clamp_min(1e-3)).to(dtype), POLAR[1:]) / 0.992
     positive = torch.baddbmm(Y, Y, sign, beta=0.5, alpha=0.5)
     a, b, c, d, e, f = PSI
@@ -277,14 +297,14 @@ def lipschitz_bound(model, kind):
     """
     log10 of a Lipschitz bound of the model, a GPT or an MLP: `paper` or `certified`.
 
-    Of a GPT it is about forward_embeddings, from the largest RMS norm over tokens at the input to that at the logits.
-    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see body_bound); `paper`
-    is the formula of the authors' code, whose value can lie below the true constant (see paper_bound), and None of a model
-    that has options which they do not.
+    Of a GPT it is about forward_embeddings, from the largest RMS norm over tokens at the input to that at the
+    logits. `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see
+    body_bound); `paper` is the formula of the authors' code, whose value can lie below the true constant (see
+    paper_bound), and None of a model that has options which they do not.
     """
     if kind not in ("paper", "certified"):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
-    if not isinstance(model, GPT):  # an MLP: ReLU is 1-Lipschitz, so both are the product of the layers' norms
+    if not isinstance(model, GPT):  # ReLU is 1-Lipschitz, so both are the product of the layers' norms
         return sum(log10(rms_norm(layer.weight).item()) for layer in model.layers)
     return paper_bound(model) if kind == "paper" else certificate(model)[0]
 
@@ -312,18 +332,20 @@ def paper_bound(model):
     """
     log10 of the published bound (calculate_lipschitz_constant in the authors' code), times logit_scale.
 
-    Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets softmax_scale
-    multiply the value path as well.
+    Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
+    softmax_scale multiply the value path as well.
     """
     config = model.config
-    others = ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")
-    if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in others):
+    ours = ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio",
+            "ball")
+    if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
         return None
     alpha, log10_R = config.residual_weight, 0.0
     total = log10(config.logit_scale * rms_norm(model.head.weight).item() * embedding_norm(model))
     for block in model.blocks:
         q, k, v = (log10(norm) for norm in rms_norm(block.attn.qkv.weight).tolist())
-        w, i, o = (log10(rms_norm(layer.weight).item()) for layer in (block.attn.proj, block.mlp.fc, block.mlp.proj))
+        layers = block.attn.proj, block.mlp.fc, block.mlp.proj
+        w, i, o = (log10(rms_norm(layer.weight).item()) for layer in layers)
         # L_att = c/3 w (v + 2 v R^2 q k) = c w v (1/3 + 2/3 R^2 q k)
         L_att = log10(config.softmax_scale) + w + v + log10_mix(2 / 3, 2 * log10_R + q + k)
         L_mlp = i + o - log10(GELU_SLOPE)
@@ -334,42 +356,49 @@ def paper_bound(model):
 
 def attention_norms(attn, softmax_scale):
     """
-    (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and its derivative has
-    norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Below, without attn_scale, which multiplies both.
+    (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and its
+    derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Below, without
+    attn_scale, which multiplies both.
 
-    W^h are the rows of W_q, W_k, W_v and the columns of W_o that belong to head h; c is softmax_scale, d the width. A
-    change dx of the input moves the output through the values (scores fixed) and the scores (values fixed).
+    W^h are the rows of W_q, W_k, W_v and the columns of W_o that belong to head h; c is softmax_scale, d the
+    width. A change dx of the input moves the output through the values (scores fixed) and the scores (values
+    fixed).
 
-    Values. Head h returns W_v^h applied to a convex combination of tokens, another one for each head. So the output is
-    at most, times the norm of the largest token or of its change, each of
+    Values. Head h returns W_v^h applied to a convex combination of tokens, another one for each head. So the
+    output is at most, times the norm of the largest token or of its change, each of
       sigma(W_o) sqrt(sum_h sigma(W_v^h)^2)           since the heads' outputs stand below each other
       sum_h sigma(W_o^h W_v^h)                        triangle inequality
       sqrt(H) sigma([W_o^1 W_v^1 ... W_o^H W_v^H])    since H combinations below each other have norm sqrt(H)
 
-    Scores a_s = c/d_head <q, k_s> + b_s, where b_s depends on positions alone and RoPE turns q and k_s by orthogonal
-    matrices; so da_s = c/d_head d<q, k_s>, and RoPE changes none of the norms below. Without content, c = 0, A_QK is 0.
-    With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r): a head's output moves by sum_s dp_s v_s = Cov_p(da, v).
-    - By dq: da_s = c/d_head <dq, k_s>, so it moves by c/d_head Cov_p(v, k) dq. For unit vectors u, w and any t > 0
-      Cov_p(<u,v>, <w,k>) <= t/2 E<u,v>^2 + 1/(2t) E<w,k>^2 <= max_s (t |v_s|^2 + |k_s|^2 / t) / 2 <= gamma_h R^2 d with
-      gamma_h = sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2: v_s and k_s are images of one token, which cannot lie along
-      the top singular vectors of both matrices. We take t = sigma(W_k^h) / sigma(W_v^h), which gives gamma_h <= g_h.
+    Scores a_s = c/d_head <q, k_s> + b_s, where b_s depends on positions alone and RoPE turns q and k_s by
+    orthogonal matrices; so da_s = c/d_head d<q, k_s>, and RoPE changes none of the norms below. Without
+    content, c = 0, A_QK is 0. With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r): a head's output moves
+    by sum_s dp_s v_s = Cov_p(da, v).
+    - By dq: da_s = c/d_head <dq, k_s>, so it moves by c/d_head Cov_p(v, k) dq. For unit u, w and any t > 0
+        Cov_p(<u,v>, <w,k>) <= t/2 E<u,v>^2 + 1/(2t) E<w,k>^2 <= max_s (t |v_s|^2 + |k_s|^2 / t) / 2
+                            <= gamma_h R^2 d with gamma_h = sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2:
+      v_s and k_s are images of one token, which cannot lie along the top singular vectors of both matrices.
+      We take t = sigma(W_k^h) / sigma(W_v^h), which gives gamma_h <= g_h.
     - By dk: |Cov_p(da, v)| <= sqrt(E da^2 E|v|^2) <= c/d_head |q| max_s |dk_s| max_s |v_s|
-      <= c/d_head |W_q^h x| R sqrt(d) g_h max_s |dx_s|, with g_h = sigma(W_v^h) sigma(W_k^h) and x the query's token.
-    Over heads, sum_h g_h^2 |W_q^h y|^2 <= sigma(diag_h(g_h) W_q)^2 |y|^2 with y = x, and so for gamma_h with y = dx.
-    Through W_o, and with |x| <= R sqrt(d), both together move the output by at most R^2 A_QK |dx|,
+      <= c/d_head |W_q^h x| R sqrt(d) g_h max_s |dx_s|, with g_h = sigma(W_v^h) sigma(W_k^h) and x the query's
+      token.
+    Over heads, sum_h g_h^2 |W_q^h y|^2 <= sigma(diag_h(g_h) W_q)^2 |y|^2 with y = x, and so for gamma_h with
+    y = dx. Through W_o, and with |x| <= R sqrt(d), both together move the output by at most R^2 A_QK |dx|,
       A_QK = c d/d_head sigma(W_o) (sigma(diag_h(gamma_h) W_q) + sigma(diag_h(g_h) W_q)).
-    (q and k may not swap roles here: a query is one token for all heads, but each head may look at another key's token.)
+    (q and k may not swap roles here: a query is one token for all heads, but each head may look at another
+    key's token.)
     """
     H, dh = attn.n_head, attn.d_head
-    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)              # each (H, d_head, d); W_q and W_k unless c = 0
+    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)  # each (H, d_head, d); W_q and W_k unless c = 0
     Wo = exact(attn.proj.weight)                                           # (d, d)
     Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                          # (H, d, d_head)
     sigma = lambda W: torch.linalg.svdvals(W)[..., 0]
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v = sigma(Wv)                                                          # (H,)
-    # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), and so side by side
+    # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h)
+    # and so for all side by side
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
-    A_V = min((sigma(Wo) * v.square().sum().sqrt()).item(), sigma(OV).sum().item(), (math.sqrt(H) * sigma(beside(OV))).item())
+    A_V = min(sigma(Wo) * v.square().sum().sqrt(), sigma(OV).sum(), math.sqrt(H) * sigma(beside(OV))).item()
     if not Wqk:
         return attn.out_scale * A_V, 0.0
     Wq, Wk = Wqk
@@ -377,20 +406,24 @@ def attention_norms(attn, softmax_scale):
     t = (k / v.clamp_min(1e-300)).clamp(1e-9, 1e9).sqrt()[:, None, None]   # sqrt of the proof's; any is valid
     gamma = torch.minimum(sigma(torch.cat((t * Wv, Wk / t), dim=1)) ** 2 / 2, v * k)
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
-    return attn.out_scale * A_V, (attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)).item()  # d / d_head = H
+    A_QK = softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
+    return attn.out_scale * A_V, attn.out_scale * A_QK.item()
 
 
 def mlp_norms(block):
     """
-    (gain, growth) of x -> (1 - alpha) x + alpha mlp(x): the norm of its derivative, and of its output over its input's.
+    (gain, growth) of x -> (1 - alpha) x + alpha mlp(x): the norm of its derivative, and of its output over
+    its input's.
 
-    Both are at most (1 - alpha) + alpha times the product of the layers' norms, as the activations are 1-Lipschitz and do not
-    lengthen: maxmin sorts pairs, |GELU(z)| <= |z| and |GELU'(z)| <= GELU_SLOPE. With GELU between two layers they are less:
+    Both are at most (1 - alpha) + alpha times the product of the layers' norms, as the activations are
+    1-Lipschitz and do not lengthen: maxmin sorts pairs, |GELU(z)| <= |z| and |GELU'(z)| <= GELU_SLOPE. With
+    GELU between two layers they are less:
 
-    The derivative is (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE. As
-    GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] = [m - r, m + r]. So with
-    D = m I + E, |E| <= r, its norm is at most |(1 - alpha) I + alpha m W_out W_in| + alpha r |W_out| |W_in|. The output is
-    the same with GELU(z) / z, which lies in [0, 1], in place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
+    The derivative is (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE.
+    As GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] =
+    [m - r, m + r]. So with D = m I + E, |E| <= r, its norm is at most
+    |(1 - alpha) I + alpha m W_out W_in| + alpha r |W_out| |W_in|. The output is the same with GELU(z) / z,
+    which lies in [0, 1], in place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
     """
     mlp, alpha = block.mlp, block.alpha
     product = math.prod(rms_norm(layer.weight).item() for layer in (mlp.fc, *mlp.mid, mlp.proj))
@@ -405,9 +438,10 @@ def mlp_norms(block):
 
 def certificate(model, R=None, layers=None):
     """
-    (log10 of the certified bound, its parts layer by layer) of a GPT on embeddings of RMS norm <= R, by default the
-    embedding table's largest row: K with max_t |dlogits_t|_rms <= K max_t |dx_t|_rms there. That is the bound of all blocks
-    times the norm of the output matrix times logit_scale. `layers` saves computing layer_norms again.
+    (log10 of the certified bound, its parts layer by layer) of a GPT on embeddings of RMS norm <= R, by
+    default the embedding table's largest row: K with max_t |dlogits_t|_rms <= K max_t |dx_t|_rms there. That
+    is the bound of all blocks times the norm of the output matrix times logit_scale. `layers` saves computing
+    layer_norms again.
     """
     body, parts = body_bound(layers or layer_norms(model), embedding_norm(model) if R is None else R)
     return body + log10(model.config.logit_scale * rms_norm(model.head.weight).item()), parts
@@ -415,13 +449,15 @@ def certificate(model, R=None, layers=None):
 
 def body_bound(layers, R):
     """
-    The certificate without the output matrix, from layer_norms, for embeddings of RMS norm <= R: (log10 K, parts).
+    The certificate without the output matrix, from layer_norms, for embeddings of RMS norm <= R: (log10 K,
+    parts).
 
-    The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the chain rule
-    multiplies the layers' bounds, each on the ball of radius R that its input stays in. x -> (1 - alpha) x + alpha f(x) has
-    the gain (1 - alpha) + alpha |f'| and the radius (1 - alpha) R + alpha max |f|. The projection onto a ball, as onto any
-    convex set, has gain 1, and R is at most the ball's radius from there on.
-    Everything is a log10, since K of a large model exceeds the largest float.
+    The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the
+    chain rule multiplies the layers' bounds, each on the ball of radius R that its input stays in.
+    x -> (1 - alpha) x + alpha f(x) has the gain (1 - alpha) + alpha |f'| and the radius
+    (1 - alpha) R + alpha max |f|.
+    The projection onto a ball, as onto any convex set, has gain 1, and R is at most the ball's radius from
+    there on. Everything is a log10, since K of a large model exceeds the largest float.
     """
     log10_R, total, parts = log10(R), 0.0, []
     for alpha, A_V, A_QK, mlp_gain, mlp_growth, ball in layers:
@@ -434,8 +470,9 @@ def body_bound(layers, R):
 
 
 def layer_norms(model):
-    """What certificate needs of each layer and no R changes: [(alpha, A_V, A_QK, MLP gain, MLP growth, ball)]."""
-    return [(block.alpha, *attention_norms(block.attn, model.config.softmax_scale), *mlp_norms(block), block.ball or math.inf)
+    """What certificate needs of each layer, whatever R: [(alpha, A_V, A_QK, MLP gain, MLP growth, ball)]."""
+    c = model.config.softmax_scale
+    return [(block.alpha, *attention_norms(block.attn, c), *mlp_norms(block), block.ball or math.inf)
             for block in model.blocks]
 
 
@@ -444,19 +481,21 @@ def layer_norms(model):
 
 def ascend(f, X, R, steps=100):
     """
-    The largest gain |df_T|_rms / max_t |dx_t|_rms, T the last token, found by gradient ascent over X and the direction dX.
+    The largest gain |df_T|_rms / max_t |dx_t|_rms, T the last token, found by gradient ascent over X and the
+    direction dX.
 
-    f maps (B, T, n) to (B, T, m), each of the B sequences by itself; X (B, T, n) are B starting points, which stay in the
-    ball {|x_t|_rms <= R}. Given the direction u in which the output moves, the best dX is J^T u with every token scaled to
-    norm 1, by duality; given dX, u is that of J dX. These two take turns, while X climbs u^T J(X) dX.
+    f maps (B, T, n) to (B, T, m), each of the B sequences by itself; X (B, T, n) are B starting points, which
+    stay in the ball {|x_t|_rms <= R}. Given the direction u in which the output moves, the best dX is J^T u
+    with every token scaled to norm 1, by duality; given dX, u is that of J dX. These two take turns, while X
+    climbs u^T J(X) dX.
     """
     rms = lambda x: x.square().mean(dim=-1, keepdim=True).sqrt()
     unit = lambda x: x / rms(x).clamp_min(1e-30)
-    last = lambda x: f(x)[:, -1]                                     # (B, m): with causal attention it sees all tokens
+    last = lambda x: f(x)[:, -1]  # (B, m): with causal attention it sees all tokens
     X = onto_ball(X, R).requires_grad_()
     u, best = unit(torch.randn(last(X).shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype)), 0.0
     optimizer = torch.optim.Adam([X], maximize=True)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the one that jvp can differentiate
+    with sdpa_kernel(SDPBackend.MATH):  # the one that jvp can differentiate
         for step in range(steps + 1):
             optimizer.param_groups[0]["lr"] = 0.1 * R * (1 - step / (steps + 1))
             with torch.no_grad():
@@ -473,9 +512,9 @@ def ascend(f, X, R, steps=100):
 
 def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     """
-    A lower bound on the Lipschitz constant that `certified` bounds from above: the largest gain that `ascend` finds on
-    sequences of block_size tokens in the same ball, in float64. Half of the restarts begin at embeddings of text, cut from
-    tokens (N,) or else of random ids, half at random points.
+    A lower bound on the Lipschitz constant that `certified` bounds from above: the largest gain that `ascend`
+    finds on sequences of block_size tokens in the same ball, in float64. Half of the restarts begin at
+    embeddings of text, cut from tokens (N,) or else of random ids, half at random points.
     """
     net = copy.deepcopy(model).cpu().double().requires_grad_(False)
     g = torch.Generator().manual_seed(0)
@@ -494,8 +533,9 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
 
 def pgd(model, x, y, eps, steps=20):
     """
-    Which inputs x (B, n) with labels y (B,) stay right under projected gradient descent (Madry et al. 2018) in the L2 ball of
-    radius eps around each: a tensor (B,) of bool. The ball is not cut to valid pixels, as the certificate's is not.
+    Which inputs x (B, n) with labels y (B,) stay right under projected gradient descent (Madry et al. 2018)
+    in the L2 ball of radius eps around each: a tensor (B,) of bool. The ball is not cut to valid pixels, as
+    the certificate's is not.
     """
     direction = lambda g: g / g.norm(dim=1, keepdim=True).clamp_min(1e-30)
     delta, right = torch.zeros_like(x), torch.ones_like(y, dtype=torch.bool)
@@ -503,7 +543,8 @@ def pgd(model, x, y, eps, steps=20):
         delta.requires_grad_()
         logits = model(x + delta)[0]
         right &= logits.argmax(dim=1) == y
-        gradient, = torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), y, reduction="sum"), delta)
+        loss = F.cross_entropy(logits.float(), y, reduction="sum")
+        gradient, = torch.autograd.grad(loss, delta)
         delta = delta.detach() + 2.5 * eps / steps * direction(gradient)
         delta = delta * (eps / delta.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
     return right
@@ -512,10 +553,12 @@ def pgd(model, x, y, eps, steps=20):
 @torch.no_grad()
 def certified_radii(model, x, y):
     """
-    The L2 radius within which no change of an input x (B, n) alters the MLP's right prediction, 0 where it is wrong: (B,).
+    The L2 radius within which no change of an input x (B, n) alters the MLP's right prediction, 0 where it is
+    wrong: (B,).
 
-    A change of norm r moves the last layer's input by at most r times the product of the spectral norms of the layers
-    before, and the difference of logits i and j by that times |w_i - w_j|, w_i being the last layer's rows.
+    A change of norm r moves the last layer's input by at most r times the product of the spectral norms of
+    the layers before, and the difference of logits i and j by that times |w_i - w_j|, w_i being the last
+    layer's rows.
     """
     W, z = model.layers[-1].weight, model(x)[0]
     hidden = math.prod(torch.linalg.svdvals(exact(layer.weight))[0].item() for layer in model.layers[:-1])
@@ -527,19 +570,23 @@ def certified_radii(model, x, y):
 # ------------------------------------------------------------------------------------------------------------
 
 def matrices(model):
-    """{name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and the biases."""
-    return {name.removesuffix(".weight"): p for name, p in model.named_parameters() if not name.endswith(("wte.weight", "bias"))}
+    """
+    {name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and
+    the position biases.
+    """
+    return {name.removesuffix(".weight"): p for name, p in model.named_parameters()
+            if not name.endswith(("wte.weight", "bias"))}
 
 
 @torch.inference_mode()
 def margins(model, tokens):
     """
-    What each prediction of tokens (N,) can bear, and whether it is right: two tensors (N - 1,), every token but the first
-    predicted once in windows of block_size.
+    What each prediction of tokens (N,) can bear, and whether it is right: two tensors (N - 1,), every token
+    but the first predicted once in windows of block_size.
 
     If the head's input h moves by |dh|_rms <= delta, the difference of logits i and j moves by at most
-    logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up to
-    min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
+    logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up
+    to min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
     T, W, bears, right = model.config.block_size, model.head.weight, [], []
     n = (len(tokens) - 1) // T * T  # some whole windows at a time, and at the end of the text a shorter one
@@ -558,90 +605,109 @@ def margins(model, tokens):
 
 def log10_radii(model, bears, layers):
     """
-    log10 of the certified radius of predictions that bear a change `bears` (N,) of the head's input: no change of the
-    embeddings with max_t |dx_t|_rms below the radius alters them. The ball grows by the radius, and the bound K with it:
-    the radius is the largest r with r K(R_0 + r) <= bears, K without the head; found on a grid of 1 %, rounded down.
+    log10 of the certified radius of predictions that bear a change `bears` (N,) of the head's input: no
+    change of the embeddings with max_t |dx_t|_rms below the radius alters them. The ball grows by the radius,
+    and the bound K with it: the radius is the largest r with r K(R_0 + r) <= bears, K without the head; found
+    on a grid of 1 %, rounded down.
     """
     R = embedding_norm(model)
     K = lambda r: body_bound(layers, R + r)[0]
     wanted = bears.clamp(1e-30, 1e30).log10()
     low = math.floor(wanted.min().item() - max(K(0), 0)) - 1
-    grid = low + torch.arange(0, int((wanted.max().item() + 3 - low) / 0.0043) + 1, dtype=torch.float64) * 0.0043
+    cells = int((wanted.max().item() + 3 - low) / 0.0043) + 1
+    grid = low + torch.arange(cells, dtype=torch.float64) * 0.0043
     reached = torch.tensor([x + K(10 ** x) for x in grid.tolist()], dtype=torch.float64)
     radii = grid[torch.searchsorted(reached, wanted).clamp_min(1) - 1]
     return torch.where(bears >= 1e-30, radii, -math.inf)  # a tie bears nothing
 
 
 def report(path, steps):
-    """Norms of every matrix of a GPT's checkpoint, its bounds with their parts, an attack, and certified predictions."""
+    """(dict, text): a GPT's norms, its bounds with their parts, an attack, certified predictions."""
     model, ckpt = load_checkpoint(path)
+    result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
+              "w_max": ckpt["config"]["w_max"],
+              "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}}
+    head = f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n"
     if not isinstance(model, GPT):
-        return report_mlp(path, model, ckpt, steps)
-    norms = {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}
-    layers, R = layer_norms(model), embedding_norm(model)
-    certified, parts = certificate(model, R, layers)
-    paper, folder, text = paper_bound(model), Path("data") / ckpt["config"]["dataset"], None
+        return report_mlp(model, result, head, steps)
+    layers, R, text = layer_norms(model), embedding_norm(model), None
+    folder = Path("data") / ckpt["config"]["dataset"]
     if (folder / "meta.json").exists():
         n = max(4096, 2 ** 23 // model.config.vocab_size)  # all of Shakespeare's validation split
-        text = torch.from_numpy(open_data(folder, like=ckpt["meta"])[2][0][:n].astype(np.int64))
-    found = log10(attack(model, steps=steps, tokens=text))
-    result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
-              "w_max": ckpt["config"]["w_max"], "embedding": R, "norms": norms, "log10_layers": parts,
-              "log10_attack": found, "log10_certified": certified, "log10_paper": paper,
-              "paper_broken": paper is not None and found > paper}
-    lines = [f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n",
-             f"{'RMS->RMS norms':<14} {'W_q':>8} {'W_k':>8} {'W_v':>8} {'W_o':>8} {'W_in':>8} {'W_out':>8}"]
-    for i in range(len(model.blocks)):
-        row = [norm for layer in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj") for norm in norms[f"blocks.{i}.{layer}"]]
-        lines.append(f"layer {i:<8} " + " ".join(f"{norm:8.4f}" for norm in row))
-    lines += [f"embedding {R:.4f}, head {norms['head'][0]:.4f}, logit_scale {model.config.logit_scale:g}\n",
-              f"{'log10 of':<14} {'R':>8} {'value':>8} {'score':>8} {'MLP':>8} {'gain':>8}   (R: norm of the layer's input)",
-              *(f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in part.values()) for i, part in enumerate(parts))]
-    formula = ("published formula: for other architectures" if paper is None else
-               f"published formula {paper:.4f}, {'broken by the attack' if found > paper else 'not an upper bound in general'}")
-    lines += ["\nlog10 of the Lipschitz constant, embeddings -> logits:",
-              f"  attack {found:.4f} <= certified {certified:.4f}    ({formula})"]
+        _, _, val = open_data(folder, like=ckpt["meta"])
+        text = torch.from_numpy(val[0][:n].astype(np.int64))
+    certified, parts = certificate(model, R, layers)
+    found, paper = log10(attack(model, steps=steps, tokens=text)), paper_bound(model)
+    broken = paper is not None and found > paper
+    result |= {"embedding": R, "log10_layers": parts, "log10_attack": found, "log10_certified": certified,
+               "log10_paper": paper, "paper_broken": broken}
+    formula = "published formula: for other architectures"
+    if paper is not None:
+        formula = f"published formula {paper:.4f}, " + ("broken by the attack" if broken else
+                                                        "not an upper bound in general")
+    lines = [head, *norm_lines(model, result["norms"]),
+             f"embedding {R:.4f}, head {result['norms']['head'][0]:.4f}, logit_scale "
+             f"{model.config.logit_scale:g}\n",
+             columns("log10 of", "R", "value", "score", "MLP", "gain") + "   (R: norm of the layer's input)",
+             *(columns(f"layer {i}", *part.values()) for i, part in enumerate(parts)),
+             "\nlog10 of the Lipschitz constant, embeddings -> logits:",
+             f"  attack {found:.4f} <= certified {certified:.4f}    ({formula})"]
     if text is None:
-        lines.append(f"no data in {folder}, so the attack began at random tokens and no prediction was certified")
+        lines.append(f"no data in {folder}, so the attack began at random tokens and no prediction was "
+                     "certified")
         return result, "\n".join(lines)
     scores = certified_predictions(model, layers, text)
-    radius = "" if scores["log10_median_radius"] is None else (
-        f"; median certified radius of a right prediction {10 ** scores['log10_median_radius']:.1e}")
-    lines += [f"\naccuracy on {len(text):,} tokens of the validation split: {scores['val_acc']:.2%}{radius}",
-              "certified accuracy at radius " + ", ".join(f"{r}: {a:.2%}" for r, a in scores["certified_accuracy"].items())]
-    return result | scores, "\n".join(lines)
+    lines.append(f"\naccuracy on {len(text):,} tokens of the validation split: {scores['val_acc']:.2%}")
+    if scores["log10_median_radius"] is not None:
+        radius = 10 ** scores["log10_median_radius"]
+        lines[-1] += f"; median certified radius of a right prediction {radius:.1e}"
+    at = ", ".join(f"{radius}: {share:.2%}" for radius, share in scores["certified_accuracy"].items())
+    return result | scores, "\n".join([*lines, f"certified accuracy at radius {at}"])
+
+
+def columns(name, *values):
+    """A row of a report's table."""
+    cells = (f"{value:8.4f}" if isinstance(value, float) else f"{value:>8}" for value in values)
+    return f"{name:<14} " + " ".join(cells)
+
+
+def norm_lines(model, norms):
+    """The table of a GPT's norms."""
+    yield columns("RMS->RMS norms", "W_q", "W_k", "W_v", "W_o", "W_in", "W_out")
+    for i in range(len(model.blocks)):
+        kinds = [f"blocks.{i}.{kind}" for kind in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]
+        yield columns(f"layer {i}", *(norm for kind in kinds for norm in norms[kind]))
 
 
 def certified_predictions(model, layers, text):
-    """Accuracy on tokens (N,), alone and at four radii around the median certified one, and the first 256 radii."""
+    """Accuracy on tokens (N,), plain and certified at radii around the median one, and the first 256 radii."""
     bears, right = margins(model, text)
     radii = log10_radii(model, bears, layers)
-    median = radii[right].median().item() if right.any() else -math.inf  # a tie has radius 0
+    median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
     middle = round(median) if median > -math.inf else 0
-    return {"certified_accuracy": {"1e%d" % x: (right & (radii > x)).double().mean().item()
-                                   for x in range(middle - 2, middle + 2)},
-            "val_acc": right.double().mean().item(), "log10_median_radius": median if median > -math.inf else None,
-            "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in
-                           zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())]}
+    certified = lambda x: (right & (radii > x)).double().mean().item()
+    first = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
+    return {"certified_accuracy": {"1e%d" % x: certified(x) for x in range(middle - 2, middle + 2)},
+            "val_acc": right.double().mean().item(),
+            "log10_median_radius": median if median > -math.inf else None,
+            "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in first]}
 
 
-def report_mlp(path, model, ckpt, steps):
-    """Norms and bound of an MLP's checkpoint, and an attack; its accuracy on perturbed images is in train.py's log."""
-    result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
-              "w_max": ckpt["config"]["w_max"],
-              "norms": {name: rms_norm(W).tolist() for name, W in matrices(model).items()},
-              "log10_attack": log10(attack(model, steps=steps)), "log10_certified": lipschitz_bound(model, "certified")}
-    return result, (f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n"
-                    "RMS->RMS norms of the layers: " + ", ".join(f"{norm:.4f}" for norm in result["norms"].values()) +
-                    f"\nlog10 of the Lipschitz constant, images -> logits: attack {result['log10_attack']:.4f} <= certified "
-                    f"{result['log10_certified']:.4f}")
+def report_mlp(model, result, head, steps):
+    """Norms, bound and an attack for an MLP; its accuracy on perturbed images is in train.py's log."""
+    found, certified = log10(attack(model, steps=steps)), lipschitz_bound(model, "certified")
+    norms = ", ".join(f"{norm[0]:.4f}" for norm in result["norms"].values())
+    text = (f"{head}RMS->RMS norms of the layers: {norms}\n"
+            f"log10 of the Lipschitz constant, images -> logits: attack {found:.4f} <= certified {certified:.4f}")
+    return result | {"log10_attack": found, "log10_certified": certified}, text
 
 
 def main():
     parser = Parser(description="Norms and Lipschitz bounds of a checkpoint.")
     parser.add_argument("ckpt", help="checkpoint written by train.py")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--steps", type=number(int, 0, 10 ** 9), default=100, help="of the attack's gradient ascent [100]")
+    parser.add_argument("--steps", type=number(int, 0, 10 ** 9), default=100,
+                        help="of the attack's gradient ascent [100]")
     args = parser.parse_args()
     with one_line_errors("constrain.py"):
         result, text = report(args.ckpt, args.steps)

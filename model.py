@@ -4,12 +4,13 @@ The norm-free transformer and the MLP whose weights constrain.py bounds.
     python model.py out/shakespeare/ckpt.pt --prompt "ROMEO:"     # write text with a trained model
 
 There is no layer norm, no QK norm, no bias and no logit softcap. What keeps activations small is the
-parametrization of Modula (Large et al., arXiv 2405.14813), in which every part is about 1-Lipschitz in the RMS norm
-|v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm 1. An (m, n) matrix, m outputs and
-n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant of the whole is the
-one that constrain.lipschitz_bound computes.
+parametrization of Modula (Large et al., arXiv 2405.14813), in which every part is about 1-Lipschitz in the
+RMS norm |v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm 1. An (m, n) matrix, m
+outputs and n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant
+of the whole is the one that constrain.lipschitz_bound computes.
 """
 import math
+import os
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 
 from prepare import Parser, Tokenizer, UserError, check_options, number, one_line_errors, option, say
 
-# GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is 1-Lipschitz.
+# GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is
+# 1-Lipschitz.
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 
 
@@ -30,7 +32,10 @@ def gelu(x):
 
 
 def maxmin(x):
-    """Sorts the pairs (x_i, x_{i + n/2}) of x (..., n) (Anil et al., arXiv 1811.05381); its derivative is a permutation."""
+    """
+    Sorts the pairs (x_i, x_{i + n/2}) of x (..., n) (Anil et al., arXiv 1811.05381); its derivative is a
+    permutation.
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)
 
@@ -39,39 +44,48 @@ ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
 
 
 def onto_ball(x, radius):
-    """x (..., n) with every vector whose RMS norm is above radius shortened to it, its nearest point in the ball."""
+    """
+    x (..., n) with every vector whose RMS norm is above radius shortened to it, its nearest point in the
+    ball.
+    """
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / (x_wide.square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).sqrt() / radius).to(x.dtype)
 
 
 @dataclass
 class GPTConfig:
-    """The model's options, which are options of train.py too; with ValueError for values that no model can have."""
+    """
+    The model's options, which are options of train.py too; with ValueError for values that no model can have.
+    """
     vocab_size: int = 65
     block_size: int = option(256, "context length in tokens", 1, 10_000_000)
     n_layer: int = option(2, "blocks", 1, 10_000)
     n_head: int = option(4, "attention heads per block", 1, 10_000)
     n_embd: int = option(256, "width", 1, 1_000_000)
     softmax_scale: float = option(1.0, "attention scores are softmax_scale * <q, k> / d_head", 0, 1e9)
-    logit_scale: float = option(1.0, "logits are logit_scale * head(x); the Lipschitz bounds include it", 1e-12, 1e12)
-    # The paper's architecture has the values below; others are for small certificates (train.py --preset=tight)
+    logit_scale: float = option(1.0, "logits are logit_scale * head(x); the Lipschitz bounds include it",
+                                1e-12, 1e12)
+    # The paper's architecture has the values below; others are for small certificates (see the tight presets)
     position_bias: bool = option(False, "add to the scores a learned number for every head and distance")
     per_head: bool = option(False, "constrain W_q, W_k and W_v head by head: matrices (d_head, n_embd)")
     attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
-    alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); 1: no residual", 1e-9, 1)
+    alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
+                                 "1: no residual", 1e-9, 1)
     activation: str = option("gelu", "gelu, over its largest slope, or maxmin", choices=tuple(ACTIVATIONS))
     mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
     mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)
-    ball: float | None = option(None, "blocks project their outputs onto the ball of this RMS norm", 1e-9, 1e9)
+    ball: float | None = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
 
     @property
     def residual_weight(self):
-        return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha  # so that the product of all gains stays bounded
+        """alpha; by default such that the product of all gains stays bounded."""
+        return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha
 
     @property
     def n_params(self):
+        attention = 4 if self.softmax_scale else 2
         mlp = 2 * self.mlp_ratio + (self.mlp_layers - 2) * self.mlp_ratio ** 2
-        return 2 * self.vocab_size * self.n_embd + self.n_layer * self.n_embd ** 2 * ((4 if self.softmax_scale else 2) + mlp)
+        return 2 * self.vocab_size * self.n_embd + self.n_layer * (attention + mlp) * self.n_embd ** 2
 
     def __post_init__(self):
         check_options(self)
@@ -86,11 +100,12 @@ class Linear(nn.Module):
     """
     y = W x for weight (m, n), initialized to RMS->RMS norm 1 with all singular values equal, or to zero.
 
-    With stack=k the weight is (k, m, n), k matrices that are applied in one product but constrained one by one.
+    With stack=k the weight is (k, m, n): k matrices, applied in one product but constrained one by one.
     """
     def __init__(self, n_in, n_out, stack=None, zero=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_out, n_in) if stack is None else torch.zeros(stack, n_out, n_in))
+        shape = (n_out, n_in) if stack is None else (stack, n_out, n_in)
+        self.weight = nn.Parameter(torch.zeros(shape))
         if not zero:
             for W in self.weight.data.view(-1, n_out, n_in):
                 nn.init.orthogonal_(W, gain=math.sqrt(n_out / n_in))
@@ -101,16 +116,18 @@ class Linear(nn.Module):
 
 class Attention(nn.Module):
     """
-    Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias, bias[head, t - s].
+    Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias,
+    bias[head, t - s].
 
-    The bias does not depend on the input, so that it costs the certificate nothing, whatever its size. At first the heads
-    look first, first + 1, ... tokens back in the first layer, at twice and three times as many in the next ones. Without
-    content, at softmax_scale 0, there are no queries and keys.
+    The bias does not depend on the input, so that it costs the certificate nothing, whatever its size. At
+    first the heads look first, first + 1, ... tokens back in the first layer, at twice and three times as
+    many in the next ones. Without content, at softmax_scale 0, there are no queries and keys.
 
-    With per_head, a head's W_v (d_head, n_embd) has RMS->RMS norm 1 if its singular values are 1/sqrt(n_head). So n_head
-    tokens, one for each head, have values of RMS norm 1 beside each other, as large as the tokens, if all heads read one and
-    the same subspace of d_head dimensions; and no number of heads makes the value path's gain larger than 1. A W_v for all
-    heads at once has to give each head a subspace of its own.
+    With per_head, a head's W_v (d_head, n_embd) has RMS->RMS norm 1 if its singular values are
+    1/sqrt(n_head). So n_head tokens, one for each head, have values of RMS norm 1 beside each other, as large
+    as the tokens, if all heads read one and the same subspace of d_head dimensions; and no number of heads
+    makes the value path's gain larger than 1. A W_v for all heads at once has to give each head a subspace of
+    its own.
     """
     def __init__(self, config, layer):
         super().__init__()
@@ -121,7 +138,8 @@ class Attention(nn.Module):
         self.proj = Linear(config.n_embd, config.n_embd, zero=config.residual_weight < 1)
         self.bias = None
         if config.position_bias:
-            first = int(config.residual_weight < 1)  # without a residual, attention has to bring the token itself too
+            # without a residual, attention has to bring the token itself too
+            first = int(config.residual_weight < 1)
             back = (first + torch.arange(config.n_head) * (layer + 1)).clamp_max(config.block_size - 1)
             self.bias = nn.Parameter(8.0 * F.one_hot(back, config.block_size))
 
@@ -137,7 +155,8 @@ class Attention(nn.Module):
         else:
             y = bias.masked_fill(later(T, x.device), -math.inf).softmax(dim=-1).to(v.dtype) @ v
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.out_scale * self.proj(y)  # Modula: a third, as the value, query and key paths have a gain of 1 each
+        # Modula: a third, as the value, query and key paths have a gain of 1 each
+        return self.out_scale * self.proj(y)
 
 
 def later(T, device):
@@ -147,9 +166,10 @@ def later(T, device):
 
 def attend(q, k, v, scale, bias):
     """
-    Causal attention softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head) and bias, (n_head, T, T) or None: on a GPU
-    F.scaled_dot_product_attention. On a CPU its kernel's backward pass is slow, so there the products are written out, in
-    two halves: the first half of the queries sees the first half of the keys alone, which saves a quarter of the work.
+    Causal attention softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head) and bias, (n_head, T, T)
+    or None: on a GPU F.scaled_dot_product_attention. On a CPU its kernel's backward pass is slow, so there
+    the products are written out, in two halves: the first half of the queries sees the first half of the keys
+    alone, which saves a quarter of the work.
     """
     T = q.shape[2]
     mask = later(T, q.device)
@@ -174,7 +194,9 @@ def rotary_tables(block_size, d_head, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by their angles: an orthogonal map."""
+    """
+    Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by their angles: an orthogonal map.
+    """
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -222,14 +244,20 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), the mean cross entropy in nats."""
+        """
+        Token ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), the mean cross entropy in
+        nats.
+        """
         logits = self.forward_embeddings(self.wte(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def forward_embeddings(self, x):
-        """Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the Lipschitz bound is about."""
+        """
+        Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the Lipschitz bound is
+        about.
+        """
         T = x.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
@@ -240,7 +268,9 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Append max_new_tokens sampled tokens to idx (B, T); temperature 0 takes the likeliest one each time."""
+        """
+        Append max_new_tokens sampled tokens to idx (B, T); temperature 0 takes the likeliest one each time.
+        """
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()  # (B, vocab_size)
             if top_k is not None:
@@ -262,7 +292,10 @@ class MLPConfig:
 
 
 class MLP(nn.Module):
-    """Three linear layers with ReLU between them, for images (B, ...) with n_in entries each (the paper's CIFAR-10 net)."""
+    """
+    Three linear layers with ReLU between them, for images (B, ...) with n_in entries each (the paper's
+    CIFAR-10 net).
+    """
     def __init__(self, config=MLPConfig()):
         super().__init__()
         self.config = config
@@ -292,11 +325,50 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one with python train.py")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
-        reason = "holds more than tensors, or is damaged" if isinstance(e, pickle.UnpicklingError) else str(e).split("\n")[0]
+        reason = str(e).split("\n")[0]
+        if isinstance(e, pickle.UnpicklingError):
+            reason = "it holds more than tensors, or is damaged"
         raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {reason})")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{path} has weights that are not finite; nothing can be said of it")
     return model, ckpt
+
+
+def save(path, checkpoint):
+    """Write a checkpoint so that path is always a whole one: under another name first, then renamed."""
+    tmp = path.with_name(path.name + ".part")
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
+
+
+def get_state(model, optimizers):
+    """
+    What a checkpoint keeps of weights and optimizers: of the latter what they have learned, by the
+    parameters' names. Learning rates and the like are the options', which may change when a run goes on.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    learned = [{names[p]: state for p, state in optimizer.state.items()} for optimizer in optimizers]
+    return {"model": model.state_dict(), "optimizers": learned, "rng": torch.get_rng_state()}
+
+
+def set_state(model, optimizers, ckpt):
+    """Take back what get_state kept."""
+    names = {p: name for name, p in model.named_parameters()}
+    model.load_state_dict(ckpt["model"])
+    for optimizer, states in zip(optimizers, ckpt["optimizers"], strict=True):
+        if "param_groups" in states:
+            raise UserError("the checkpoint is of an older train.py, from which this one cannot go on")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        learned = {i: states[names[p]] for i, p in enumerate(params) if names[p] in states}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
+    torch.set_rng_state(ckpt["rng"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -304,8 +376,8 @@ def load_checkpoint(path, device="cpu"):
 
 def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=None):
     """
-    The text that a model writes after a prompt, with it; by default it begins a document, or a line where tokens are
-    characters.
+    The text that a model writes after a prompt, with it; by default it begins a document, or a line where
+    tokens are characters.
     """
     ids = [tokenizer.start] if prompt is None else tokenizer.encode(prompt)
     ids = torch.tensor([ids]).to(model.wte.weight.device)
@@ -316,10 +388,14 @@ def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=N
 def main():
     parser = Parser(description="Write text with a trained model.")
     parser.add_argument("ckpt", help="checkpoint written by train.py")
-    parser.add_argument("--prompt", help="text to continue; <|endoftext|> in GPT-2's tokens begins a document, as no prompt does")
-    parser.add_argument("--tokens", type=number(int, 0, 10 ** 9), default=500, help="number of tokens to write [500]")
-    parser.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="0 takes the likeliest token [0.8]")
-    parser.add_argument("--top_k", type=number(int, 1, 10 ** 9), help="sample among the k likeliest tokens only")
+    parser.add_argument("--prompt", help="text to continue; in GPT-2's tokens <|endoftext|> begins a "
+                        "document, as no prompt does")
+    parser.add_argument("--tokens", type=number(int, 0, 10 ** 9), default=500,
+                        help="number of tokens to write [500]")
+    parser.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8,
+                        help="0 takes the likeliest token [0.8]")
+    parser.add_argument("--top_k", type=number(int, 1, 10 ** 9),
+                        help="sample among the k likeliest tokens only")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     args = parser.parse_args()
     with one_line_errors("model.py"):
@@ -327,7 +403,8 @@ def main():
             raise UserError("the prompt is empty; leave --prompt out to begin anywhere")
         model, ckpt = load_checkpoint(args.ckpt)
         if not isinstance(model, GPT):
-            raise UserError(f"{args.ckpt} is an image model, which writes no text; see python constrain.py {args.ckpt}")
+            raise UserError(f"{args.ckpt} is an image model, which writes no text; see python constrain.py "
+                            f"{args.ckpt}")
         torch.manual_seed(args.seed)
         say(sample(model, Tokenizer(ckpt["meta"]), args.prompt, args.tokens, args.temperature, args.top_k))
 

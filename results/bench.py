@@ -1,16 +1,18 @@
 """
 Where the time goes: of a training step, of every constraint, of Muon's orthogonalization.
 
-    python results/bench.py step --batch_size=64    # a step against its matrix products; options are train.py's
+    python results/bench.py step --batch_size=64    # a step against its matrix products; options are
+    train.py's
     python results/bench.py methods                 # every constraint against an exact SVD: time and error
-    python results/bench.py polar                   # orthogonalize: time and the singular values that it returns
+    python results/bench.py polar                   # orthogonalize: time and the singular values that it
+    returns
 
-These machines are noisy, so all is relative to something measured in the same run. What `step` printed last is JSON.
+These machines are noisy, so all is relative to something measured in the same run. What `step` printed last
+is JSON.
 """
 import math
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +25,14 @@ from constrain import METHODS, after_step, matrices, rms_norm, soft_cap_coupling
 from optim import UPDATE_NORM, has_bf16, keep_memory, orthogonalize
 from prepare import UserError, one_line_errors, say, to_json
 
-SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
-          (4, 768, 768), (1, 3072, 768), (1, 768, 3072))                  # matrices of a layer of the 145 M model
+SHAPES = (
+    (12, 256, 256),
+    (3, 1024, 256),
+    (3, 256, 1024),
+    (1, 65, 256),  # the 2 M model's
+    (4, 768, 768),
+    (1, 3072, 768),
+    (1, 768, 3072))  # matrices of a layer of the 145 M model
 
 
 def seconds(f, device=torch.device("cpu")):
@@ -43,28 +51,31 @@ def median(f, repeats, device=torch.device("cpu")):
 
 def products(model, config, batch):
     """
-    The bare matrix products of a step, as (batch, m, k, n) for m x k times k x n: three per matrix, y = x W^T and the gradients
-    of x and W; and six for attention, of which causality leaves half: scores, outputs, and two gradients of each.
+    The bare matrix products of a step, as (batch, m, k, n) for m x k times k x n: three per matrix, y = x W^T
+    and the gradients of x and W; and six for attention, of which causality leaves half: scores, outputs, and
+    two gradients of each.
     """
     T, H, d_head, shapes = config.block_size, config.n_head, config.n_embd // config.n_head, []
     for W in matrices(model).values():
         m, n = W.flatten(0, -2).shape
         shapes += [(1, batch * T, n, m), (1, batch * T, m, n), (1, m, batch * T, n)]
-    return shapes + config.n_layer * (3 * [(batch * H, T, d_head, T // 2)] + 3 * [(batch * H, T, T // 2, d_head)])
+    return shapes + config.n_layer * (3 * [(batch * H, T, d_head, T // 2)] +
+                                      3 * [(batch * H, T, T // 2, d_head)])
 
 
 def step(argv):
     """
-    (a) A training step, (b) the same without optimizer and constraint, in turns, and (c) its bare matrix products, one after
-    the other, at the model's shapes and in its dtype; medians. And the share of the machine's best matmul rate that it reaches.
+    (a) A training step, (b) the same without optimizer and constraint, in turns, and (c) its bare matrix
+    products, one after the other, at the model's shapes and in its dtype; medians. And the share of the
+    machine's best matmul rate that it reaches.
     """
-    config = train.configure(train.PRESETS.get((given := train.parse(argv)).get("preset"), {}) | given)
+    config = train.configure(train.parse(argv))
     if config.dataset == "cifar10" or config.resume:
         raise UserError("a step is that of a fresh transformer; leave --preset=cifar10 and --resume out")
     device = train.find_device(config)
     train.settle(config, device)
     dtype, batch, T = getattr(torch, config.dtype), config.batch_size // config.accumulate, config.block_size
-    amp = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    amp = train.autocast(config, device)
     vocab_size, padded = (50257, 50304) if config.dataset == "fineweb" else (65, 65)
     torch.manual_seed(config.seed)
     model = train.new_gpt(config, padded, device)
@@ -92,7 +103,8 @@ def step(argv):
 
     def product(shape, repeats):
         b, m, k, n = shape
-        x, y = torch.randn(b, m, k, device=device, dtype=dtype), torch.randn(b, k, n, device=device, dtype=dtype)
+        x, y = torch.randn(b, m, k, device=device, dtype=dtype), torch.randn(b, k, n, device=device,
+                                                                             dtype=dtype)
         return median(lambda: torch.bmm(x, y), repeats, device)
 
     for _ in range(3):
@@ -106,14 +118,17 @@ def step(argv):
     peak = max(2 * side ** 3 / product((1, side, side, side), 7), flops / c)
     result = {"step_over_floor": a / c, "optimizer_share": (a - b) / a, "tokens_per_second": batch * T / a,
               "matmul_share": flops / a / peak}
-    say(f"(a) step {1e3 * a:.1f} ms, (b) without optimizer and constraint {1e3 * b:.1f} ms, (c) its matrix products "
-        f"{1e3 * c:.1f} ms\na/c {a / c:.2f}, (a-b)/a {(a - b) / a:.1%}, {batch * T / a:,.0f} tokens/s, "
-        f"{result['matmul_share']:.1%} of the best matmul rate, {peak / 1e9:,.0f} GFLOP/s")
+    say(f"(a) step {1e3 * a:.1f} ms, (b) without optimizer and constraint {1e3 * b:.1f} ms, (c) its matrix "
+        f"products {1e3 * c:.1f} ms\na/c {a / c:.2f}, (a-b)/a {(a - b) / a:.1%}, {batch * T / a:,.0f} "
+        f"tokens/s, {result['matmul_share']:.1%} of the best matmul rate, {peak / 1e9:,.0f} GFLOP/s")
     say(to_json(result))
 
 
 def images(s, w_max, alpha, decay):
-    """{method: exact image of the RMS->RMS singular values s (..., r), largest first}. Others' errors are not measured."""
+    """
+    {method: exact image of the RMS->RMS singular values s (..., r), largest first}. Others' errors are not
+    measured.
+    """
     top = torch.zeros_like(s)
     top[..., 0] = s[..., 0]
     q = s - alpha * s ** 3
@@ -125,18 +140,21 @@ def images(s, w_max, alpha, decay):
 
 def methods(_):
     """
-    Time of every method against the exact SVD and, for a batch, against a loop over its matrices; and its largest error
-    against its exact target. Inner products are in bfloat16 where the hardware has it, as in train.py.
+    Time of every method against the exact SVD and, for a batch, against a loop over its matrices; and its
+    largest error against its exact target. Inner products are in bfloat16 where the hardware has it, as in
+    train.py.
     """
     torch.manual_seed(0)
     dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
-    w_max, lr, decay = 1.0, 0.03, 0.1  # the largest step of Muon after which caps round; a decay for the method that decays
+    w_max, lr, decay = 1.0, 0.03, 0.1  # the largest step after which caps round; a decay for what decays
     alpha = soft_cap_coupling(w_max, 0, lr * UPDATE_NORM)
-    say(f"{'shape':>16} {'method':<22} {'ms':>8} {'x SVD':>7} {'x loop':>7} {'error / w_max':>14}    in {dtype}")
+    say(f"{'shape':>16} {'method':<22} {'ms':>8} {'x SVD':>7} {'x loop':>7} {'error / w_max':>14}    in "
+        f"{dtype}")
     for shape in SHAPES:
         m, n = shape[-2:]
         U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-        s = (w_max + lr) * torch.linspace(1, 0.01, min(m, n), dtype=torch.float64).expand(shape[0], -1)  # after a step
+        s = (w_max + lr) * torch.linspace(1, 0.01, min(m, n), dtype=torch.float64).expand(shape[0],
+                                                                                          -1)  # after a step
         W, targets = (U * s[..., None, :] @ Vh * math.sqrt(m / n)).float(), images(s, w_max, alpha, decay)
         for name in ("svd_cap", *(name for name in METHODS if name != "svd_cap")):
             spends = decay if name == "spectral_weight_decay" else 0.0
@@ -144,7 +162,8 @@ def methods(_):
             method(W)
             ms = 1e3 * median(lambda: method(W), 5)
             svd_ms = ms if name == "svd_cap" else svd_ms
-            loop = f"{1e3 * median(lambda: [method(matrix) for matrix in W], 5) / ms:7.1f}" if shape[0] > 1 else " " * 7
+            loop = f"{1e3 * median(lambda: [method(matrix) for matrix in W], 5) / ms:7.1f}" if shape[
+                0] > 1 else " " * 7
             error = "?"
             if name in targets:
                 exact = U * targets[name][..., None, :] @ Vh * math.sqrt(m / n)
@@ -161,14 +180,16 @@ def polar(_):
         for dtype in (torch.float32, torch.bfloat16):
             apply = partial(orthogonalize, G, dtype=dtype)
             s = torch.linalg.svdvals(apply().double())
-            say(f"{str(shape):>16} {str(dtype)[6:]:>9} {1e3 * median(apply, 5):8.1f} {s.min():9.4f} {s.max():8.4f}")
+            ms = 1e3 * median(apply, 5)
+            say(f"{str(shape):>16} {str(dtype)[6:]:>9} {ms:8.1f} {s.min():9.4f} {s.max():8.4f}")
 
 
 def main():
     what = {"step": step, "methods": methods, "polar": polar}
     with one_line_errors("bench.py"):
         if sys.argv[1:2] not in [[name] for name in what] or (sys.argv[1] != "step" and len(sys.argv) > 2):
-            raise UserError(f"python results/bench.py {'|'.join(what)}; only step has options, those of train.py")
+            raise UserError(
+                f"python results/bench.py {'|'.join(what)}; only step has options, those of train.py")
         keep_memory()
         what[sys.argv[1]](sys.argv[2:])
 
