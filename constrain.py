@@ -395,8 +395,8 @@ def attention_norms(attn, softmax_scale):
     sigma = lambda W: torch.linalg.svdvals(W)[..., 0]
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v = sigma(Wv)                                                          # (H,)
-    # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h)
-    # and so for all side by side
+    # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
+    # beside each other
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
     A_V = min(sigma(Wo) * v.square().sum().sqrt(), sigma(OV).sum(), math.sqrt(H) * sigma(beside(OV))).item()
     if not Wqk:
@@ -406,8 +406,8 @@ def attention_norms(attn, softmax_scale):
     t = (k / v.clamp_min(1e-300)).clamp(1e-9, 1e9).sqrt()[:, None, None]   # sqrt of the proof's; any is valid
     gamma = torch.minimum(sigma(torch.cat((t * Wv, Wk / t), dim=1)) ** 2 / 2, v * k)
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
-    A_QK = softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
-    return attn.out_scale * A_V, attn.out_scale * A_QK.item()
+    A_QK = attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
+    return attn.out_scale * A_V, A_QK.item()
 
 
 def mlp_norms(block):
@@ -680,7 +680,7 @@ def norm_lines(model, norms):
 
 
 def certified_predictions(model, layers, text):
-    """Accuracy on tokens (N,), plain and certified at radii around the median one, and the first 256 radii."""
+    """Accuracy on tokens (N,), plain and certified at radii around the median, and the first 256 radii."""
     bears, right = margins(model, text)
     radii = log10_radii(model, bears, layers)
     median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
@@ -698,7 +698,8 @@ def report_mlp(model, result, head, steps):
     found, certified = log10(attack(model, steps=steps)), lipschitz_bound(model, "certified")
     norms = ", ".join(f"{norm[0]:.4f}" for norm in result["norms"].values())
     text = (f"{head}RMS->RMS norms of the layers: {norms}\n"
-            f"log10 of the Lipschitz constant, images -> logits: attack {found:.4f} <= certified {certified:.4f}")
+            f"log10 of the Lipschitz constant, images -> logits: attack {found:.4f} <= certified "
+            f"{certified:.4f}")
     return result | {"log10_attack": found, "log10_certified": certified}, text
 
 
