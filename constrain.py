@@ -491,20 +491,24 @@ def ascend(f, X, R, steps=100):
     """
     rms = lambda x: x.square().mean(dim=-1, keepdim=True).sqrt()
     unit = lambda x: x / rms(x).clamp_min(1e-30)
-    last = lambda x: f(x)[:, -1]  # (B, m): with causal attention it sees all tokens
-    X = onto_ball(X, R).requires_grad_()
-    u, best = unit(torch.randn(last(X).shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype)), 0.0
+    X, best = onto_ball(X, R).requires_grad_(), 0.0
     optimizer = torch.optim.Adam([X], maximize=True)
-    with sdpa_kernel(SDPBackend.MATH):  # the one that jvp can differentiate
+    with sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
         for step in range(steps + 1):
             optimizer.param_groups[0]["lr"] = 0.1 * R * (1 - step / (steps + 1))
-            with torch.no_grad():
-                for _ in range(5 if step == 0 else 1):
-                    dX = unit(torch.func.vjp(last, X)[1](u)[0])
-                    u = unit(torch.func.jvp(last, (X,), (dX,))[1])
-            dY = torch.func.jvp(last, (X,), (dX,))[1]
+            Y = f(X)[:, -1]  # (B, m): with causal attention it sees all tokens
+            if step == 0:
+                u = unit(torch.randn(Y.shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype))
+            v = torch.zeros_like(Y).requires_grad_()
+            pulled, = torch.autograd.grad(Y, X, v, create_graph=True)  # J^T v, whose derivative by v is J
+            for _ in range(5 if step == 0 else 1):
+                dX = unit(torch.autograd.grad(Y, X, u, retain_graph=True)[0])
+                dY, = torch.autograd.grad(pulled, v, dX, retain_graph=True)
+                u = unit(dY)
             best = max(best, (rms(dY) / rms(dX).amax(dim=1).clamp_min(1e-30)).max().item())
-            X.grad, = torch.autograd.grad((u * dY).mean(dim=-1).clamp_min(1e-30).log().sum(), X)
+            gain = (torch.autograd.grad(Y, X, u, create_graph=True)[0] * dX).sum(dim=(1, 2))  # u^T J dX
+            height = gain.clamp_min(1e-30).log().sum() + 0 * X.sum()  # J of a linear map does not depend on X
+            X.grad, = torch.autograd.grad(height, X)
             optimizer.step()
             X.data = onto_ball(X.data, R)
     return best

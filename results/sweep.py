@@ -76,7 +76,7 @@ def read(path=None):
         raise UserError(f"{path} is damaged ({e}); mend or remove the line")
 
 
-lock, attacking = threading.Lock(), threading.Lock()  # of the files and the screen; torch.func is not made for threads
+lock = threading.Lock()  # of the files and the screen
 
 
 def version():
@@ -173,8 +173,7 @@ def measurements(path, thorough):
     dtype = ckpt["config"]["dtype"] or ("bfloat16" if has_bf16(cpu) else "float32")
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
         result = evaluate(model, text, cpu)
-    with attacking:
-        result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
+    result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
     some = text if thorough else text[:2 ** 14 + 1]
     bears, right = margins(model, tokens[:len(some)])
     if thorough:
