@@ -81,6 +81,15 @@ def rms_norm(W):
     return torch.linalg.svdvals(exact(W))[..., 0] / rms_unit(W)
 
 
+def matrices(model):
+    """
+    {name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and
+    the position biases.
+    """
+    return {name.removesuffix(".weight"): p for name, p in model.named_parameters()
+            if not name.endswith(("wte.weight", "bias"))}
+
+
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """
     The largest singular triple of each matrix in (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n,
@@ -571,17 +580,6 @@ def certified_radii(model, x, y):
     return margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0) / hidden
 
 
-# ------------------------------------------------------------------------------------------------------------
-
-def matrices(model):
-    """
-    {name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and
-    the position biases.
-    """
-    return {name.removesuffix(".weight"): p for name, p in model.named_parameters()
-            if not name.endswith(("wte.weight", "bias"))}
-
-
 @torch.inference_mode()
 def margins(model, tokens):
     """
@@ -624,6 +622,9 @@ def log10_radii(model, bears, layers):
     radii = grid[torch.searchsorted(reached, wanted).clamp_min(1) - 1]
     return torch.where(bears >= 1e-30, radii, -math.inf)  # a tie bears nothing
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Report, and the command line
 
 def report(path, steps):
     """(dict, text): a GPT's norms, its bounds with their parts, an attack, certified predictions."""

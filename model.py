@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from prepare import Parser, Tokenizer, UserError, check_options, number, one_line_errors, option, say
 
+# ------------------------------------------------------------------------------------------------------------
+# Activations, and the projection onto a ball
+
 # GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is
 # 1-Lipschitz.
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
@@ -51,6 +54,9 @@ def onto_ball(x, radius):
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / (x_wide.square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).sqrt() / radius).to(x.dtype)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# The transformer
 
 @dataclass
 class GPTConfig:
@@ -284,6 +290,9 @@ class GPT(nn.Module):
         return idx
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The MLP
+
 @dataclass
 class MLPConfig:
     n_in: int = 3072             # a 32 x 32 x 3 image
@@ -310,6 +319,9 @@ class MLP(nn.Module):
         logits = self.layers[-1](x)
         return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""
@@ -372,7 +384,7 @@ def set_state(model, optimizers, ckpt):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line
+# Samples, and the command line
 
 def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=None):
     """

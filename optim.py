@@ -16,22 +16,8 @@ import torch
 
 from prepare import say
 
-# Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the
-# odd quintic nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar
-# Express, Amsel et al., arXiv 2505.16932), starting from [0.006, 1]; every interval is taken 5 % longer than
-# it is, because bf16's rounding can push a singular value past the end and the next step would throw it far.
-# The last row is scaled so that, in exact arithmetic, the composition maps [0.006, 1] into [0.991, 0.993] and
-# [0, 1.03] into [0, 0.993].
-POLAR = ((7.2050, -18.6075, 12.3746),
-         (3.9627, -3.0957, 0.6228),
-         (3.0419, -2.1084, 0.4083),
-         (2.1309, -1.4217, 0.3414),
-         (1.8242, -1.1581, 0.3266))
-
-# No singular value of orthogonalize(G) exceeds this: 0.993 in exact arithmetic, and bf16 adds at most 0.0065
-# (the worst that millions of random and structured matrices gave; float32 adds 1e-6).
-UPDATE_NORM = 1.0
-
+# ------------------------------------------------------------------------------------------------------------
+# The machine
 
 def has_bf16(device):
     """
@@ -57,6 +43,26 @@ def keep_memory():
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
     mallopt(M_TRIM_THRESHOLD, -1)          # never shrink the heap
     mallopt(M_MMAP_MAX, 0)                 # take large blocks from it too
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Orthogonalization
+
+# Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the
+# odd quintic nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar
+# Express, Amsel et al., arXiv 2505.16932), starting from [0.006, 1]; every interval is taken 5 % longer than
+# it is, because bf16's rounding can push a singular value past the end and the next step would throw it far.
+# The last row is scaled so that, in exact arithmetic, the composition maps [0.006, 1] into [0.991, 0.993] and
+# [0, 1.03] into [0, 0.993].
+POLAR = ((7.2050, -18.6075, 12.3746),
+         (3.9627, -3.0957, 0.6228),
+         (3.0419, -2.1084, 0.4083),
+         (2.1309, -1.4217, 0.3414),
+         (1.8242, -1.1581, 0.3266))
+
+# No singular value of orthogonalize(G) exceeds this: 0.993 in exact arithmetic, and bf16 adds at most 0.0065
+# (the worst that millions of random and structured matrices gave; float32 adds 1e-6).
+UPDATE_NORM = 1.0
 
 
 def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
@@ -115,6 +121,9 @@ def map_by_shape(fn, tensors):
     return results
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+
 class Muon(torch.optim.Optimizer):
     """
     Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) with lr in units of the RMS->RMS norm.
@@ -167,6 +176,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(u, alpha=-group["lr"] * norm_1)
         return loss
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
 
 def main():
     torch.manual_seed(0)

@@ -164,6 +164,7 @@ def locked(folder, wait=True):
         except BlockingIOError:
             if not wait:
                 raise
+            say(f"waiting for another process that writes {folder}")
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             pass
@@ -751,26 +752,25 @@ def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
     million to a shard, 200 MB) to out. What is there and whole is kept, and a broken download goes on where
     it broke.
     """
-    out = Path(out)
+    out, tokens = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
-    tokens = []
-    with locked(out):  # two at a time would write to one .part
-        for old in out.iterdir():
-            if OWN.fullmatch(old.name) and old.name != "meta.json":
-                old.unlink()  # another text's
-        for name in ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1))]:
+    check = lambda path: read_shard(path, GPT2_VOCAB)
+    for name in ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1))]:
+        path, whole = out / name, False
+        with locked(out):  # two at a time would write to one .part; a shard at a time, others may read between
             try:
-                whole = (out / name).exists() and len(read_shard(out / name))
+                whole = path.exists() and len(read_shard(path)) > 0
             except UserError as e:
                 say(f"{e.args[0].split(';')[0]}; downloading it again")
-                whole = False
             if not whole:
-                check = lambda path: read_shard(path, GPT2_VOCAB)
-                download(f"{url}/{name}", out / name, check=check, keep=True)
-            tokens.append(len(read_shard(out / name)))
-            say(f"{out / name}: {tokens[-1]:,} tokens{', was there' if whole else ''}")
+                download(f"{url}/{name}", path, check=check, keep=True)
+            tokens.append(len(read_shard(path)))
+            for old in out.iterdir():
+                if OWN.fullmatch(old.name):
+                    old.unlink()  # another text's
             write_meta(out, {"tokenizer": "gpt2", "source": url, "vocab_size": GPT2_VOCAB,
                              "train_tokens": sum(tokens[1:]), "val_tokens": tokens[0]})
+        say(f"{path}: {tokens[-1]:,} tokens{', was there' if whole else ''}")
 
 
 # ------------------------------------------------------------------------------------------------------------

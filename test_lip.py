@@ -2506,6 +2506,18 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
     one_line(run_main(prepare, monkeypatch, "fineweb", "--shards", 104), "1 to 103")
 
 
+def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    server.files |= {f"/{name}": shard(500_000 + i) for i, name in enumerate(names)}
+    code = f"import sys, prepare; prepare.fineweb(2, sys.argv[1], {server.url!r})"
+    running = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "data"], cwd=HERE, stdout=subprocess.DEVNULL)
+               for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert sorted(server.requests) == sorted(f"/{name}" for name in names)
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([*names, "meta.json"])
+    assert all((tmp_path / "data" / name).read_bytes() == server.files[f"/{name}"] for name in names)
+
+
 def cifar_archive(path, evil=None):
     """An archive in CIFAR-10's format, of 1,200 images: a pattern for each class, and noise."""
     rng = np.random.default_rng(0)
@@ -2749,7 +2761,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
 def test_a_bad_sweep_is_refused(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, tight, ablation",
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, equal, tight, ablation",
              "grids")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
     one_line(run_main(plot, monkeypatch), "has no runs")

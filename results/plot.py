@@ -8,7 +8,8 @@ import math
 from statistics import mean
 
 from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_under, chosen_lr, complete, frontier, pairs, read, searched, strengths, tuning_loss)
+                   best_final, best_under, chosen_lr, complete, finals, frontier, headline, pairs, read, same_but_seed, searched,
+                   strengths, tuning_loss)
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
@@ -170,29 +171,6 @@ def who(options):
     return f"{OPTIMIZER_LABELS[options['optimizer']]}, {LABELS[options['method']]}"
 
 
-def same_but_seed(records, options):
-    return [r for r in records if r["options"] | {"seed": 0} == options | {"seed": 0} and "val_acc" in r]
-
-
-def best_final(finals, bound, limit):
-    """Of the final runs, lists of seeds, those with the best mean accuracy whose bounds are all at most limit, or None."""
-    under = [runs for runs in finals if max(r[bound] for r in runs) <= math.log10(limit)]
-    return max(under, key=lambda runs: mean(r["val_acc"] for r in runs), default=None)
-
-
-def finals(records):
-    """The final runs of the paper's architecture, lists of seeds."""
-    return [runs for r in records if r["part"] == "final" and r["options"]["seed"] == 0
-            if len(runs := same_but_seed(records, r["options"])) > 1]  # at the other learning rate there is one seed
-
-
-def headline(records):
-    """[(name, bound, limit, runs of all seeds)]: the best final for each bound that is asked for."""
-    candidates = finals(records)
-    return [(f"{bound[6:]} ≤ {limit:g}", bound, limit, runs) for bound, limit in ASKED
-            if (runs := best_final(candidates, bound, limit))]
-
-
 def median_radius(runs):
     return f"{mean(10 ** r['log10_radii'][20] for r in runs):.2g}"
 
@@ -251,10 +229,8 @@ def tight_tables(records, papers):
     accuracy = [spread([r["val_acc"] for r in runs]) for runs in presets]
     radii = [median_radius(runs) for runs in presets]
     options = [settings(runs[0]["options"]) for runs in presets]
-    yield "tight, in short", table(
-        ["preset", "certified", "attack", "accuracy", "paper protocol", "median certified radius"],
-        zip(options, certified, attacked, accuracy, [spread([r["paper_protocol_acc"] for r in runs], "{:.1%}") for runs in presets],
-            radii))
+    yield "tight, in short", table(["preset", "certified", "attack", "accuracy", "median certified radius"],
+                                   zip(options, certified, attacked, accuracy, radii))
     yield "tight, at several bounds", table(
         ["preset", "accuracy", "loss", "paper protocol", "certified", "attack", "median certified radius", "float8 loses"],
         [[options[i], accuracy[i], spread([r["val_loss"] for r in runs], "{:.3f}"),

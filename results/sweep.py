@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def run(part, options, threads):
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         record["trace"] = {name: [line[name] for line in log] for name in ("step", "train_loss", "norm_over_cap")}
         if part != "lr":
-            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "tight"))
+            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
@@ -274,6 +275,29 @@ def searched(records, *parts):
     return [r for r in records if r["part"] in (parts or ("grid", "headline")) and "val_acc" in r]
 
 
+def same_but_seed(records, options):
+    return [r for r in records if r["options"] | {"seed": 0} == options | {"seed": 0} and "val_acc" in r]
+
+
+def best_final(finals, bound, limit):
+    """Of the final runs, lists of seeds, those with the best mean accuracy whose bounds are all at most limit, or None."""
+    under = [runs for runs in finals if max(r[bound] for r in runs) <= math.log10(limit)]
+    return max(under, key=lambda runs: mean(r["val_acc"] for r in runs), default=None)
+
+
+def finals(records, part="final"):
+    """The final runs of the paper's architecture, lists of seeds."""
+    return [runs for r in records if r["part"] == part and r["options"]["seed"] == 0
+            if len(runs := same_but_seed(records, r["options"])) > 1]  # at the other learning rate there is one seed
+
+
+def headline(records):
+    """[(name, bound, limit, runs of all seeds)]: the best final for each bound that is asked for."""
+    candidates = finals(records)
+    return [(f"{bound[6:]} ≤ {limit:g}", bound, limit, runs) for bound, limit in ASKED
+            if (runs := best_final(candidates, bound, limit))]
+
+
 def frontier_seeds():
     """Two more seeds for every point on the frontier of either bound."""
     points = {str(r["options"]): r["options"] for bound in BOUNDS for r in frontier(searched(read()), bound)}
@@ -295,12 +319,17 @@ def finalists():
     return found
 
 
-def final(options, threads):
+def final(options, threads, part="final", steps=FINAL_STEPS):
     """A longer run at two learning rates, and two more seeds of that with the smaller training loss."""
-    steps = {"max_steps": FINAL_STEPS, "eval_interval": FINAL_STEPS // 10}
-    tried = [run("final", options | steps | {"lr": options["lr"] * factor}, threads) for factor in (1.0, 0.5)]
+    options = options | {"max_steps": steps, "eval_interval": steps // 10, "seed": 0}
+    tried = [run(part, options | {"lr": options["lr"] * factor}, threads) for factor in (1.0, 0.5)]
     for seed in (1, 2):
-        run("final", min(tried, key=tuning_loss)["options"] | {"seed": seed}, threads)
+        run(part, min(tried, key=tuning_loss)["options"] | {"seed": seed}, threads)
+
+
+def headline_options():
+    """The options of the headline's finals, for runs as long as the tight preset's."""
+    return [runs[0]["options"] for _, _, _, runs in headline(read())]
 
 
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate.
@@ -338,6 +367,7 @@ ABLATION_RUNS = [{"max_steps": ABLATION_STEPS} | options for _, _, options in AB
 # For each part, what lists its jobs, once the parts before it are done, and what does one with so many threads
 PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLINE, headline),
          "seeds": (frontier_seeds, partial(run, "seeds")), "final": (finalists, final),
+         "equal": (headline_options, partial(final, part="equal", steps=TIGHT_STEPS)),
          "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
 
 
