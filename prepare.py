@@ -308,7 +308,7 @@ def asked_to_wait(response):
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 
@@ -757,7 +757,7 @@ def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
     check = lambda path: read_shard(path, GPT2_VOCAB)
     for name in ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1))]:
         path, whole = out / name, False
-        with locked(out):  # two at a time would write to one .part; a shard at a time, others may read between
+        with locked(out):  # one process to a .part; others may read between shards
             try:
                 whole = path.exists() and len(read_shard(path)) > 0
             except UserError as e:

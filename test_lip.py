@@ -151,7 +151,7 @@ def start_training(out, *argv):
 
 def wait_for_lines(out, n, process):
     log = Path(out) / "log.jsonl"
-    for _ in range(3000):
+    for _ in range(12000):
         if (log.exists() and len(log.read_text().splitlines()) >= n) or process.poll() is not None:
             return
         time.sleep(0.01)
@@ -641,7 +641,7 @@ def test_maps_on_extreme_inputs(name):
 
 
 def test_adding_the_readme_s_constraints_leaves_everything_working(data):
-    """Its examples in a copy of constrain.py: --help, a run, the benchmark and the tests that go through METHODS."""
+    """Its examples in a copy of constrain.py: --help, runs, the benchmark and tests that go through METHODS."""
     example = re.search(r"```python\n(@constraint.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
     added = re.findall(r"def (\w+)", example)
     for path in HERE.glob("*.py"):
@@ -650,7 +650,8 @@ def test_adding_the_readme_s_constraints_leaves_everything_working(data):
     source = Path("constrain.py").read_text()
     Path("constrain.py").write_text(source.replace("\ndef main", f"\n{example}\n\ndef main"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                                      text=True)
     argv = f"sys.argv = ['train.py', *{flags(max_steps=2, eval_interval=2, w_max=0.5)}, '--method=' + method]"
     runs = run(f"""
 import sys, torch
@@ -668,7 +669,7 @@ train.main()
 """)
     assert runs.returncode == 0 and runs.stderr == "", runs.stderr
     assert all(runs.stdout.count(name) >= 3 for name in added) and len(log_lines()) == 1
-    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-p', 'no:cacheprovider', '-k', "
+    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-k', "
                 "'methods_have or test_bench or hold_during_training']))")
     assert tests.returncode == 0, tests.stdout
 
@@ -2510,8 +2511,8 @@ def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     server.files |= {f"/{name}": shard(500_000 + i) for i, name in enumerate(names)}
     code = f"import sys, prepare; prepare.fineweb(2, sys.argv[1], {server.url!r})"
-    running = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "data"], cwd=HERE, stdout=subprocess.DEVNULL)
-               for _ in range(3)]
+    command = [sys.executable, "-c", code, tmp_path / "data"]
+    running = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert sorted(server.requests) == sorted(f"/{name}" for name in names)
     assert sorted(os.listdir(tmp_path / "data")) == sorted([*names, "meta.json"])
@@ -2562,7 +2563,7 @@ def test_cifar10(cifar, monkeypatch, capsys):
              "--preset=fineweb does not fit", "holds images")
     images = np.load("data/cifar10/train_images.npy", allow_pickle=False)
     assert images.shape == (1000, 3072) and images.dtype == np.uint8
-    short = ["--batch_size=100", "--eval_interval=35", "--device=cpu", "--dtype=float32", "--compile=false"]
+    short = ["--batch_size=100", "--eval_interval=70", "--device=cpu", "--dtype=float32", "--compile=false"]
     for optimizer in ("muon", "adamw"):
         assert run_main(train, monkeypatch, "--preset=cifar10", f"--optimizer={optimizer}", "--max_steps=70",
                         "--w_max=2", *short) is None
@@ -2761,7 +2762,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
 def test_a_bad_sweep_is_refused(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, equal, tight, ablation",
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, equal, tight",
              "grids")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
     one_line(run_main(plot, monkeypatch), "has no runs")

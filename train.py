@@ -1,7 +1,7 @@
 """
 Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
 
-    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 2 to 3½ minutes on 2 CPU cores
+    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 2 to 3.5 minutes on 2 CPU cores
 
     python train.py --help                                              # all options, such as
     python train.py --method=hard_cap --optimizer=adamw --w_max=2
@@ -106,146 +106,96 @@ for w in (1, 4, 16):
     PRESETS[f"fineweb-w{w}"] = FINEWEB | dict(w_max=float(w), out_dir=f"out/fineweb-w{w}")
 
 
-def parse(argv):
-    """Command line -> {name: value} of the options given."""
-    def boolean(text):
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() in ("true", "1")
-
-    parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
-                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(Config):
-        if not field.metadata:  # vocab_size, which the data decide
-            continue
-        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # `float | None`: float
-        help, choices = field.metadata["help"], field.metadata["choices"]
-        choices = PRESETS if field.name == "preset" else choices
-        if choices in (METHODS, PRESETS):
-            help += ": " + ", ".join(choices)
-        if field.default is not None:
-            help += f" [{field.default}]"
-        if kind is bool:
-            how = dict(type=boolean, nargs="?", const=True, metavar="BOOL")
-        else:
-            how = dict(type=kind, choices=choices, metavar=kind.__name__.upper())
-        parser.add_argument(f"--{field.name}", help=help, **how)
-    return vars(parser.parse_args(argv))
-
-
-def configure(given):
-    """The Config with the options given, else those of its preset, else the defaults; or UserError."""
-    try:
-        return Config(**PRESETS.get(given.get("preset"), {}) | given)
-    except ValueError as e:
-        raise UserError(f"--{e}")
-
-
-def resume(config, given):
-    """
-    (config, checkpoint) to go on from config.out_dir with: the checkpoint's options, but for those named in
-    `given`, which take effect or are refused. Another preset than the checkpoint's gives all of its options.
-    """
-    path = Path(config.out_dir) / "ckpt.pt"
-    model, ckpt = load_checkpoint(path)
-    known = {field.name for field in dataclasses.fields(Config)}
-    options = {name: value for name, value in ckpt["config"].items() if name in known}
-    names = {*given}
-    if config.preset not in (None, options.get("preset")):
-        names |= {*PRESETS[config.preset]}
-    fixed = {"optimizer", "embedding", "seed", *(asdict(model.config) if isinstance(model, GPT) else ())}
-    for name in sorted(names):
-        value, before = getattr(config, name), options.get(name)
-        if name in fixed and value != before:
-            of = "" if name in given else f" of --preset={config.preset}"
-            raise UserError(f"{path} has {name}={before}, so it cannot go on with --{name}={value}{of}")
-        options[name] = value
-    if ckpt["step"] > options["max_steps"]:
-        raise UserError(f"{path} is at step {ckpt['step']}, past --max_steps={options['max_steps']}")
-    return configure(options | {"out_dir": config.out_dir, "resume": True}), ckpt
-
-
-def settle(config, device):
-    """Fill in, and check, what options leave to the optimizer, the machine and each other."""
-    config.lr = config.lr or (0.1 if config.optimizer == "muon" else 0.002)
-    config.dtype = config.dtype or ("bfloat16" if has_bf16(device) else "float32")
-    if config.batch_size % (config.accumulate * world()):
-        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate="
-                        f"{config.accumulate} times the number of processes, {world()}")
-    most = 2 if config.method == "spectral_weight_decay" else 1  # beyond, a step would turn weights round
-    if not config.lr * config.weight_decay < most:
-        raise UserError(f"--weight_decay={config.weight_decay:g} times the learning rate, {config.lr:g}, "
-                        f"must be below {most}")
-    try:
-        constraint(config, config.lr)(torch.zeros(1, 1))
-    except ValueError as e:
-        raise UserError(str(e))
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Machine, and processes (torchrun). Each process takes its share of a batch, has all gradients, and
-# orthogonalizes and constrains its share of the matrices, which it then sends to the others; so all have the
-# same weights and optimizer state. The first logs and saves.
+# Training
 
-def find_device(config):
-    """The torch.device to train on, or UserError if it cannot be used."""
-    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else "cuda"
-    name = config.device if config.device is not None else gpu if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # "meta" is a device that holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device={name} cannot be used: {str(e).splitlines()[0]}")
-    if device.type == "cpu":
-        keep_memory()
-    return device
+def train(config, given=()):
+    """One run, from scratch or resumed; `given` names the options that win over a checkpoint's."""
+    ckpt = None
+    if config.resume:
+        config, ckpt = resume(config, given)
+    options = asdict(config)  # as asked; what depends on the machine is for the next one to settle
+    device = find_device(config)
+    settle(config, device)
+    amp = autocast(config, device)
+    data = load_data(config, device, ckpt and ckpt["meta"])
+
+    torch.manual_seed(config.seed)
+    model = data.model()
+    project(model, config, above=0)
+    optimizers = make_optimizers(model, config, getattr(torch, config.dtype))
+    if ckpt:
+        set_state(model, optimizers, ckpt)
+        project(model, config, above=1 + 1e-3)
+    run = Run(config, options, data, model, optimizers, ckpt)
+
+    compiled = isinstance(model, GPT) and (has_compiler(device) if config.compile is None else config.compile)
+    if rank() == 0:
+        n_params = sum(p.numel() for p in model.parameters())
+        many = f"{world()} times " if world() > 1 else ""
+        say(f"{n_params / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, w_max "
+            f"{config.w_max:g}, on {many}{device} in {config.dtype}" + ", compiled" * compiled +
+            (f"; resumed at step {run.step}" if ckpt else ""))
+    if compiled and run.step < config.max_steps:
+        compile_blocks(model, config, data.batch(run.step), amp)
+    run.open(fresh=not ckpt)
+
+    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, leave=False,
+               disable=True if rank() else None)
+    with bar, StopRequest() as stop_request:
+        while run.step < config.max_steps:
+            tick = time.perf_counter()
+            lr = set_schedule(optimizers, run.step, config)
+            x, y = data.batch(run.step)
+            loss, stopping = gradients(model, x, y, config, amp, stop_request)
+            run.check("loss", loss, lr)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            constrain(model, config, lr)
+            run.count(loss, time.perf_counter() - tick)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
+            if run.step % config.eval_interval == 0 or run.step == config.max_steps:
+                with torch.compiler.set_stance("force_eager"):
+                    with amp:
+                        acts = activations(model, x.chunk(config.accumulate)[-1])
+                    scores = data.evaluate(model, amp)
+                run.check("validation loss", scores["val_loss"], lr)
+                scores |= bounds(model, config) if rank() == 0 else {}
+                run.log(scores | acts, per_batch=config.batch_size * y[0].numel())
+            elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
+                run.checkpoint()
+            if stopping and run.step < config.max_steps:
+                break
+
+    if rank() == 0 and run.step < config.max_steps:
+        say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
+            f"--out_dir={config.out_dir}")
+    elif rank() == 0:
+        with torch.compiler.set_stance("force_eager"):
+            if text := data.sample(model):
+                say(text)
 
 
-def autocast(config, device):
-    """The context in which products have the run's dtype."""
-    dtype = getattr(torch, config.dtype)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def memory(device):
-    """The bytes of memory of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-
-
-def has_compiler(device):
-    """Whether torch.compile has Triton on a GPU, or on a CPU a C++ compiler and Python's headers."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-        return has_triton()
-    headers, compiler = Path(sysconfig.get_path("include")) / "Python.h", os.environ.get("CXX", "g++")
-    return device.type == "cpu" and headers.exists() and shutil.which(compiler) is not None
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def summed(x):
-    """The sum of a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def owners(model):
-    """{matrix: rank of the process that orthogonalizes and constrains it}, the work about equal for all."""
-    cost = lambda W: W.numel() * min(W.shape[-2:])
-    load, owner = [0] * world(), {}
-    for W in sorted(matrices(model).values(), key=cost, reverse=True):
-        owner[W] = load.index(min(load))
-        load[owner[W]] += cost(W)
-    return owner
+def gradients(model, x, y, config, amp, stop_request):
+    """
+    The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
+    whether any process has been asked to stop.
+    """
+    state = torch.zeros(2, dtype=torch.float64)
+    for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
+        with amp:
+            loss = model(x_part, y_part)[1] / config.accumulate
+        loss.backward()
+        state[0] += loss.item() / world()
+    state[1] = bool(stop_request)
+    loss, stopping = summed(state).tolist()
+    if world() > 1:
+        for p in model.parameters():
+            summed(p.grad).div_(world())
+    return loss, bool(stopping)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -401,18 +351,32 @@ def new_gpt(config, vocab_size, device):
     return GPT(gpt).to(device)
 
 
+def compile_blocks(model, config, batch, amp):
+    """
+    Compile the blocks one by one: they are alike, so that only the first takes time. A first batch shows
+    whether the compiler works; if not, the run goes on as it is, unless --compile asked for it.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+    x, y = (part.chunk(config.accumulate)[0] for part in batch)
+    try:
+        with amp:
+            loss = model(x, y)[1]
+        loss.backward()
+    except Exception as e:  # of many kinds, from several layers down
+        what = f"torch.compile does not work here ({type(e).__name__})"
+        if config.compile:
+            raise UserError(f"{what}; go on with --compile=False")
+        for block in model.blocks:
+            del block.forward
+        say(f"{what}; going on without it")
+    model.zero_grad()
+
+
 def relative_caps(model, config):
     """{matrix: its cap over w_max}. Learning rates scale alike, so that all options hold for W over that."""
     mlp = (config.w_max_mlp or config.w_max) / config.w_max
     return {W: mlp if ".mlp." in name else 1.0 for name, W in matrices(model).items()}
-
-
-def project(model, config, above):
-    """Where the method promises a cap, cap the norms of the matrices that are more than `above` times it."""
-    if config.method in PROMISE_W_MAX:
-        for W, cap in relative_caps(model, config).items():
-            if rms_norm(W).max() > above * config.w_max * cap:
-                W.data = svd_cap(W.data, config.w_max * cap)
 
 
 def make_optimizers(model, config, dtype):
@@ -469,26 +433,12 @@ def constrain(model, config, lr):
         model.wte.weight.copy_(onto_ball(model.wte.weight, 1.0))
 
 
-def compile_blocks(model, config, batch, amp):
-    """
-    Compile the blocks one by one: they are alike, so that only the first takes time. A first batch shows
-    whether the compiler works; if not, the run goes on as it is, unless --compile asked for it.
-    """
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward)
-    x, y = (part.chunk(config.accumulate)[0] for part in batch)
-    try:
-        with amp:
-            loss = model(x, y)[1]
-        loss.backward()
-    except Exception as e:  # of many kinds, from several layers down
-        what = f"torch.compile does not work here ({type(e).__name__})"
-        if config.compile:
-            raise UserError(f"{what}; go on with --compile=False")
-        for block in model.blocks:
-            del block.forward
-        say(f"{what}; going on without it")
-    model.zero_grad()
+def project(model, config, above):
+    """Where the method promises a cap, cap the norms of the matrices that are more than `above` times it."""
+    if config.method in PROMISE_W_MAX:
+        for W, cap in relative_caps(model, config).items():
+            if rms_norm(W).max() > above * config.w_max * cap:
+                W.data = svd_cap(W.data, config.w_max * cap)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -586,33 +536,9 @@ def describe(line, data):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A run's folder and its end: lock, checkpoint, log, signals
+# A run: its checkpoint and log, going on from them, and its end
 
 SAVE_SECONDS = 180  # between checkpoints, if evaluations are farther apart
-
-
-@contextmanager
-def only_run_in(out):
-    """The folder out for one run at a time: a second is told who has it. The lock ends with the process."""
-    out = Path(out)
-    holder = out / "running"
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out, wait=False):
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {now}")
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
-    except BlockingIOError:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise UserError(f"{out} is in use by {who}; wait for it, or choose another --out_dir")
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()  # if nothing has been written to it
 
 
 class Run:
@@ -687,6 +613,30 @@ def trim_log(path, step):
         os.replace(path.with_suffix(".part"), path)
 
 
+def resume(config, given):
+    """
+    (config, checkpoint) to go on from config.out_dir with: the checkpoint's options, but for those named in
+    `given`, which take effect or are refused. Another preset than the checkpoint's gives all of its options.
+    """
+    path = Path(config.out_dir) / "ckpt.pt"
+    model, ckpt = load_checkpoint(path)
+    known = {field.name for field in dataclasses.fields(Config)}
+    options = {name: value for name, value in ckpt["config"].items() if name in known}
+    names = {*given}
+    if config.preset not in (None, options.get("preset")):
+        names |= {*PRESETS[config.preset]}
+    fixed = {"optimizer", "embedding", "seed", *(asdict(model.config) if isinstance(model, GPT) else ())}
+    for name in sorted(names):
+        value, before = getattr(config, name), options.get(name)
+        if name in fixed and value != before:
+            of = "" if name in given else f" of --preset={config.preset}"
+            raise UserError(f"{path} has {name}={before}, so it cannot go on with --{name}={value}{of}")
+        options[name] = value
+    if ckpt["step"] > options["max_steps"]:
+        raise UserError(f"{path} is at step {ckpt['step']}, past --max_steps={options['max_steps']}")
+    return configure(options | {"out_dir": config.out_dir, "resume": True}), ckpt
+
+
 class StopRequest:
     """
     Becomes true by Ctrl-C or what schedulers and closed terminals send, so that the run ends after its step.
@@ -714,96 +664,149 @@ class StopRequest:
         self.since = self.since or time.monotonic()
 
 
+@contextmanager
+def only_run_in(out):
+    """The folder out for one run at a time: a second is told who has it. The lock ends with the process."""
+    out = Path(out)
+    holder = out / "running"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out, wait=False):
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {now}")
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except BlockingIOError:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise UserError(f"{out} is in use by {who}; wait for it, or choose another --out_dir")
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing has been written to it
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Training
+# Machine, and processes (torchrun). Each process takes its share of a batch, has all gradients, and
+# orthogonalizes and constrains its share of the matrices, which it then sends to the others; so all have the
+# same weights and optimizer state. The first logs and saves.
 
-def gradients(model, x, y, config, amp, stop_request):
-    """
-    The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
-    whether any process has been asked to stop.
-    """
-    state = torch.zeros(2, dtype=torch.float64)
-    for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
-        with amp:
-            loss = model(x_part, y_part)[1] / config.accumulate
-        loss.backward()
-        state[0] += loss.item() / world()
-    state[1] = bool(stop_request)
-    loss, stopping = summed(state).tolist()
-    if world() > 1:
-        for p in model.parameters():
-            summed(p.grad).div_(world())
-    return loss, bool(stopping)
+def find_device(config):
+    """The torch.device to train on, or UserError if it cannot be used."""
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else "cuda"
+    name = config.device if config.device is not None else gpu if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # "meta" is a device that holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device={name} cannot be used: {str(e).splitlines()[0]}")
+    if device.type == "cpu":
+        keep_memory()
+    return device
 
 
-def train(config, given=()):
-    """One run, from scratch or resumed; `given` names the options that win over a checkpoint's."""
-    ckpt = None
-    if config.resume:
-        config, ckpt = resume(config, given)
-    options = asdict(config)  # as asked; what depends on the machine is for the next one to settle
-    device = find_device(config)
-    settle(config, device)
-    amp = autocast(config, device)
-    data = load_data(config, device, ckpt and ckpt["meta"])
+def settle(config, device):
+    """Fill in, and check, what options leave to the optimizer, the machine and each other."""
+    config.lr = config.lr or (0.1 if config.optimizer == "muon" else 0.002)
+    config.dtype = config.dtype or ("bfloat16" if has_bf16(device) else "float32")
+    if config.batch_size % (config.accumulate * world()):
+        raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate="
+                        f"{config.accumulate} times the number of processes, {world()}")
+    most = 2 if config.method == "spectral_weight_decay" else 1  # beyond, a step would turn weights round
+    if not config.lr * config.weight_decay < most:
+        raise UserError(f"--weight_decay={config.weight_decay:g} times the learning rate, {config.lr:g}, "
+                        f"must be below {most}")
+    try:
+        constraint(config, config.lr)(torch.zeros(1, 1))
+    except ValueError as e:
+        raise UserError(str(e))
 
-    torch.manual_seed(config.seed)
-    model = data.model()
-    project(model, config, above=0)
-    optimizers = make_optimizers(model, config, getattr(torch, config.dtype))
-    if ckpt:
-        set_state(model, optimizers, ckpt)
-        project(model, config, above=1 + 1e-3)
-    run = Run(config, options, data, model, optimizers, ckpt)
 
-    compiled = isinstance(model, GPT) and (has_compiler(device) if config.compile is None else config.compile)
-    if rank() == 0:
-        n_params = sum(p.numel() for p in model.parameters())
-        many = f"{world()} times " if world() > 1 else ""
-        say(f"{n_params / 1e6:.2f} M parameters, {config.optimizer} and {config.method}, w_max "
-            f"{config.w_max:g}, on {many}{device} in {config.dtype}" + ", compiled" * compiled +
-            (f"; resumed at step {run.step}" if ckpt else ""))
-    if compiled and run.step < config.max_steps:
-        compile_blocks(model, config, data.batch(run.step), amp)
-    run.open(fresh=not ckpt)
+def autocast(config, device):
+    """The context in which products have the run's dtype."""
+    dtype = getattr(torch, config.dtype)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
-    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, leave=False,
-               disable=True if rank() else None)
-    with bar, StopRequest() as stop_request:
-        while run.step < config.max_steps:
-            tick = time.perf_counter()
-            lr = set_schedule(optimizers, run.step, config)
-            x, y = data.batch(run.step)
-            loss, stopping = gradients(model, x, y, config, amp, stop_request)
-            run.check("loss", loss, lr)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            constrain(model, config, lr)
-            run.count(loss, time.perf_counter() - tick)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-            if run.step % config.eval_interval == 0 or run.step == config.max_steps:
-                with torch.compiler.set_stance("force_eager"):
-                    with amp:
-                        acts = activations(model, x.chunk(config.accumulate)[-1])
-                    scores = data.evaluate(model, amp)
-                run.check("validation loss", scores["val_loss"], lr)
-                scores |= bounds(model, config) if rank() == 0 else {}
-                run.log(scores | acts, per_batch=config.batch_size * y[0].numel())
-            elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
-                run.checkpoint()
-            if stopping and run.step < config.max_steps:
-                break
+def memory(device):
+    """The bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
-    if rank() == 0 and run.step < config.max_steps:
-        say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
-            f"--out_dir={config.out_dir}")
-    elif rank() == 0:
-        with torch.compiler.set_stance("force_eager"):
-            if text := data.sample(model):
-                say(text)
+
+def has_compiler(device):
+    """Whether torch.compile has Triton on a GPU, or on a CPU a C++ compiler and Python's headers."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+        return has_triton()
+    headers, compiler = Path(sysconfig.get_path("include")) / "Python.h", os.environ.get("CXX", "g++")
+    return device.type == "cpu" and headers.exists() and shutil.which(compiler) is not None
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def summed(x):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def owners(model):
+    """{matrix: rank of the process that orthogonalizes and constrains it}, the work about equal for all."""
+    cost = lambda W: W.numel() * min(W.shape[-2:])
+    load, owner = [0] * world(), {}
+    for W in sorted(matrices(model).values(), key=cost, reverse=True):
+        owner[W] = load.index(min(load))
+        load[owner[W]] += cost(W)
+    return owner
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def parse(argv):
+    """Command line -> {name: value} of the options given."""
+    def boolean(text):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() in ("true", "1")
+
+    parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        if not field.metadata:  # vocab_size, which the data decide
+            continue
+        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # `float | None`: float
+        help, choices = field.metadata["help"], field.metadata["choices"]
+        choices = PRESETS if field.name == "preset" else choices
+        if choices in (METHODS, PRESETS):
+            help += ": " + ", ".join(choices)
+        if field.default is not None:
+            help += f" [{field.default}]"
+        if kind is bool:
+            how = dict(type=boolean, nargs="?", const=True, metavar="BOOL")
+        else:
+            how = dict(type=kind, choices=choices, metavar=kind.__name__.upper())
+        parser.add_argument(f"--{field.name}", help=help, **how)
+    return vars(parser.parse_args(argv))
+
+
+def configure(given):
+    """The Config with the options given, else those of its preset, else the defaults; or UserError."""
+    try:
+        return Config(**PRESETS.get(given.get("preset"), {}) | given)
+    except ValueError as e:
+        raise UserError(f"--{e}")
 
 
 def main():
