@@ -82,10 +82,7 @@ def rms_norm(W):
 
 
 def matrices(model):
-    """
-    {name: weight (..., m, n)} of the constrained matrices of a GPT or an MLP: all but the embedding table and
-    the position biases.
-    """
+    """{name: weight (..., m, n)} of what is constrained: all but the embedding table and position biases."""
     return {name.removesuffix(".weight"): p for name, p in model.named_parameters()
             if not name.endswith(("wte.weight", "bias"))}
 
@@ -126,10 +123,7 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
 
 @constraint
 def none(W):
-    """
-    No constraint. With Muon's or AdamW's weight_decay this is the paper's weight decay: W <- (1 - lr decay)
-    W.
-    """
+    """No constraint; with the optimizer's weight_decay the paper's weight decay, W <- (1 - lr decay) W."""
     return W.clone()
 
 
@@ -142,10 +136,7 @@ def spectral_weight_decay(W, decay, dtype=torch.float32):
 
 @cap
 def spectral_normalize(W, w_max, dtype=torch.float32):
-    """
-    W min(1, w_max / |W|): the whole matrix scaled down to norm w_max (Miyato et al. 2018; the paper, section
-    3).
-    """
+    """W min(1, w_max / |W|): the whole matrix scaled down (Miyato et al. 2018; the paper, section 3)."""
     sigma, _, _ = top_singular(W, dtype)
     return W * (w_max * rms_unit(W) / sigma.clamp_min(torch.finfo(W.dtype).tiny)).clamp_max(1)
 

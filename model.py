@@ -35,10 +35,7 @@ def gelu(x):
 
 
 def maxmin(x):
-    """
-    Sorts the pairs (x_i, x_{i + n/2}) of x (..., n) (Anil et al., arXiv 1811.05381); its derivative is a
-    permutation.
-    """
+    """Sorts the pairs (x_i, x_{i + n/2}) of x (..., n) (Anil et al., arXiv 1811.05381): a permutation."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)
 
@@ -47,10 +44,7 @@ ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
 
 
 def onto_ball(x, radius):
-    """
-    x (..., n) with every vector whose RMS norm is above radius shortened to it, its nearest point in the
-    ball.
-    """
+    """x (..., n), vectors whose RMS norm is above radius shortened to it: the nearest points in the ball."""
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / (x_wide.square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).sqrt() / radius).to(x.dtype)
 
@@ -60,9 +54,7 @@ def onto_ball(x, radius):
 
 @dataclass
 class GPTConfig:
-    """
-    The model's options, which are options of train.py too; with ValueError for values that no model can have.
-    """
+    """The model's options, which are train.py's too; ValueError for values that no model can have."""
     vocab_size: int = 65
     block_size: int = option(256, "context length in tokens", 1, 10_000_000)
     n_layer: int = option(2, "blocks", 1, 10_000)
@@ -200,9 +192,7 @@ def rotary_tables(block_size, d_head, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """
-    Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by their angles: an orthogonal map.
-    """
+    """Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by angles: an orthogonal map."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -250,20 +240,14 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, idx, targets=None):
-        """
-        Token ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), the mean cross entropy in
-        nats.
-        """
+        """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats."""
         logits = self.forward_embeddings(self.wte(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def forward_embeddings(self, x):
-        """
-        Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the Lipschitz bound is
-        about.
-        """
+        """Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the bound is about."""
         T = x.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
@@ -274,9 +258,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """
-        Append max_new_tokens sampled tokens to idx (B, T); temperature 0 takes the likeliest one each time.
-        """
+        """Append max_new_tokens sampled tokens to idx (B, T); temperature 0 takes the likeliest one."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()  # (B, vocab_size)
             if top_k is not None:
@@ -301,10 +283,7 @@ class MLPConfig:
 
 
 class MLP(nn.Module):
-    """
-    Three linear layers with ReLU between them, for images (B, ...) with n_in entries each (the paper's
-    CIFAR-10 net).
-    """
+    """The paper's CIFAR-10 net: three linear layers, ReLU between, for images (B, ...) of n_in entries."""
     def __init__(self, config=MLPConfig()):
         super().__init__()
         self.config = config
@@ -387,10 +366,7 @@ def set_state(model, optimizers, ckpt):
 # Samples, and the command line
 
 def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=None):
-    """
-    The text that a model writes after a prompt, with it; by default it begins a document, or a line where
-    tokens are characters.
-    """
+    """A prompt and what the model writes after it; without one it begins a document, or a line."""
     ids = [tokenizer.start] if prompt is None else tokenizer.encode(prompt)
     ids = torch.tensor([ids]).to(model.wte.weight.device)
     ids = model.generate(ids, n_tokens, temperature, top_k)[0].cpu().tolist()

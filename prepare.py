@@ -126,9 +126,7 @@ def number(kind, low, high):
 
 
 def say(*words):
-    """
-    Print; no fault of the output, such as a closed pipe or an encoding without a letter, ends the program.
-    """
+    """Print; no fault of the output, a closed pipe or an encoding that lacks a letter, ends the program."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = " ".join(map(str, words)).encode(encoding, "replace").decode(encoding)
     try:
@@ -199,10 +197,7 @@ class Tokenizer:
             self.start = self.stoi.get("\n", 0)  # or a line
 
     def encode(self, text):
-        """
-        str -> list of token ids. In GPT-2's tokens a literal <|endoftext|> is the one that separates
-        documents.
-        """
+        """str -> token ids. In GPT-2's tokens a literal <|endoftext|> is the one between documents."""
         if self.name == "gpt2":
             first, *more = (self.gpt2.encode_ordinary(part) for part in text.split(END_OF_TEXT))
             return sum(([GPT2_END] + ids for ids in more), first)
@@ -286,10 +281,7 @@ def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempt
 
 
 def write_body(response, path, have, name):
-    """
-    Write a response's body to path, after the `have` bytes that are there; raises when it is shorter than
-    announced.
-    """
+    """Write a response's body to path, after `have` bytes there; raises if it is shorter than announced."""
     length = response.headers.get("Content-Length", "")
     total = have + int(length) if length.isdecimal() else None
     with open(path, "ab" if have else "wb") as f, tqdm(total=total, initial=have, unit="B", unit_scale=True,
@@ -424,7 +416,7 @@ def open_images(folder, meta):
 
 
 def open_text(folder, meta):
-    if meta["vocab_size"] != Tokenizer(meta).vocab_size:
+    if meta["tokenizer"] != "gpt2" and meta["vocab_size"] != len(meta["vocabulary"]):
         raise ValueError("meta.json has another vocab_size than vocabulary")
     opened = []
     for split in ("train", "val"):
@@ -528,9 +520,7 @@ def say_lengths(out, train, val, vocab_size, tokenizer):
 
 
 def write_dataset(text, out, source):
-    """
-    Write text as characters to out/{train.bin,val.bin,meta.json}; the vocabulary is the text's own, sorted.
-    """
+    """Write text as characters to out/{train.bin,val.bin,meta.json}; the vocabulary is its own, sorted."""
     out = Path(out)
     meta = {"tokenizer": "char", "source": source, "sha256": hashlib.sha256(text.encode()).hexdigest(),
             "vocabulary": "".join(sorted(set(text)))}
@@ -649,10 +639,7 @@ def write_shards(files, out, shard_tokens=SHARD_TOKENS):
 
 
 def write_images(out, arrays, source):
-    """
-    Write {train,val}_{images,labels} as .npy files and meta.json, which says how many pixels and classes
-    there are.
-    """
+    """Write {train,val}_{images,labels}.npy and meta.json, which counts pixels and classes."""
     digest = hashlib.sha256()
     with new_files(out) as tmp:
         for name, array in arrays.items():
@@ -718,10 +705,7 @@ def rebuild_shakespeare():
 
 
 def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
-    """
-    Write out/{train.bin,val.bin,meta.json} from source (a path or URL), else from url, else rebuilt; say
-    which.
-    """
+    """Write out/{train.bin,val.bin,meta.json} from source (path or URL), else url, else rebuilt; say so."""
     hint = "get the text another way and name it with python prepare.py shakespeare --source PATH_OR_URL"
     if source is not None:
         try:
@@ -777,10 +761,7 @@ def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
 # CIFAR-10
 
 class ArrayUnpickler(pickle.Unpickler):
-    """
-    Reads pickles of plain values and NumPy arrays; whatever else a pickle names is refused, so that it runs
-    no code.
-    """
+    """Reads pickles of plain values and arrays; what else one names is refused, so that it runs no code."""
     MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")
     ALLOWED = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype,
                "encode": codecs.encode}
@@ -792,10 +773,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def cifar10(out="data/cifar10", url=CIFAR10_URL, md5=CIFAR10_MD5):
-    """
-    Download CIFAR-10 and write out/{train,val}_{images,labels}.npy, uint8 (N, 3072) and int64 (N,), and
-    out/meta.json.
-    """
+    """Download CIFAR-10; write out/{train,val}_{images,labels}.npy, uint8 (N, 3072) and int64 (N,)."""
     def check(path):
         digest = hashlib.md5(Path(path).read_bytes()).hexdigest()
         if digest != md5:

@@ -641,7 +641,7 @@ def test_maps_on_extreme_inputs(name):
 
 
 def test_adding_the_readme_s_constraints_leaves_everything_working(data):
-    """Its examples in a copy of constrain.py: --help, runs, the benchmark and tests that go through METHODS."""
+    """Its examples in a copy of constrain.py: --help, runs, the benchmark, and tests that use METHODS."""
     example = re.search(r"```python\n(@constraint.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
     added = re.findall(r"def (\w+)", example)
     for path in HERE.glob("*.py"):
@@ -1624,7 +1624,8 @@ def test_an_epoch_takes_every_window_once(lengths):
     starts = np.cumsum([0, *lengths])
     shards = [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, starts[1:])]
     n = sum(max(1, (length - 16) // 16) for length in lengths)
-    data = train.Text(config, "cpu", {"vocab_size": 1000}, shards, [np.zeros(17)])
+    meta = {"tokenizer": "char", "vocab_size": 1000, "vocabulary": "".join(map(chr, range(1000)))}
+    data = train.Text(config, "cpu", meta, shards, [np.zeros(17)])
     for epoch in range(20):
         x = torch.cat([data.batch(step)[0] for step in range(epoch * n, (epoch + 1) * n)])
         assert torch.equal(x, x[:, :1] + torch.arange(16)) and len(x.unique()) == 16 * n  # no token twice

@@ -246,7 +246,7 @@ class Text:
                 raise UserError(f"the {name} split of {folder} has {shortest} tokens, but block_size {T} "
                                 f"needs {T + 1}; use a longer text or a smaller --block_size")
         self.config, self.device, self.meta, self.shards = config, device, meta, train
-        self.val = val[0][:config.eval_tokens]
+        self.val, self.tokenizer = val[0][:config.eval_tokens], Tokenizer(meta)
         if len(self.val) < T + 1:
             raise UserError(f"--eval_tokens={config.eval_tokens} must be at least {T + 1}, block_size + 1")
         self.counts = [max(1, (len(shard) - T) // T) for shard in train]  # windows of each shard
@@ -283,7 +283,7 @@ class Text:
         return f"paper protocol {line['paper_protocol_acc']:.2%}"
 
     def sample(self, model):
-        return sample(model, Tokenizer(self.meta)).strip()
+        return sample(model, self.tokenizer).strip()
 
 
 class Images:
