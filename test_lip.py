@@ -568,6 +568,15 @@ def test_muon_refuses_what_it_cannot_do():
 # ------------------------------------------------------------------------------------------------------------
 # constrain.py: the constraints
 
+def test_norms_are_those_of_an_svd():
+    torch.manual_seed(0)
+    for m, n in ((1, 1), (1, 9), (9, 1), (12, 12), (40, 8), (8, 40)):
+        for name, W in zoo(m, n).items():
+            exact = sigma(W)[0].item()
+            assert constrain.sigma(W.double()).item() == pytest.approx(exact, rel=1e-14), (name, m, n)
+            assert rms_norm(W).item() == pytest.approx(exact / math.sqrt(m / n), rel=1e-14)
+
+
 def reference(W, image):
     """W with its RMS->RMS singular values s replaced by image(s), by an SVD in float64."""
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
