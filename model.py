@@ -46,7 +46,8 @@ ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
 def onto_ball(x, radius):
     """x (..., n), vectors whose RMS norm is above radius shortened to it: the nearest points in the ball."""
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x / (x_wide.square().mean(dim=-1, keepdim=True).clamp_min(radius ** 2).sqrt() / radius).to(x.dtype)
+    too_long = (x_wide.square().mean(dim=-1, keepdim=True) / radius ** 2).clamp_min(1).sqrt()  # 1 in the ball
+    return x / too_long.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -617,7 +617,7 @@ def write_shards(files, out, shard_tokens=SHARD_TOKENS):
     out, source = Path(out), ", ".join(map(str, files))
     for path in files:
         if not Path(path).is_file():
-            raise UserError(f"cannot read {path}: {'it is no file' if Path(path).exists() else 'no such file'}")
+            raise UserError(f"cannot read {path}: {'not a file' if Path(path).exists() else 'no such file'}")
     sizes = [Path(path).stat().st_size for path in files]
     tok, digest, before = Tokenizer({"tokenizer": "gpt2"}), hashlib.sha256(), 0
     boundary = int(0.9 * sum(sizes))

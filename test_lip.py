@@ -2722,6 +2722,25 @@ def test_finals_are_the_best_under_a_limit_at_the_better_learning_rate(monkeypat
     assert plot.best_final(finals, "log10_certified", 1e4) == finals[0]
 
 
+def test_a_ball_that_no_token_reaches_changes_the_certificate_alone():
+    torch.manual_seed(0)
+    free = random_weights(gpt(L=3), 2.0).requires_grad_(False)
+    train_tokens, val = (np.random.default_rng(seed).integers(11, size=n) for seed, n in ((0, 500), (1, 70)))
+    found = sweep.with_ball(free, train_tokens, val)
+    norms = []
+    for block in free.blocks:
+        rms = lambda block, args, y: norms.append(y.square().mean(dim=-1).max().sqrt().item())
+        block.register_forward_hook(rms)
+    x = torch.from_numpy(train_tokens[:492]).view(-1, 12)
+    logits = free(x)[0]
+    assert found["ball"] == pytest.approx(1.01 * max(norms), rel=0.05) and found["ball"] >= 1.01 * max(norms)
+    held = gpt(L=3, ball=found["ball"])
+    held.load_state_dict(free.state_dict())
+    assert torch.equal(held(x)[0], logits) and constrain.certificate(held)[0] == found["log10_certified_ball"]
+    assert found["log10_certified_ball"] < lipschitz_bound(free, "certified")
+    assert found["largest_norm"] == sweep.largest_norm(free, val)
+
+
 def test_float8_rounds_every_result():
     x = torch.tensor([0.1, 0.011, 300.0])
     with sweep.Float8():

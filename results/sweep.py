@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from constrain import attack, layer_norms, log10, log10_radii, margins
+from constrain import attack, certificate, layer_norms, log10, log10_radii, margins
 from model import load_checkpoint
 from optim import has_bf16
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
@@ -162,6 +162,32 @@ class InFloat8(torch.nn.Module):
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
+@torch.inference_mode()
+def largest_norm(model, tokens):
+    """The largest RMS norm of a token's vector after any block, on a text (N,)."""
+    T, largest = model.config.block_size, []
+    measure = lambda block, args, y: largest.append(y.square().mean(dim=-1).max().sqrt().item())
+    hooks = [block.register_forward_hook(measure) for block in model.blocks]
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    for windows in tokens[:len(tokens) // T * T].view(-1, T).split(16):
+        model(windows)
+    model(tokens[None, -T:])  # what the whole windows leave out
+    for hook in hooks:
+        hook.remove()
+    return max(largest)
+
+
+def with_ball(model, train, val):
+    """
+    What a ball around the outputs of a model's blocks makes of its certificate, if its radius is 1 % above all norms in 2^18
+    training tokens; and the largest norm in the validation text. If that is smaller, the function there is the same.
+    """
+    ball = 1.01 * largest_norm(model, train[:2 ** 18])
+    layers = [(*layer[:-1], ball) for layer in layer_norms(model)]
+    return {"ball": ball, "largest_norm": largest_norm(model, val),
+            "log10_certified_ball": certificate(model, layers=layers)[0]}
+
+
 def measurements(path, thorough):
     """
     What train.py's log does not have of a checkpoint: scores on the whole validation split (train.py's are on eval_tokens),
@@ -169,7 +195,7 @@ def measurements(path, thorough):
     """
     model, ckpt = load_checkpoint(path)
     model.requires_grad_(False)
-    cpu, text = torch.device("cpu"), open_data(ROOT / "data" / "shakespeare", like=ckpt["meta"])[2][0]
+    cpu, (_, train, (text,)) = torch.device("cpu"), open_data(ROOT / "data" / "shakespeare", like=ckpt["meta"])
     tokens = torch.from_numpy(text.astype(np.int64))
     dtype = ckpt["config"]["dtype"] or ("bfloat16" if has_bf16(cpu) else "float32")
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
@@ -181,6 +207,8 @@ def measurements(path, thorough):
         radii = log10_radii(model, bears, layer_norms(model))[right].double()
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) certified accuracy is val_acc (1 - i / 40)
         result["log10_radii"] = torch.quantile(radii, torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
+        if model.config.ball is None:
+            result |= with_ball(model, train[0], text)
     result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, cpu, 1)["val_acc"]
     return result | {"config": ckpt["config"]}
 
