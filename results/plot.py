@@ -5,6 +5,7 @@ Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print t
     python results/plot.py --tables                               # the tables alone, in Markdown
 """
 import math
+import re
 from statistics import mean
 
 from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
@@ -104,22 +105,31 @@ def levels(tight):
 
 
 def radius(records, plt):
-    """Certified accuracy against the radius: the headline's models of the paper's architecture, and the preset's."""
-    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    papers = {runs[0]["log10_certified"]: runs[0] for _, _, _, runs in headline(records)}
-    tights = [runs[0] for runs in levels(read(TIGHT))]
-    for runs, name, colors, line in (([*papers.values()], "paper's architecture", "Blues_r", "-"), (tights, "tight", "Oranges_r", "--")):
+    """Certified accuracy against the radius, linear and log: the headline's models and the presets'."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    papers = [runs[0] for _, _, _, runs in headline(records)]
+    families = ((papers, "paper's architecture, 400 steps", "Blues_r", "-"),
+                ([runs[0] for runs in levels(read(TIGHT))], "presets, 800 or 1,200 steps", "Oranges_r", "--"))
+    for runs, name, colors, line in families:
         for i, run in enumerate(runs):
-            radii = run["log10_radii"]
+            color = plt.get_cmap(colors)(0.7 * i / len(runs))
+            radii = [10 ** x for x in run["log10_radii"]]  # quantiles of the right predictions' radii
             share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
-            ax.plot([10 ** x for x in [radii[0] - 10, *radii]], [share[0], *share], linestyle=line,
-                    color=plt.get_cmap(colors)(0.7 * i / len(runs)), label=f"{name}, bound {power(run['log10_certified'])}")
-    ax.set_xscale("log")
-    ax.set_xlim(1e-11, 1)
-    ax.set_xlabel("radius: change of any embeddings, in RMS norm")
-    ax.set_ylabel("certified accuracy, %")
-    plain(ax)
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+            for ax in axes:
+                ax.plot([1e-12, radii[0], *radii], [share[0], share[0], *share], line, color=color,
+                        label=name if i == 0 else None)
+            at = 20 if runs is not papers else 10 + 5 * i  # labels at other heights, so that they stay apart
+            label = re.sub(r"·10\^(\d+)", r"$\\cdot 10^{\1}$", power(run["log10_certified"]))
+            for ax in axes if radii[at] > 0.004 else axes[1:]:
+                ax.annotate(label, (radii[at], share[at]), (3, 3), textcoords="offset points", color=color, fontsize=8)
+    axes[0].set_xlim(0, 0.2)
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(1e-11, 1)
+    axes[0].set_ylabel("certified accuracy, %")
+    for ax in axes:
+        ax.set_xlabel("radius: change of any embeddings, in RMS norm")
+        plain(ax)
+    axes[0].legend(frameon=False, fontsize=9, title="curves are named by their certified bound", title_fontsize=9)
     return figure
 
 
