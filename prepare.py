@@ -148,22 +148,23 @@ def to_json(x):
 
 
 @contextmanager
-def locked(folder, wait=True):
+def locked(folder, wait=True, shared=False):
     """
-    Hold a folder's lock, one process at a time; it ends with the process, however that ends. Raises
-    BlockingIOError where another one holds it and `wait` is false. Without effect where the file system has
-    no locks.
+    Hold a folder's lock, one process at a time or, shared, several that only read; it ends with the process,
+    however that ends. Raises BlockingIOError where another one holds it and `wait` is false. Without effect
+    where the file system has no locks.
     """
     handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         try:
             if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
                 raise
-            say(f"waiting for another process that writes {folder}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            say(f"waiting for another process that uses {folder}")
+            fcntl.flock(handle, kind)
         except OSError:
             pass
         yield
@@ -377,7 +378,7 @@ def open_data(folder, like=None):
     """
     folder = Path(folder)
     try:
-        with locked(folder):  # not while another process replaces its files
+        with locked(folder, shared=True):  # not while another process replaces its files
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             if like is not None and identity(meta) != identity(like):
                 raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare "
