@@ -1950,12 +1950,14 @@ def test_no_output_error_loses_a_run(data, redirect):
         assert run.returncode == 0 and run.stderr == "", run.stderr
 
 
-def test_letters_that_the_terminal_lacks(data):
+def test_letters_that_the_terminal_lacks(data, monkeypatch):
     prepare.write_dataset("h\u00e9llo w\u00f6rld\n" * 200, "data/shakespeare", "test")
-    options = flags()
-    run = subprocess.run([sys.executable, HERE / "train.py", *options], capture_output=True,
-                         env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0 and run.stderr == b"" and b"?" in run.stdout and len(log_lines()) == 2
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run_main(train, monkeypatch, *flags()) is None
+    assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "h\u00e9") is None
+    printed = terminal.buffer.getvalue()
+    assert b"?" in printed and b"accuracy" in printed and b"\nh?" in printed and len(log_lines()) == 2
 
 
 def test_two_processes_train_as_one(data):

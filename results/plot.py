@@ -181,6 +181,11 @@ def who(options):
     return f"{OPTIMIZER_LABELS[options['optimizer']]}, {LABELS[options['method']]}"
 
 
+def unscaled(runs):
+    """The published formula as the authors count, without the scale of the logits."""
+    return power(max(r["log10_paper"] - math.log10(r["options"].get("logit_scale", 1.0)) for r in runs))
+
+
 def median_radius(runs):
     return f"{mean(10 ** r['log10_radii'][20] for r in runs):.2g}"
 
@@ -212,11 +217,18 @@ def tables(records):
     if asked := headline(records):
         at_most = lambda runs: [power(max(r[bound] for r in runs)) for bound in (*BOUNDS, "log10_attack")]
         yield "headline", table(
-            ["bound", "accuracy", "short of 60 %", "loss", "paper protocol", "certified", "paper", "attack", "median certified radius",
-             "options"],
+            ["bound", "accuracy", "short of 60 %", "loss", "paper protocol", "certified", "paper", "attack",
+             "paper without logit_scale", "median certified radius", "options"],
             [[name, spread(accuracy := [r["val_acc"] for r in runs]), f"{60 - 100 * mean(accuracy):.1f}",
               spread([r["val_loss"] for r in runs], "{:.3f}"), spread([r["paper_protocol_acc"] for r in runs]), *at_most(runs),
-              median_radius(runs), settings(runs[0]["options"])] for name, _, _, runs in asked])
+              unscaled(runs), median_radius(runs), settings(runs[0]["options"])] for name, _, _, runs in asked])
+        if equal := finals(records, "equal"):
+            yield "headline, 1,200 steps", table(
+                ["certified", "paper", "attack", "paper without logit_scale", "certified with a ball", "accuracy", "loss",
+                 "median certified radius", "options"],
+                [[*at_most(runs), unscaled(runs), power(max(r["log10_certified_ball"] for r in runs)),
+                  spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"), median_radius(runs),
+                  settings(runs[0]["options"])] for runs in sorted(equal, key=lambda runs: runs[0]["log10_certified"])])
 
         def in_grid(optimizer, bound, limit):
             best = best_under([r for r in grid if r["options"]["optimizer"] == optimizer], bound, limit)
