@@ -5,6 +5,7 @@ No network and no files from elsewhere: texts, wheels and servers are made here.
 """
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -36,7 +37,6 @@ from torch.utils._pytree import tree_map
 
 import constrain
 import model
-import optim
 import prepare
 import train
 from constrain import METHODS, PROMISE_W_MAX, lipschitz_bound, matrices, rms_norm, soft_cap_coupling
@@ -883,7 +883,7 @@ def test_tight_bound_by_hand_and_reached():
     """
     Position alone, no residual, MaxMin, orthogonal matrices: every factor of the certificate is reached.
     """
-    H, dh = 4, 4
+    H = 4
     net = gpt(H=H, d=16, c=0, position_bias=True, attn_scale=1 / 2, alpha=1.0, activation="maxmin",
               mlp_layers=3, mlp_ratio=1, logit_scale=8.0, vocab=16).double().requires_grad_(False)
     set_identities(net)
@@ -2760,6 +2760,12 @@ def test_float8_rounds_every_result():
     rounded, loss = sweep.InFloat8(net)(idx, idx)
     assert 0.001 < (rounded - exact).norm() / exact.norm() < 0.2
     assert loss == F.cross_entropy(rounded.flatten(0, 1), idx.flatten())
+
+
+def test_every_part_of_a_sweep_takes_a_job_and_threads():
+    for jobs, run in sweep.PARTS.values():
+        inspect.signature(run).bind("job", 1)
+        inspect.signature(jobs).bind()
 
 
 def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):

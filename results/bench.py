@@ -153,22 +153,22 @@ def methods(_):
     for shape in SHAPES:
         m, n = shape[-2:]
         U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-        s = (w_max + lr) * torch.linspace(1, 0.01, min(m, n), dtype=torch.float64).expand(shape[0],
-                                                                                          -1)  # after a step
+        s = torch.linspace(1, 0.01, min(m, n), dtype=torch.float64).expand(shape[0], -1)
+        s = (w_max + lr) * s  # after a step
         W, targets = (U * s[..., None, :] @ Vh * math.sqrt(m / n)).float(), images(s, w_max, alpha, decay)
+        svd_ms = None
         for name in ("svd_cap", *(name for name in METHODS if name != "svd_cap")):
             spends = decay if name == "spectral_weight_decay" else 0.0
             method = after_step(name, w_max, lr, spends, lr * UPDATE_NORM, dtype)
             method(W)
             ms = 1e3 * median(lambda: method(W), 5)
-            svd_ms = ms if name == "svd_cap" else svd_ms
-            loop = f"{1e3 * median(lambda: [method(matrix) for matrix in W], 5) / ms:7.1f}" if shape[
-                0] > 1 else " " * 7
-            error = "?"
+            svd_ms, loop, error = svd_ms or ms, "", "?"
+            if shape[0] > 1:
+                loop = f"{1e3 * median(lambda: [method(matrix) for matrix in W], 5) / ms:.1f}"
             if name in targets:
                 exact = U * targets[name][..., None, :] @ Vh * math.sqrt(m / n)
                 error = f"{(rms_norm(method(W).double() - exact) / w_max).max().item():.1e}"
-            say(f"{str(shape):>16} {name:<22} {ms:8.2f} {svd_ms / ms:7.1f} {loop} {error:>14}")
+            say(f"{str(shape):>16} {name:<22} {ms:8.2f} {svd_ms / ms:7.1f} {loop:>7} {error:>14}")
 
 
 def polar(_):

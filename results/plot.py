@@ -8,8 +8,8 @@ import math
 import re
 from statistics import mean
 
-from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_final, best_under, chosen_lr, complete, finals, frontier, headline, pairs, read, same_but_seed, searched,
+from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+                   best_final, best_under, chosen_lr, complete, finals, frontier, headline_finals, pairs, read, same_but_seed, searched,
                    strengths, tuning_loss)
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
 
@@ -107,7 +107,7 @@ def levels(tight):
 def radius(records, plt):
     """Certified accuracy against the radius, linear and log: the headline's models and the presets'."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    papers = [runs[0] for _, _, _, runs in headline(records)]
+    papers = [runs[0] for _, _, _, runs in headline_finals(records)]
     families = ((papers, "paper's architecture, 400 steps", "Blues_r", "-"),
                 ([runs[0] for runs in levels(read(TIGHT))], "presets, 800 or 1,200 steps", "Oranges_r", "--"))
     for runs, name, colors, line in families:
@@ -214,7 +214,7 @@ def tables(records):
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
             [[who({"method": m, "optimizer": o}), *(f"{b['val_acc']:.2%}" if (b := best_under(of_pair(grid, m, o), bound, limit))
                                                    else "none" for limit in LIMITS)] for m, o in pairs()])
-    if asked := headline(records):
+    if asked := headline_finals(records):
         at_most = lambda runs: [power(max(r[bound] for r in runs)) for bound in (*BOUNDS, "log10_attack")]
         yield "headline", table(
             ["bound", "accuracy", "short of 60 %", "loss", "paper protocol", "certified", "paper", "attack",

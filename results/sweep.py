@@ -319,7 +319,7 @@ def finals(records, part="final"):
             if len(runs := same_but_seed(records, r["options"])) > 1]  # at the other learning rate there is one seed
 
 
-def headline(records):
+def headline_finals(records):
     """[(name, bound, limit, runs of all seeds)]: the best final for each bound that is asked for."""
     candidates = finals(records)
     return [(f"{bound[6:]} ≤ {limit:g}", bound, limit, runs) for bound, limit in ASKED
@@ -357,7 +357,7 @@ def final(options, threads, part="final", steps=FINAL_STEPS):
 
 def headline_options():
     """The options of the headline's finals, for runs as long as the tight preset's."""
-    return [runs[0]["options"] for _, _, _, runs in headline(read())]
+    return [runs[0]["options"] for _, _, _, runs in headline_finals(read())]
 
 
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate.
