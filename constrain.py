@@ -98,8 +98,7 @@ def matrices(model):
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """
-    The largest singular triple of each matrix in (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n,
-    1).
+    The largest singular triple of each matrix (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n, 1).
 
     Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps at the price of a
     few matrix products. Started from the largest column of A^512 it needs no memory and no random numbers.
