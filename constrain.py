@@ -456,8 +456,7 @@ def certificate(model, R=None, layers=None):
 
 def body_bound(layers, R):
     """
-    The certificate without the output matrix, from layer_norms, for embeddings of RMS norm <= R: (log10 K,
-    parts).
+    (log10 K, parts): the certificate but for the output matrix, for embeddings of RMS norm <= R.
 
     The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the
     chain rule multiplies the layers' bounds, each on the ball of radius R that its input stays in.
@@ -646,9 +645,9 @@ def report(path, steps):
                "log10_paper": paper, "paper_broken": broken}
     formula = "published formula: for other architectures"
     if paper is not None:  # the authors' networks are scaled too, but their formula does not count it
-        result["log10_paper_unscaled"] = paper - log10(model.config.logit_scale)
-        formula = (f"published formula {paper:.4f}, without logit_scale {result['log10_paper_unscaled']:.4f}, "
-                   + ("broken by the attack" if broken else "not an upper bound in general"))
+        unscaled = result["log10_paper_unscaled"] = paper - log10(model.config.logit_scale)
+        formula = (f"published formula {paper:.4f}, without logit_scale {unscaled:.4f}, " +
+                   ("broken by the attack" if broken else "not an upper bound in general"))
     lines = [head, *norm_lines(model, result["norms"]),
              f"embedding {R:.4f}, head {result['norms']['head'][0]:.4f}, logit_scale "
              f"{model.config.logit_scale:g}\n",

@@ -223,8 +223,7 @@ LONGEST_WAIT = 600  # seconds that a server may ask to wait
 
 def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempts=4, backoff=1.0):
     """
-    Stream url to path, with a progress bar. `timeout` is in seconds, for the connection and between two
-    pieces.
+    Stream url to path, with a progress bar. `timeout` (seconds) is for the connection and between two pieces.
 
     Network errors, short bodies, server errors and requests to wait (408, 429) are tried again, after
     backoff, 2 backoff, ... seconds or the longer time that the server asks for; other refusals (4xx), bad
