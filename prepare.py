@@ -148,6 +148,19 @@ def to_json(x):
 
 
 @contextmanager
+def ensured(folder):
+    """A folder, made if need be; what was made for it goes again if nothing has been written to it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
 def locked(folder, wait=True, shared=False):
     """
     Hold a folder's lock, one process at a time or, shared, several that only read; it ends with the process,
@@ -475,28 +488,24 @@ def new_files(out):
     Other files there stay. One process does so at a time, and nobody reads meanwhile.
     """
     out = Path(out)
-    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() and any(FINEWEB_SHARD.fullmatch(path.name) for path in out.iterdir()):
-        raise UserError(f"{out} holds FineWeb's shards; choose another name")
-    tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield tmp
-        out.mkdir(exist_ok=True)
-        with locked(out):
-            (out / "meta.json").unlink(missing_ok=True)  # goes first and comes last: with it all is whole
-            for old in out.iterdir():
-                if OWN.fullmatch(old.name):
-                    old.unlink()
-            for new in sorted(tmp.iterdir(), key=lambda path: path.name == "meta.json"):
-                os.replace(new, out / new.name)
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}")
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()  # if nothing has been written to it
+    with ensured(out.parent):
+        if out.is_dir() and any(FINEWEB_SHARD.fullmatch(path.name) for path in out.iterdir()):
+            raise UserError(f"{out} holds FineWeb's shards; choose another name")
+        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield tmp
+            out.mkdir(exist_ok=True)
+            with locked(out):
+                (out / "meta.json").unlink(missing_ok=True)  # goes first and comes last: with it all is whole
+                for old in out.iterdir():
+                    if OWN.fullmatch(old.name):
+                        old.unlink()
+                for new in sorted(tmp.iterdir(), key=lambda path: path.name == "meta.json"):
+                    os.replace(new, out / new.name)
+        except OSError as e:
+            raise UserError(f"cannot write {out}: {e.strerror or e}")
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def write_meta(folder, meta):

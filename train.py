@@ -24,7 +24,7 @@ import signal
 import sys
 import sysconfig
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -40,8 +40,8 @@ from constrain import (METHODS, PROMISE_W_MAX, after_step, certified_radii, lips
 from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
                    set_state)
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, data_folder, locked, one_line_errors, open_data, option,
-                     say, to_json)
+from prepare import (Parser, Tokenizer, UserError, data_folder, ensured, locked, one_line_errors, open_data,
+                     option, say, to_json)
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -669,10 +669,8 @@ def only_run_in(out):
     """The folder out for one run at a time: a second is told who has it. The lock ends with the process."""
     out = Path(out)
     holder = out / "running"
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(out, wait=False):
+        with ensured(out), locked(out, wait=False):
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             holder.write_text(f"process {os.getpid()} on {platform.node()}, since {now}")
             try:
@@ -682,10 +680,6 @@ def only_run_in(out):
     except BlockingIOError:
         who = holder.read_text() if holder.exists() else "another process"
         raise UserError(f"{out} is in use by {who}; wait for it, or choose another --out_dir")
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()  # if nothing has been written to it
 
 
 # ------------------------------------------------------------------------------------------------------------
