@@ -74,6 +74,7 @@ class GPTConfig:
     mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
     mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)
     ball: float | None = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
+    zero_head: bool = option(False, "the output matrix begins at zero")
 
     @property
     def residual_weight(self):
@@ -233,7 +234,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.head = Linear(config.n_embd, config.vocab_size)
+        self.head = Linear(config.n_embd, config.vocab_size, zero=config.zero_head)
         rms = self.wte.weight.data.square().mean(dim=1, keepdim=True).sqrt()
         self.wte.weight.data /= rms  # rows of RMS norm 1
         cos, sin = rotary_tables(config.block_size, config.n_embd // config.n_head)

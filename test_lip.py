@@ -3,6 +3,7 @@
 
 No network and no files from elsewhere: texts, wheels and servers are made here.
 """
+import argparse
 import dataclasses
 import hashlib
 import inspect
@@ -47,10 +48,14 @@ from prepare import UserError
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "results"))
 import bench
+import gpu
 import plot
 import sweep
 
 torch.set_num_threads(1)  # the networks here are too small for more
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1379,6 +1384,55 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
         assert constrain.log10_radii(net, bears, constrain.layer_norms(net)).shape == (39,)
 
 
+GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
+            "adamw": {"optimizer": "adamw", "method": "hard_cap", "w_max": 0.5}, "compiled": {"compile": True},
+            "fineweb": {"preset": "fineweb-w1", "dataset": "shakespeare", "logit_scale": 8.0},
+            **{method: {"method": method, "w_max": 0.7} for method in METHODS}}
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", GPU_RUNS.values(), ids=GPU_RUNS)
+def test_gpu_agrees_with_the_cpu(data, monkeypatch, capsys, options):
+    """
+    A run in bfloat16 on a GPU holds its cap after every step, has the losses of the CPU's in float32 but for
+    rounding, and goes on.
+    """
+    options = dict(n_embd=64, eval_interval=1, eval_tokens=500) | options
+    assert run_main(train, monkeypatch, *flags(**options, out_dir="cpu")) is None
+    there = flags(**{"compile": False} | options | {"device": "cuda", "dtype": "bfloat16"})
+    assert run_main(train, monkeypatch, *there) is None
+    cpu, gpu = log_lines("cpu"), log_lines()
+    for a, b in zip(cpu, gpu, strict=True):
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=0.03)
+        assert b["log10_certified"] == pytest.approx(a["log10_certified"], abs=0.1)
+        if options.get("method", "soft_cap") in PROMISE_W_MAX and options.get("optimizer") != "adamw":
+            assert b["norm_over_cap"] <= 1 + 1e-3
+    assert run_main(train, monkeypatch, *there, "--resume", "--max_steps=10") is None
+    assert [line["step"] for line in log_lines()] == list(range(1, 11))
+    assert run_main(constrain, monkeypatch, "out/ckpt.pt", "--steps=2") is None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_gpu_two_processes(data):
+    for processes in (1, 2):
+        run = torchrun(processes, out_dir=f"of{processes}", device="cuda", dtype="bfloat16")
+        assert run.wait(120) == 0
+    one, two = log_lines("of1"), log_lines("of2")
+    assert all(a["val_loss"] == pytest.approx(b["val_loss"], rel=0.03) for a, b in zip(one, two, strict=True))
+
+
+def test_rehearsal_of_the_gpu(data, monkeypatch):
+    """results/gpu.py, small and on the CPU: every job that has its data ends in a line, a failure too."""
+    monkeypatch.setattr(gpu, "ROOT", data)
+    monkeypatch.setattr(gpu, "OUT", data / "out" / "gpu")
+    for name in ("train.py", "model.py", "constrain.py", "optim.py", "prepare.py", "results"):
+        (data / name).symlink_to(HERE / name)
+    assert gpu.main(argparse.Namespace(jobs=["default", "w1"], tiny=True, minutes=1)) is None
+    lines = [json.loads(line) for line in (data / "out/gpu/tiny.jsonl").read_text().splitlines()]
+    assert [line["job"] for line in lines] == ["default", "w1"]
+    assert lines[0]["step"] == 4 and lines[0]["trace"]["step"] == [2, 4] and "bench" in lines[1]["error"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # train.py: options
 
@@ -1423,7 +1477,7 @@ def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
     """
     options = TINY | dict(max_steps=1, eval_interval=1, eval_tokens=50)
     works = {
-        "softmax_scale": "0", "weight_decay": "0", "momentum": "0", "momentum_warmup": "0 9",
+        "softmax_scale": "0", "weight_decay": "0", "lr_floor": "0", "zero_head": "0", "momentum": "0", "momentum_warmup": "0 9",
         "max_steps": "9", "eval_interval": "9", "seed": "0", "compile": "0", "resume": "0",
         "position_bias": "0", "per_head": "0", "eval_tokens": "", "out_dir": "0 -1 9 n 1 \u00bd -i",
         "embedding_lr": ""
@@ -1576,7 +1630,7 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
     samples.
     """
     monkeypatch.chdir(tmp_path)
-    one_line(run_main(train, monkeypatch, "--preset=fineweb"), "data/fineweb holds no data set",
+    one_line(run_main(train, monkeypatch, "--preset=fineweb-w16"), "data/fineweb holds no data set",
              "prepare.py fineweb --shards")
     Path("a.txt").write_text("to be or not to be, that is the question\n" * 500)
     prepare.write_shards(["a.txt"], "data/fineweb", 5000)
@@ -1601,14 +1655,14 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
              "--preset=cifar10 does not fit", "holds text")
     tokens = np.memmap("data/fineweb/train_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
     tokens[:] = 50300  # a valid shard, but for its tokens
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", *small),
+    one_line(run_main(train, monkeypatch, "--preset=fineweb-w16", *small),
              "has token 50300, past its vocabulary of 50,257")
     val = np.memmap("data/fineweb/val_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
     val[7] = 50257
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", *small), "validation split",
+    one_line(run_main(train, monkeypatch, "--preset=fineweb-w16", *small), "validation split",
              "past its vocabulary of 50,257")
     prepare.write_dataset("to be or not to be " * 100, "data/letters", "test")
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=letters"),
+    one_line(run_main(train, monkeypatch, "--preset=fineweb-w16", "--dataset=letters"),
              "190 tokens, but block_size 1024 needs")
 
 
@@ -2564,8 +2618,8 @@ def test_cifar10(cifar, monkeypatch, capsys):
     assert sorted(os.listdir("data/cifar10")) == [
         "meta.json", *(f"{s}_{k}.npy" for s in ("train", "val") for k in ("images", "labels"))
     ]
-    one_line(run_main(train, monkeypatch, "--preset=fineweb", "--dataset=cifar10"),
-             "--preset=fineweb does not fit", "holds images")
+    one_line(run_main(train, monkeypatch, "--preset=fineweb-w16", "--dataset=cifar10"),
+             "--preset=fineweb-w16 does not fit", "holds images")
     images = np.load("data/cifar10/train_images.npy", allow_pickle=False)
     assert images.shape == (1000, 3072) and images.dtype == np.uint8
     short = ["--batch_size=100", "--eval_interval=70", "--device=cpu", "--dtype=float32", "--compile=false"]

@@ -76,7 +76,7 @@ def step(argv):
     train.settle(config, device)
     dtype, batch, T = getattr(torch, config.dtype), config.batch_size // config.accumulate, config.block_size
     amp = train.autocast(config, device)
-    vocab_size, padded = (50257, 50304) if config.dataset == "fineweb" else (65, 65)
+    vocab_size, padded = (50257, 50304) if str(config.preset).startswith("fineweb") else (65, 65)
     torch.manual_seed(config.seed)
     model = train.new_gpt(config, padded, device)
     optimizers = train.make_optimizers(model, config, dtype)

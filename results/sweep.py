@@ -12,6 +12,7 @@ often as you like. Every part takes its choices from the lines of those before i
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -81,7 +82,9 @@ lock = threading.Lock()  # of the files and the screen
 
 
 def version():
-    """The commit of the code, "-dirty" if it has been changed since."""
+    """The commit of the code, "-dirty" if it has been changed since, "" where there is no git."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        return ""
     git = lambda *args: subprocess.run(["git", *args, "--", "*.py"], cwd=ROOT, capture_output=True, text=True)
     return git("log", "-1", "--format=%h").stdout.strip() + ("-dirty" if git("diff", "--quiet", "HEAD").returncode else "")
 
@@ -89,14 +92,14 @@ def version():
 def complete(part, options):
     """All options with which train.py is called for a run of a part."""
     steps = options.get("max_steps", STEPS)
-    common = {"seed": 0, "max_steps": steps, "eval_interval": steps // 10, "eval_tokens": 4096}
+    common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
     return ({"preset": "tight"} if part in ("tight", "ablation") else PAPER) | common | options
 
 
 def run(part, options, threads):
     """
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
-    run diverged. Tuning runs, of part "lr", are not measured: their training loss is all that is wanted.
+    run diverged. Tuning runs, of parts "lr" and "short", are not measured: their training loss is all that is wanted.
     """
     options = complete(part, options)
     path = TIGHT if "preset" in options else RECORDS
@@ -115,6 +118,8 @@ def run(part, options, threads):
                               stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
     said = (out / "output.txt").read_text().strip().split("\n")[-1]
     record = {"part": part, "options": options, "commit": version()}
+    if torch.cuda.is_available():
+        record["device"] = torch.cuda.get_device_name()
     if code and "loss is" in said:
         record["error"] = said
     elif code:
@@ -125,8 +130,8 @@ def run(part, options, threads):
             raise KeyboardInterrupt  # train.py saved and stopped
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         record["trace"] = {name: [line[name] for line in log] for name in ("step", "train_loss", "norm_over_cap")}
-        if part != "lr":
-            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight"))
+        if part not in ("lr", "short"):
+            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "long", "longest"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
@@ -360,6 +365,52 @@ def headline_options():
     return [runs[0]["options"] for _, _, _, runs in headline_finals(read())]
 
 
+# The paper's headline: its shape with a published bound, without the scale, of at most 2, and the authors' number of
+# characters. The larger parts want a GPU. For each method and number of heads `short` chooses one value after the other.
+KINDS = [(method, n_head) for method in ("soft_cap", "spectral_normalize") for n_head in (4, 16, 32)]
+SHORT = {"batch_size": 32, "max_steps": 400, "compile": False, "lr": 0.12, "w_max": 1.25}
+CHOICES = {"logit_scale": (8.0, 32.0, 128.0), "w_max": (1.25, 1.0), "lr": (0.12, 0.06, 0.24)}
+LONG, LONGEST = {"batch_size": 512, "max_steps": 500}, {"batch_size": 512, "max_steps": 2000}  # 65 and 262 million characters
+
+
+def unscaled(record):
+    """log10 of the published formula without logit_scale, which the authors' code does not count."""
+    return record["log10_paper"] - math.log10(record["options"]["logit_scale"])
+
+
+def headline_loss(record):
+    """The loss by which runs for the paper's headline are compared: infinite at a bound above its 2."""
+    return math.inf if "error" in record or unscaled(record) > math.log10(2) else tuning_loss(record)
+
+
+def short(kind, threads):
+    options = SHORT | {"method": kind[0], "n_head": kind[1]}
+    for name, values in CHOICES.items():
+        tried = [run("short", options | {name: value}, threads) for value in values]
+        options |= {name: min(tried, key=headline_loss)["options"][name]}
+
+
+def best_of(part, *names):
+    """For each value of the named options, or over all, the run of a part with the smallest loss; best first."""
+    best = {}
+    for record in sorted((r for r in read() if r["part"] == part), key=headline_loss):
+        best.setdefault(tuple(record["options"][name] for name in names), record)
+    return list(best.values())
+
+
+def long_runs():
+    """The best two methods and numbers of heads with 65 million characters, at two learning rates."""
+    chosen = [{name: r["options"][name] for name in ("method", "n_head", *CHOICES)} for r in best_of("short", "method", "n_head")[:2]]
+    return [LONG | options | {"lr": options["lr"] * factor} for options in chosen for factor in (1.0, 0.5)]
+
+
+def longest_runs():
+    """The best of those with the authors' 262 million characters, three seeds."""
+    chosen = best_of("long")[0]["options"]
+    chosen = {name: chosen[name] for name in ("method", "n_head", *CHOICES)}
+    return [LONGEST | chosen | {"seed": seed} for seed in (0, 1, 2)]
+
+
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate.
 # And the one that looks at content.
 CONTENT = {"preset": "tight-content"}
@@ -396,6 +447,8 @@ ABLATION_RUNS = [{"max_steps": ABLATION_STEPS} | options for _, _, options in AB
 PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLINE, headline),
          "seeds": (frontier_seeds, partial(run, "seeds")), "final": (finalists, final),
          "equal": (headline_options, partial(final, part="equal", steps=TIGHT_STEPS)),
+         "short": (lambda: KINDS, short), "long": (long_runs, partial(run, "long")),
+         "longest": (longest_runs, partial(run, "longest")),
          "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
 
 
