@@ -482,6 +482,37 @@ def layer_norms(model):
             for block in model.blocks]
 
 
+def logit_reach(model, r, layers=None):
+    """
+    What a change of norm r at the input can do to the difference of logits i and j, divided by |w_i - w_j|_2,
+    where w_i are the output matrix's rows: for a GPT logit_scale sqrt(d) K r, where r is the largest RMS norm
+    of a change over tokens, K the bound of the body on the ball that has grown by r, and d the width; for an
+    MLP K r, with L2 norms. As the head's input moves by |dh|_2 <= sqrt(d) K r, or K r, this is
+    Cauchy-Schwarz: |<w_i - w_j, dh>| <= |w_i - w_j|_2 |dh|_2.
+    """
+    if not isinstance(model, GPT):
+        return r * math.prod(sigma(exact(layer.weight)).item() for layer in model.layers[:-1])
+    log10_K, _ = body_bound(layers or layer_norms(model), embedding_norm(model) + r)
+    return model.config.logit_scale * math.sqrt(model.config.n_embd) * r * 10 ** min(log10_K, 300.0)
+
+
+def worst_case(logits, y, W, reach):
+    """
+    Logits (N, V) with reach |w_j - w_y| added to each but that of the label y (N,), for rows w_j of W (V, d).
+
+    Their cross entropy, log(1 + sum_j exp(z_j - z_y)), bounds that under every change of the input that
+    `reach` = logit_reach(model, r) is for, as it grows with each z_j - z_y, and none of those grows by more.
+    And where y is still the largest, no such change alters the prediction.
+    """
+    distance = torch.cdist(W, W)[y] if len(W) < len(y) else torch.cdist(W[y], W)
+    return logits.float() + reach * distance.scatter(1, y[:, None], 0.0)
+
+
+def holds(logits, y):
+    """Where the label y (N,) alone has the largest of the logits (N, V): (N,)."""
+    return logits.scatter(1, y[:, None], -math.inf).amax(dim=1) < logits.gather(1, y[:, None]).squeeze(1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The attack, and certified predictions
 

@@ -292,6 +292,10 @@ class MLP(nn.Module):
         widths = (config.n_in, config.n_hidden, config.n_hidden, config.n_out)
         self.layers = nn.ModuleList(Linear(n, m) for n, m in zip(widths, widths[1:]))
 
+    @property
+    def head(self):
+        return self.layers[-1]
+
     def forward(self, x, targets=None):
         """Images (B, ...) -> logits (B, n_out) and, given labels (B,), the mean cross entropy in nats."""
         x = x.flatten(1)

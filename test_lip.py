@@ -1386,7 +1386,7 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
 
 GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
             "adamw": {"optimizer": "adamw", "method": "hard_cap", "w_max": 0.5}, "compiled": {"compile": True},
-            "fineweb": {"preset": "fineweb-w1", "dataset": "shakespeare", "logit_scale": 8.0},
+            "fineweb": {"preset": "fineweb-w1", "dataset": "shakespeare", "accumulate": 2},
             **{method: {"method": method, "w_max": 0.7} for method in METHODS}}
 
 
@@ -2846,7 +2846,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
 def test_a_bad_sweep_is_refused(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
     one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, equal, tight",
+    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, equal",
              "grids")
     monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
     one_line(run_main(plot, monkeypatch), "has no runs")

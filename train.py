@@ -32,11 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import prepare
-from constrain import (METHODS, PROMISE_W_MAX, after_step, certified_radii, lipschitz_bound, matrices, pgd,
-                       rms_norm, svd_cap)
+from constrain import (METHODS, PROMISE_W_MAX, after_step, certified_radii, holds, layer_norms, lipschitz_bound,
+                       logit_reach, matrices, pgd, rms_norm, svd_cap, worst_case)
 from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
                    set_state)
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
@@ -68,6 +69,9 @@ class Config(GPTConfig):
     embedding: str = option("dual", "with muon, the embedding table's optimizer: dual (rows of norm 1, see "
                             "optim.py) or adam", choices=("dual", "adam"))
     embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
+    radius: float = option(0.0, "train for the worst case of changes of the input of this norm, see "
+                           "constrain.worst_case: RMS norm of embeddings, L2 norm of images", 0, 1e9)
+    radius_growth: float = option(0.0, "share of the steps over which it grows to that", 0, 1)
     weight_decay: float = option(0.0, "a step decays weights, or with spectral_weight_decay their largest "
                                  "singular value, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
@@ -154,7 +158,8 @@ def train(config, given=()):
             tick = time.perf_counter()
             lr = set_schedule(optimizers, run.step, config)
             x, y = data.batch(run.step)
-            loss, stopping = gradients(model, x, y, config, amp, stop_request)
+            reach = worst_reach(model, config, run)
+            loss, stopping = gradients(model, x, y, reach, config, amp, stop_request)
             run.check("loss", loss, lr)
             for optimizer in optimizers:
                 optimizer.step()
@@ -186,15 +191,18 @@ def train(config, given=()):
                 say(text)
 
 
-def gradients(model, x, y, config, amp, stop_request):
+def gradients(model, x, y, reach, config, amp, stop_request):
     """
     The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
-    whether any process has been asked to stop.
+    whether any process has been asked to stop. With a reach the loss is that of the worst case.
     """
     state = torch.zeros(2, dtype=torch.float64)
     for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate)):
         with amp:
-            loss = model(x_part, y_part)[1] / config.accumulate
+            logits, loss = model(x_part, y_part)
+        if reach:
+            loss = worst_loss(model, logits, y_part, reach)
+        loss = loss / config.accumulate
         loss.backward()
         state[0] += loss.item() / world()
     state[1] = bool(stop_request)
@@ -203,6 +211,26 @@ def gradients(model, x, y, config, amp, stop_request):
         for p in model.parameters():
             summed(p.grad).div_(world())
     return loss, bool(stopping)
+
+
+REACH_STEPS = 50  # between computing what a change of the radius can do to the logits
+
+
+def worst_reach(model, config, run):
+    """The reach of constrain.worst_case at a step, 0 without a radius."""
+    if not config.radius:
+        return 0.0
+    if run.step % REACH_STEPS == 0 or run.reach is None:
+        scale = 1.0 if isinstance(model, GPT) else IMAGE_SCALE
+        run.reach = logit_reach(model, scale * config.radius)
+    grown = min(1, (run.step + 1) / (config.radius_growth * config.max_steps)) if config.radius_growth else 1
+    return grown * run.reach
+
+
+def worst_loss(model, logits, y, reach):
+    """The mean cross entropy (nats) of logits (..., V) for labels y (...) in the worst case."""
+    logits, y = logits.flatten(0, -2), y.flatten()
+    return F.cross_entropy(worst_case(logits, y, model.head.weight, reach), y)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,10 +312,12 @@ class Text:
         if self.config.eval_tokens:
             few = min(few, -(-self.config.eval_tokens // self.config.block_size))
         with amp:
-            return evaluate(model, self.val, self.device, few)
+            return evaluate(model, self.val, self.device, few, self.config.radius)
 
     def words(self, line):
-        return f"paper protocol {line['paper_protocol_acc']:.2%}"
+        certified = "".join(f", certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}" for r in RADII
+                            if "worst_loss" in line)
+        return f"paper protocol {line['paper_protocol_acc']:.2%}{certified}"
 
     def sample(self, model):
         return sample(model, self.tokenizer).strip()
@@ -459,31 +489,43 @@ def project(model, config, above):
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
+RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracy is certified
+
+
 @torch.inference_mode()
-def evaluate(model, tokens, device, paper_windows=20 * 64):
+def evaluate(model, tokens, device, paper_windows=20 * 64, radius=0.0):
     """
     Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones
     before it in its window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start
-    one token apart (fewer of them where eval_tokens asks for less than that).
+    one token apart (fewer of them where eval_tokens asks for less than that). With a radius also what is
+    certified: the largest loss under a change of the embeddings of that norm, and accuracies at RADII.
     """
     T = model.config.block_size
     n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
     B = max(1, min(64, 2 ** 28 // (T * model.config.vocab_size)))  # at most 1 GiB of logits
 
-    def score(starts, length):  # sums over the windows: loss, correct predictions, predictions
-        total = torch.zeros(3, dtype=torch.float64)
+    def score(starts, length, reaches=()):  # sums over the windows: predictions, loss, correct ones, certified
+        total = torch.zeros(3 + len(reaches), dtype=torch.float64)
         for i in range(rank() * B, len(starts), world() * B):
             x, y = windows(tokens, starts[i:i + B], length, device)
             logits, loss = model(x, y)
-            right = (logits.argmax(-1) == y).sum().item()
-            total += torch.tensor([loss.item() * y.numel(), right, y.numel()])
+            sums = [y.numel(), loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item()]
+            worst = [worst_case(logits.flatten(0, 1), y.flatten(), model.head.weight, r) for r in reaches]
+            sums += [F.cross_entropy(z, y.flatten(), reduction="sum").item() for z in worst[:1]]
+            sums += [holds(z, y.flatten()).sum().item() for z in worst[1:]]
+            total += torch.tensor(sums, dtype=torch.float64)
         return summed(total)
 
-    whole, last = score(range(0, n, T), T), score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n)
+    reaches, names = [], ["worst_loss", *(f"certified_acc_{r:g}" for r in RADII)]
+    if radius:
+        layers = layer_norms(model)
+        reaches = [logit_reach(model, r, layers) for r in (radius, *RADII)]
+    whole = score(range(0, n, T), T, reaches)
+    whole += score(range(n, len(tokens) - 1, T), len(tokens) - 1 - n, reaches)
     paper = score(range(min(paper_windows, len(tokens) - T)), T)
-    loss, correct, count = (whole + last).tolist()
-    return {"val_loss": loss / count, "val_acc": correct / count,
-            "paper_protocol_acc": (paper[1] / paper[2]).item()}
+    loss, correct, *certified = (whole[1:] / whole[0]).tolist()
+    return {"val_loss": loss, "val_acc": correct, "paper_protocol_acc": (paper[2] / paper[0]).item(),
+            **dict(zip(names, certified))}
 
 
 def evaluate_images(model, data, device):
@@ -521,7 +563,6 @@ def activations(model, x):
     Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs
     x; and both for the output of every block (of an MLP every hidden layer) by itself.
     """
-    last = model.head if isinstance(model, GPT) else model.layers[-1]
     layers = list(model.blocks if isinstance(model, GPT) else model.layers[:-1])
     sizes = {}  # module: largest entry and largest RMS norm
 
@@ -529,7 +570,7 @@ def activations(model, x):
         sizes[module] = y.abs().max().item(), y.float().square().mean(dim=-1).max().sqrt().item()
 
     hooks = [m.register_forward_hook(measure) for m in model.modules()
-             if m is not last and not isinstance(m, (GPT, MLP, torch.nn.ModuleList))]
+             if m is not model.head and not isinstance(m, (GPT, MLP, torch.nn.ModuleList))]
     model(x)
     for hook in hooks:
         hook.remove()
@@ -562,9 +603,9 @@ class Run:
         self.config, self.options, self.data = config, options, data
         self.model, self.optimizers = model, optimizers
         self.path, self.log_path = Path(config.out_dir) / "ckpt.pt", Path(config.out_dir) / "log.jsonl"
-        before = ckpt or {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
+        before = ckpt or {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0, "reach": None}
         self.step, self.loss_sum, self.loss_count = before["step"], before["loss_sum"], before["loss_count"]
-        self.started = time.perf_counter() - before["seconds"]
+        self.started, self.reach = time.perf_counter() - before["seconds"], before["reach"]
         self.saved_step, self.saved_at = self.step, time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last evaluation, for the rate
 
@@ -593,7 +634,8 @@ class Run:
             save(self.path, {**get_state(self.model, self.optimizers),
                              "model_config": asdict(self.model.config), "config": self.options,
                              "meta": self.data.meta, "step": self.step, "loss_sum": self.loss_sum,
-                             "loss_count": self.loss_count, "seconds": time.perf_counter() - self.started})
+                             "loss_count": self.loss_count, "reach": self.reach,
+                             "seconds": time.perf_counter() - self.started})
 
     def log(self, scores, per_batch):
         """Append an evaluation to the log, save, and only then print: no fault of the output loses it."""

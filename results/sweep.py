@@ -93,7 +93,9 @@ def complete(part, options):
     """All options with which train.py is called for a run of a part."""
     steps = options.get("max_steps", STEPS)
     common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
-    return ({"preset": "tight"} if part in ("tight", "ablation") else PAPER) | common | options
+    if part == "radius":
+        common |= {"eval_tokens": 32769}
+    return ({"preset": "tight"} if part in ("tight", "ablation", "radius") else PAPER) | common | options
 
 
 def run(part, options, threads):
@@ -130,7 +132,9 @@ def run(part, options, threads):
             raise KeyboardInterrupt  # train.py saved and stopped
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         record["trace"] = {name: [line[name] for line in log] for name in ("step", "train_loss", "norm_over_cap")}
-        if part not in ("lr", "short"):
+        if part == "radius":
+            record |= {name: value for name, value in log[-1].items() if name.startswith(("val_", "worst", "certified"))}
+        elif part not in ("lr", "short"):
             record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "long", "longest"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
@@ -367,9 +371,9 @@ def headline_options():
 
 # The paper's headline: its shape with a published bound, without the scale, of at most 2, and the authors' number of
 # characters. The larger parts want a GPU. For each method and number of heads `short` chooses one value after the other.
-KINDS = [(method, n_head) for method in ("soft_cap", "spectral_normalize") for n_head in (4, 16, 32)]
-SHORT = {"batch_size": 32, "max_steps": 400, "compile": False, "lr": 0.12, "w_max": 1.25}
-CHOICES = {"logit_scale": (8.0, 32.0, 128.0), "w_max": (1.25, 1.0), "lr": (0.12, 0.06, 0.24)}
+KINDS = [(method, n_head) for method in ("soft_cap", "spectral_normalize") for n_head in (4, 16, 32, 64)]
+SHORT = {"batch_size": 32, "max_steps": 400, "compile": False, "lr": 0.12, "w_max": 1.19}
+CHOICES = {"logit_scale": (4.0, 8.0, 32.0, 128.0), "lr": (0.12, 0.06, 0.03), "w_max": (1.19, 1.1, 1.0)}
 LONG, LONGEST = {"batch_size": 512, "max_steps": 500}, {"batch_size": 512, "max_steps": 2000}  # 65 and 262 million characters
 
 
@@ -419,6 +423,15 @@ LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05},
 TIGHT_STEPS, ABLATION_STEPS = 1200, 200
 TIGHT_RUNS = [{"max_steps": TIGHT_STEPS} | level | {"seed": seed} for level in LEVELS for seed in (0, 1, 2)]
 
+# The preset trained for a radius: each a change of the first, accuracies on the first 32,768 characters of validation text
+RADIUS_RUNS = [{"max_steps": TIGHT_STEPS, "lr": 0.025, "radius": 0.1, "logit_scale": 8.0} | change for change in (
+    *({"radius": radius, "logit_scale": scale} for radius in (0.03, 0.06, 0.1, 0.2) for scale in (4.0, 8.0, 16.0, 32.0)),
+    {"radius": 0.0, "logit_scale": 2.0, "lr": 0.05}, {"radius": 0.0}, {"lr": 0.0125}, {"lr": 0.05}, {"radius": 0.2, "lr": 0.0125},
+    {"radius": 0.2, "lr": 0.05}, {"radius_growth": 1.0}, {"radius_growth": 0.5}, {"radius": 0.2, "radius_growth": 1.0},
+    {"radius": 0.2, "radius_growth": 1.0, "logit_scale": 16.0}, {"radius": 0.06, "radius_growth": 1.0}, {"mlp_layers": 6},
+    {"n_embd": 768}, {"n_head": 16}, {"mlp_layers": 3}, {"cooldown": 0.5}, {"batch_size": 32})]
+
+
 # From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False, "per_head": False,
             "attn_scale": 1 / 3, "alpha": 1 / 6, "activation": "gelu", "mlp_layers": 2, "mlp_ratio": 4, "method": "soft_cap",
@@ -449,7 +462,8 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
          "equal": (headline_options, partial(final, part="equal", steps=TIGHT_STEPS)),
          "short": (lambda: KINDS, short), "long": (long_runs, partial(run, "long")),
          "longest": (longest_runs, partial(run, "longest")),
-         "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
+         "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "radius": (lambda: RADIUS_RUNS, partial(run, "radius")),
+         "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
 
 
 def main():
