@@ -505,7 +505,8 @@ def worst_case(logits, y, W, reach):
     And where y is still the largest, no such change alters the prediction.
     """
     distance = torch.cdist(W, W)[y] if len(W) < len(y) else torch.cdist(W[y], W)
-    return logits.float() + reach * distance.scatter(1, y[:, None], 0.0)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide + reach * distance.scatter(1, y[:, None], 0.0)
 
 
 def holds(logits, y):
@@ -608,6 +609,44 @@ def certified_radii(model, x, y):
     return margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0) / hidden
 
 
+RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracies are given
+
+
+def whole_windows(model, tokens):
+    """
+    Inputs (B, n) and targets (B n,) that predict every token of (N,) but the first once, in order: some
+    windows of block_size at a time, and at the end of the text a shorter one.
+    """
+    T = model.config.block_size
+    n = (len(tokens) - 1) // T * T
+    B = max(1, min(16, 2 ** 26 // (T * model.config.vocab_size)))
+    edges = sorted({*range(0, n, B * T), n, len(tokens) - 1})
+    for a, b in zip(edges, edges[1:]):
+        yield tokens[a:b].view(-1, min(T, b - a)), tokens[a + 1:b + 1]
+
+
+def attacked(model, tokens, radius, steps=20):
+    """
+    Which predictions of tokens (N,) are right and stay so under projected gradient ascent (Madry et al. 2018)
+    on the embeddings, all tokens of a window changed at once, each within RMS norm `radius`: (N - 1,), bool.
+    What climbs is the sum of z_j - z_y, j the largest wrong logit, over the predictions not yet turned over.
+    """
+    stays = []
+    for x, y in whole_windows(model, tokens):
+        X = model.wte(x).detach()
+        change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
+        for _ in range(steps + 1):  # looks at X itself and after every step
+            change.requires_grad_()
+            z = model.forward_embeddings(X + change).flatten(0, 1)  # (B n, V)
+            right &= holds(z, y)
+            lead = z.scatter(1, y[:, None], -math.inf).amax(dim=1) - z.gather(1, y[:, None]).squeeze(1)
+            gradient, = torch.autograd.grad((lead * right).sum(), change)
+            unit = gradient / gradient.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+            change = onto_ball(change.detach() + 2.5 * radius / steps * unit, radius)
+        stays.append(right)
+    return torch.cat(stays).cpu()
+
+
 @torch.inference_mode()
 def margins(model, tokens):
     """
@@ -618,18 +657,15 @@ def margins(model, tokens):
     logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up
     to min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
-    T, W, bears, right = model.config.block_size, model.head.weight, [], []
-    n = (len(tokens) - 1) // T * T  # some whole windows at a time, and at the end of the text a shorter one
-    B = max(1, min(16, 2 ** 26 // (T * len(W))))
-    edges = sorted({*range(0, n, B * T), n, len(tokens) - 1})
-    for a, b in zip(edges, edges[1:]):
-        z = model(tokens[a:b].view(-1, min(T, b - a)))[0].flatten(0, 1)  # (windows * T, V)
+    W, bears, right = model.head.weight, [], []
+    for x, y in whole_windows(model, tokens):
+        z = model(x)[0].flatten(0, 1)  # (B n, V)
         top = z.max(dim=-1)
         distance = torch.cdist(W[top.indices], W, compute_mode="donot_use_mm_for_euclid_dist")
         delta = (top.values[:, None] - z) / distance.clamp_min(1e-30)
         delta.scatter_(1, top.indices[:, None], math.inf)
         bears.append(delta.min(dim=-1).values / (model.config.logit_scale * math.sqrt(W.shape[1])))
-        right.append(top.indices == tokens[a + 1:b + 1])
+        right.append(top.indices == y)
     return torch.cat(bears).cpu().double(), torch.cat(right).cpu()
 
 
@@ -653,6 +689,9 @@ def log10_radii(model, bears, layers):
 
 # ------------------------------------------------------------------------------------------------------------
 # Report, and the command line
+
+ATTACKED = 4096  # tokens
+
 
 def report(path, steps):
     """(dict, text): a GPT's norms, its bounds with their parts, an attack, certified predictions."""
@@ -696,7 +735,12 @@ def report(path, steps):
         radius = 10 ** scores["log10_median_radius"]
         lines[-1] += f"; median certified radius of a right prediction {radius:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in scores["certified_accuracy"].items())
-    return result | scores, "\n".join([*lines, f"certified accuracy at radius {at}"])
+    lines.append(f"certified accuracy at radius {at}")
+    lines.append(f"the first {len(text[:ATTACKED]):,} of them, certified <= attack <= unperturbed: " +
+                 ", ".join(f"at {radius} {100 * share['certified']:.1f} <= {share['attack']:.1%}"
+                           for radius, share in scores["radii"].items()) +
+                 f" <= {scores['radii_val_acc']:.1%}")
+    return result | scores, "\n".join(lines)
 
 
 def columns(name, *values):
@@ -714,17 +758,24 @@ def norm_lines(model, norms):
 
 
 def certified_predictions(model, layers, text):
-    """Accuracy on tokens (N,), plain and certified at radii around the median, and the first 256 radii."""
+    """
+    Accuracy on tokens (N,), plain and certified at radii around the median, and the first 256 radii; and, on
+    the first ATTACKED tokens, what is certified at RADII and what an attack leaves.
+    """
     bears, right = margins(model, text)
     radii = log10_radii(model, bears, layers)
+    share = lambda which: which.double().mean().item()
+    few, first = right[:ATTACKED - 1], radii[:ATTACKED - 1]
+    between = {f"{r:g}": {"certified": share(few & (first > math.log10(r))),
+                          "attack": share(attacked(model, text[:ATTACKED], r))} for r in RADII}
     median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
     middle = round(median) if median > -math.inf else 0
-    certified = lambda x: (right & (radii > x)).double().mean().item()
-    first = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
-    return {"certified_accuracy": {"1e%d" % x: certified(x) for x in range(middle - 2, middle + 2)},
-            "val_acc": right.double().mean().item(),
+    certified = {f"1e{x}": share(right & (radii > x)) for x in range(middle - 2, middle + 2)}
+    characters = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
+    return {"val_acc": share(right), "certified_accuracy": certified, "radii": between,
+            "radii_val_acc": share(few),
             "log10_median_radius": median if median > -math.inf else None,
-            "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in first]}
+            "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in characters]}
 
 
 def report_mlp(model, result, head, steps):

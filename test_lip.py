@@ -1220,6 +1220,86 @@ def test_certified_predictions():
         assert net.forward_embeddings(x - step)[0, t].argmax() == best
 
 
+RADIUS_MODELS = {"paper": {}, "tight": dict(c=0.0, position_bias=True, per_head=True, alpha=1.0, activation="maxmin"),
+                 "ball": dict(per_head=True, activation="maxmin", ball=0.7), "deep": dict(L=3, c=2.0)}
+
+
+@pytest.mark.parametrize("options", RADIUS_MODELS.values(), ids=RADIUS_MODELS)
+def test_the_worst_case_is_no_better_than_any(options):
+    """
+    The worst-case loss is at least the loss after gradient ascent on it and after random changes, prediction by
+    prediction, and equals the plain one at radius 0; what it certifies is what the radii certify and no attack turns over.
+    """
+    torch.manual_seed(0)
+    net = random_weights(gpt(**dict(H=2, d=8, L=2, T=12, logit_scale=6.0) | options), 0.8).double()
+    tokens = torch.randint(11, (37,))
+    bears, right = constrain.margins(net, tokens)
+    layers = constrain.layer_norms(net)
+    radii = constrain.log10_radii(net, bears, layers)
+    x, y = tokens[:-1].view(3, 12), tokens[1:]
+    loss = lambda z: F.cross_entropy(z.flatten(0, 1), y, reduction="none")
+    X, W = net.wte(x).detach(), net.head.weight
+    assert torch.allclose(loss(net(x)[0]), loss(constrain.worst_case(net(x)[0].flatten(0, 1), y, W, 0.0)[None]))
+    unit = lambda v: v / v.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+    for r in (10 ** radii[right].median().item(), 0.03, 0.3):
+        reach = constrain.logit_reach(net, r, layers)
+        worst = constrain.worst_case(net(x)[0].flatten(0, 1), y, W, reach).detach()
+        bound, certified = loss(worst[None]), constrain.holds(worst, y)
+        assert torch.equal(certified[radii.sub(math.log10(r)).abs() > 0.01],
+                           (right & (radii > math.log10(r)))[radii.sub(math.log10(r)).abs() > 0.01])
+        assert (constrain.attacked(net, tokens, r) | ~certified).all()
+        for t in range(len(y)):  # each prediction attacked alone, from a random change
+            change = r * unit(torch.randn_like(X))
+            for _ in range(10):
+                change.requires_grad_()
+                found = loss(net.forward_embeddings(X + change))
+                assert (found <= bound * (1 + 1e-9)).all()
+                gradient, = torch.autograd.grad(found[t], change)
+                change = onto_ball(change.detach() + r * unit(gradient), r)
+    assert 0 < bound.mean() and not certified.all()
+
+
+def test_the_attack_on_predictions_turns_over_what_it_should():
+    """At a radius of almost 0 nothing; and at one at which every embedding can become every other, all but a few."""
+    torch.manual_seed(0)
+    net = random_weights(gpt(H=2, d=8, L=1, T=12, logit_scale=6.0), 0.8)
+    tokens = torch.randint(11, (60,))
+    right = constrain.margins(net, tokens)[1]
+    assert right.any() and torch.equal(constrain.attacked(net, tokens, 1e-12), right)
+    some, all_ = (constrain.attacked(net, tokens, r).sum() for r in (0.05, 3.0))
+    assert right.sum() >= some > all_ == 0
+
+
+def test_training_for_a_radius(data, monkeypatch):
+    """
+    More is certified there than without, of what an evaluation says as of what constrain.py finds; and a run
+    that was stopped goes on as if it had not been.
+    """
+    tight = dict(preset="tight", eval_interval=30, max_steps=60, n_embd=32, mlp_layers=2, radius_growth=0.5)
+    runs = {}
+    for name, options in (("plain", {"radius": 1e-6}), ("for", {"radius": 0.2})):
+        assert run_main(train, monkeypatch, *flags(**tight | options, out_dir=name)) is None
+        runs[name] = log_lines(name)[-1]
+    assert runs["for"]["certified_acc_0.1"] > runs["plain"]["certified_acc_0.1"] + 0.02
+    assert runs["plain"]["worst_loss"] == pytest.approx(runs["plain"]["val_loss"], rel=1e-3)
+    assert runs["for"]["worst_loss"] > runs["for"]["val_loss"]
+    net, ckpt = model.load_checkpoint("for/ckpt.pt")
+    text = torch.from_numpy(prepare.open_data(Path("data/shakespeare"))[2][0].astype(np.int64))
+    bears, right = constrain.margins(net, text)
+    radii = constrain.log10_radii(net, bears, constrain.layer_norms(net))
+    for r in constrain.RADII:
+        assert runs["for"][f"certified_acc_{r}"] == pytest.approx((right & (radii > math.log10(r))).double().mean().item(), abs=3e-3)
+    whole, half = flags(**tight, radius=0.2, out_dir="whole"), flags(**tight, radius=0.2, out_dir="half")
+    saved = []
+    monkeypatch.setattr(train.StopRequest, "__bool__", lambda self: saved.append(0) or len(saved) == 37)
+    assert run_main(train, monkeypatch, *half) is None
+    assert torch.load("half/ckpt.pt", weights_only=True)["step"] == 37
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=half") is None
+    assert log_lines("half") == log_lines("for")
+
+
 def test_certified_radii_are_where_the_prediction_may_change():
     """
     A linear net: the radius is the distance to the nearest decision boundary, to which the attack comes.

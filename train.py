@@ -36,8 +36,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import prepare
-from constrain import (METHODS, PROMISE_W_MAX, after_step, certified_radii, holds, layer_norms, lipschitz_bound,
-                       logit_reach, matrices, pgd, rms_norm, svd_cap, worst_case)
+from constrain import (METHODS, PROMISE_W_MAX, RADII, after_step, certified_radii, holds, layer_norms,
+                       lipschitz_bound, logit_reach, matrices, pgd, rms_norm, svd_cap, worst_case)
 from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
                    set_state)
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
@@ -489,9 +489,6 @@ def project(model, config, above):
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracy is certified
-
-
 @torch.inference_mode()
 def evaluate(model, tokens, device, paper_windows=20 * 64, radius=0.0):
     """
@@ -504,7 +501,7 @@ def evaluate(model, tokens, device, paper_windows=20 * 64, radius=0.0):
     n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
     B = max(1, min(64, 2 ** 28 // (T * model.config.vocab_size)))  # at most 1 GiB of logits
 
-    def score(starts, length, reaches=()):  # sums over the windows: predictions, loss, correct ones, certified
+    def score(starts, length, reaches=()):  # sums: predictions, loss, right ones; with reaches, certified
         total = torch.zeros(3 + len(reaches), dtype=torch.float64)
         for i in range(rank() * B, len(starts), world() * B):
             x, y = windows(tokens, starts[i:i + B], length, device)
