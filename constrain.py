@@ -736,10 +736,11 @@ def report(path, steps):
         lines[-1] += f"; median certified radius of a right prediction {radius:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in scores["certified_accuracy"].items())
     lines.append(f"certified accuracy at radius {at}")
-    lines.append(f"the first {len(text[:ATTACKED]):,} of them, certified <= attack <= unperturbed: " +
-                 ", ".join(f"at {radius} {100 * share['certified']:.1f} <= {share['attack']:.1%}"
-                           for radius, share in scores["radii"].items()) +
-                 f" <= {scores['radii_val_acc']:.1%}")
+    lines.append(f"\naccuracy at radius  certified   of the first {len(text[:ATTACKED]):,}: certified, attack, "
+                 "plain")
+    for radius, accuracy in scores["radii"].items():
+        first = ", ".join(f"{accuracy[f'{kind}_first']:.2%}" for kind in ("certified", "attack", "plain"))
+        lines.append(f"{radius:>18}  {accuracy['certified']:9.2%}   {first}")
     return result | scores, "\n".join(lines)
 
 
@@ -757,23 +758,36 @@ def norm_lines(model, norms):
         yield columns(f"layer {i}", *(norm for kind in kinds for norm in norms[kind]))
 
 
+def share(which):
+    """The share of true ones in a tensor of bool."""
+    return which.double().mean().item()
+
+
+def at_radii(model, text, right, log10_radii):
+    """
+    Accuracy at each of RADII, certified on all of text (N,); and on its first ATTACKED tokens what is
+    certified, what an attack leaves, and the plain one: what holds at a radius lies between the first two.
+    """
+    few, first = right[:ATTACKED - 1], log10_radii[:ATTACKED - 1]
+    return {f"{r:g}": {"certified": share(right & (log10_radii > math.log10(r))),
+                       "certified_first": share(few & (first > math.log10(r))),
+                       "attack_first": share(attacked(model, text[:ATTACKED], r)),
+                       "plain_first": share(few)} for r in RADII}
+
+
 def certified_predictions(model, layers, text):
     """
-    Accuracy on tokens (N,), plain and certified at radii around the median, and the first 256 radii; and, on
-    the first ATTACKED tokens, what is certified at RADII and what an attack leaves.
+    Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack; and
+    the first 256 radii.
     """
     bears, right = margins(model, text)
     radii = log10_radii(model, bears, layers)
-    share = lambda which: which.double().mean().item()
-    few, first = right[:ATTACKED - 1], radii[:ATTACKED - 1]
-    between = {f"{r:g}": {"certified": share(few & (first > math.log10(r))),
-                          "attack": share(attacked(model, text[:ATTACKED], r))} for r in RADII}
     median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
     middle = round(median) if median > -math.inf else 0
     certified = {f"1e{x}": share(right & (radii > x)) for x in range(middle - 2, middle + 2)}
     characters = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
-    return {"val_acc": share(right), "certified_accuracy": certified, "radii": between,
-            "radii_val_acc": share(few),
+    return {"val_acc": share(right), "certified_accuracy": certified,
+            "radii": at_radii(model, text, right, radii),
             "log10_median_radius": median if median > -math.inf else None,
             "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in characters]}
 

@@ -1289,8 +1289,7 @@ def test_training_for_a_radius(data, monkeypatch):
     radii = constrain.log10_radii(net, bears, constrain.layer_norms(net))
     for r in constrain.RADII:
         assert runs["for"][f"certified_acc_{r}"] == pytest.approx((right & (radii > math.log10(r))).double().mean().item(), abs=3e-3)
-    whole, half = flags(**tight, radius=0.2, out_dir="whole"), flags(**tight, radius=0.2, out_dir="half")
-    saved = []
+    half, saved = flags(**tight, radius=0.2, out_dir="half"), []
     monkeypatch.setattr(train.StopRequest, "__bool__", lambda self: saved.append(0) or len(saved) == 37)
     assert run_main(train, monkeypatch, *half) is None
     assert torch.load("half/ckpt.pt", weights_only=True)["step"] == 37

@@ -1,7 +1,7 @@
 """
 Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print the tables of results/README.md and README.md.
 
-    pip install matplotlib && python results/plot.py              # tradeoff.png, norms.png, radius.png, tight.png
+    pip install matplotlib && python results/plot.py              # tradeoff, norms, headline, radius, tight
     python results/plot.py --tables                               # the tables alone, in Markdown
 """
 import math
@@ -9,8 +9,9 @@ import re
 from statistics import mean
 
 from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_final, best_under, chosen_lr, complete, finals, frontier, headline_finals, pairs, read, same_but_seed, searched,
-                   strengths, tuning_loss)
+                   best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, pairs, read, same_but_seed,
+                   searched, strengths, tuning_loss)
+from sweep import unscaled as unscaled_bound
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
@@ -98,18 +99,44 @@ def norms(records, plt):
     return figure
 
 
-def levels(tight):
-    """The runs of the presets, a list of the seeds of each choice of options, smallest bound first."""
-    runs = [same_but_seed(tight, r["options"]) for r in tight if r["part"] == "tight" and r["options"]["seed"] == 0]
+def by_bound(runs):
+    """Lists of seeds, smallest certified bound first."""
     return sorted(runs, key=lambda seeds: seeds[0]["log10_certified"])
+
+
+def levels(tight, part="tight"):
+    """The runs of the presets, a list of the seeds of each choice of options, smallest bound first."""
+    return by_bound(same_but_seed(tight, r["options"]) for r in tight if r["part"] == part and r["options"]["seed"] == 0)
+
+
+def headline(records, plt):
+    """Accuracy over training of the paper's shape under a published bound of 2: 500 steps of 131,072 characters, and more of fewer."""
+    figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    looks = iter(("-", "--", "-.", ":", (0, (5, 1))))
+    for run in (r for r in records if r["part"] in ("long", "longest")):
+        o = run["options"]
+        millions = [step * o["batch_size"] * 256 / 1e6 for step in run["trace"]["step"]]
+        ax.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], linestyle=next(looks),
+                color={32: "#0072B2", 64: "#D55E00"}[o["n_head"]],
+                label=f"{o['n_head']} heads, lr {o['lr']:g}: published {10 ** unscaled_bound(run):.2f}, "
+                      f"certified {math_power(run['log10_certified'])}")
+    ax.axhline(60, color="black", linewidth=0.8, linestyle="--")
+    ax.annotate("the paper's 60 %, at a bound of 2", (5, 59.5), fontsize=9, va="top")
+    ax.set_xlabel("characters trained on, millions")
+    ax.set_ylabel("accuracy on 4,096 characters, %")
+    ax.set_ylim(20, 62)
+    plain(ax)
+    ax.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def radius(records, plt):
     """Certified accuracy against the radius, linear and log: the headline's models and the presets'."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    papers = [runs[0] for _, _, _, runs in headline_finals(records)]
-    families = ((papers, "paper's architecture, 400 steps", "Blues_r", "-"),
-                ([runs[0] for runs in levels(read(TIGHT))], "presets, 800 or 1,200 steps", "Oranges_r", "--"))
+    papers = [runs[0] for runs in by_bound(finals(records, "equal"))]
+    families = ((papers, "paper's architecture", "Blues_r", "-"),
+                ([runs[0] for runs in levels(read(TIGHT))], "presets", "Oranges_r", "--"),
+                ([runs[0] for runs in levels(read(TIGHT), "robust")], "tight, trained for a radius; ×: attacked", "Greens_r", "-."))
     for runs, name, colors, line in families:
         for i, run in enumerate(runs):
             color = plt.get_cmap(colors)(0.7 * i / len(runs))
@@ -119,9 +146,11 @@ def radius(records, plt):
                 ax.plot([1e-12, radii[0], *radii], [share[0], share[0], *share], line, color=color,
                         label=name if i == 0 else None)
             at = 20 if runs is not papers else 10 + 5 * i  # labels at other heights, so that they stay apart
-            label = re.sub(r"·10\^(\d+)", r"$\\cdot 10^{\1}$", power(run["log10_certified"]))
+            label = math_power(run["log10_certified"])
             for ax in axes if radii[at] > 0.004 else axes[1:]:
                 ax.annotate(label, (radii[at], share[at]), (3, 3), textcoords="offset points", color=color, fontsize=8)
+            for ax in axes if name.endswith("attacked") else ():
+                ax.plot([float(r) for r in run["radii"]], [100 * at["attack_first"] for at in run["radii"].values()], "x", color=color)
     axes[0].set_xlim(0, 0.2)
     axes[1].set_xscale("log")
     axes[1].set_xlim(1e-11, 1)
@@ -134,10 +163,10 @@ def radius(records, plt):
 
 
 def tight(records, plt):
-    """The preset's accuracy against its certified bound, beside the frontier of the paper's architecture."""
+    """The presets' accuracy against the certified bound, beside the paper's architecture with as many steps, means of three seeds."""
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    papers = [[r] for r in drawn_frontier([r for r in records if "val_acc" in r], "log10_certified")]
-    for name, points, look in (("paper's architecture, any options", papers, dict(color="#0072B2", marker="o")),
+    papers = by_bound(finals(records, "equal"))
+    for name, points, look in (("paper's architecture", papers, dict(color="#0072B2", marker="o")),
                                ("presets tight and tight-content", levels(read(TIGHT)), dict(color="#D55E00", marker="s"))):
         accuracy = [100 * mean(r["val_acc"] for r in runs) for runs in points]
         at = lambda bound: [10 ** max(r[bound] for r in runs) for runs in points]
@@ -159,6 +188,11 @@ def power(log10_x):
     if log10_x < 3:
         return f"{10 ** log10_x:.3g}"
     return f"{10 ** (log10_x % 1):.1f}·10^{math.floor(log10_x)}"
+
+
+def math_power(log10_x):
+    """The same for matplotlib."""
+    return re.sub(r"·10\^(\d+)", r"$\\cdot 10^{\1}$", power(log10_x))
 
 
 def settings(options):
@@ -183,7 +217,7 @@ def who(options):
 
 def unscaled(runs):
     """The published formula as the authors count, without the scale of the logits."""
-    return power(max(r["log10_paper"] - math.log10(r["options"].get("logit_scale", 1.0)) for r in runs))
+    return power(max(map(unscaled_bound, runs)))
 
 
 def median_radius(runs):
@@ -228,7 +262,7 @@ def tables(records):
                  "median certified radius", "options"],
                 [[*at_most(runs), unscaled(runs), power(max(r["log10_certified_ball"] for r in runs)),
                   spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"), median_radius(runs),
-                  settings(runs[0]["options"])] for runs in sorted(equal, key=lambda runs: runs[0]["log10_certified"])])
+                  settings(runs[0]["options"])] for runs in by_bound(equal)])
 
         def in_grid(optimizer, bound, limit):
             best = best_under([r for r in grid if r["options"]["optimizer"] == optimizer], bound, limit)
@@ -238,6 +272,17 @@ def tables(records):
             ["bound", "any shape and scales", "paper's, Muon", "paper's, AdamW"],
             [[name, f"{mean(r['val_acc'] for r in runs):.1%}", *(in_grid(o, bound, limit) for o in OPTIMIZERS)]
              for name, bound, limit, runs in asked])
+    if long := [r for r in records if r["part"] in ("long", "longest")]:
+        yield "headline, 65 million characters", table(
+            ["heads", "lr", "steps", "accuracy on 4,096 characters", "of the whole split", "training loss", "paper without logit_scale",
+             "paper", "certified"],
+            [[r["options"]["n_head"], r["options"]["lr"], f"{r['options']['max_steps']:,} of {r['options']['batch_size']}",
+              f"{r['trace']['val_acc'][-1]:.1%}", f"{r['val_acc']:.2%}" if "val_acc" in r else "not measured",
+              f"{r['trace']['train_loss'][-1]:.3f}", unscaled([r]), power(r["log10_paper"]), power(r["log10_certified"])] for r in long])
+        yield "headline, search", table(
+            ["", "heads", "logit_scale", "lr", "training loss", "paper without logit_scale", "certified"],
+            [[LABELS[r["options"]["method"]], *(f"{r['options'][name]:g}" for name in ("n_head", "logit_scale", "lr")),
+              f"{tuning_loss(r):.3f}", unscaled([r]), power(r["log10_certified"])] for r in best_of("short", "method", "n_head")])
     yield "activations and float8", table(
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
@@ -259,7 +304,7 @@ def tight_tables(records, papers):
           spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
           f"{100 * mean(r['float8_lost'] for r in runs):.2f}"]
          for i, runs in enumerate(presets)])
-    rows, candidates = [], (presets, finals(papers))
+    rows, candidates = [], (presets, finals(papers, "equal") or finals(papers))
     for limit, target in TARGETS:
         both = [best_final(runs, "log10_certified", limit) for runs in candidates]
         if all(both):
@@ -284,10 +329,12 @@ def readme_tables(records):
         [[r["seed"], f"{r['val_acc']:.2%}", f"{r['paper_protocol_acc']:.2%}", f"{r['log10_certified']:.2f}",
           f"{r['wall_seconds']:.0f}"] for r in runs])
     soft = of_pair(searched(records, "grid"), "soft_cap", "muon")
+    balls = {r["options"]["w_max"]: r for r in records if r["part"] == "ball"}
     if soft:
         yield "attack, in short", table(
-            ["`w_max`", "accuracy", "attack", "certified", "paper"],
-            [[f"{r['options']['w_max']:g}", f"{r['val_acc']:.2%}", *(power(r[bound]) for bound in ("log10_attack", *BOUNDS))]
+            ["`w_max`", "accuracy", "attack", "certified", "with a ball", "paper"],
+            [[f"{r['options']['w_max']:g}", f"{r['val_acc']:.2%}", power(r["log10_attack"]), power(r["log10_certified"]),
+              power(ball["log10_certified_ball"]) if (ball := balls.get(r["options"]["w_max"])) else "?", power(r["log10_paper"])]
              for r in soft])
     yield "WikiText-2", table(
         ["layers", "step", "training loss since the row above", "validation loss", "accuracy", "largest activation"],
@@ -314,7 +361,7 @@ def main():
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            for draw in (tradeoff, norms, radius, tight):
+            for draw in (tradeoff, norms, headline, radius, tight):
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 

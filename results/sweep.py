@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from constrain import attack, certificate, layer_norms, log10, log10_radii, margins
+from constrain import at_radii, attack, certificate, layer_norms, log10, log10_radii, margins
 from model import load_checkpoint
 from optim import has_bf16
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
@@ -95,7 +95,7 @@ def complete(part, options):
     common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
     if part == "radius":
         common |= {"eval_tokens": 32769}
-    return ({"preset": "tight"} if part in ("tight", "ablation", "radius") else PAPER) | common | options
+    return ({"preset": "tight"} if part in ("tight", "ablation", "radius", "robust") else PAPER) | common | options
 
 
 def run(part, options, threads):
@@ -136,7 +136,7 @@ def run(part, options, threads):
         if part == "radius":
             record |= {name: value for name, value in log[-1].items() if name.startswith(("val_", "worst", "certified"))}
         elif part not in ("lr", "short", "long"):
-            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "longest"))
+            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "robust", "longest", "ball"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
@@ -214,7 +214,9 @@ def measurements(path, thorough):
     some = text if thorough else text[:2 ** 14 + 1]
     bears, right = margins(model, tokens[:len(some)])
     if thorough:
-        radii = log10_radii(model, bears, layer_norms(model))[right].double()
+        radii = log10_radii(model, bears, layer_norms(model))
+        result["radii"] = at_radii(model, tokens, right, radii)
+        radii = radii[right].double()
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) certified accuracy is val_acc (1 - i / 40)
         result["log10_radii"] = torch.quantile(radii, torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
         if model.config.ball is None:
@@ -424,6 +426,13 @@ LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05},
 TIGHT_STEPS, ABLATION_STEPS = 1200, 200
 TIGHT_RUNS = [{"max_steps": TIGHT_STEPS} | level | {"seed": seed} for level in LEVELS for seed in (0, 1, 2)]
 
+# The ball around models of the paper's own shape: those of the grid with soft cap and Muon, whose checkpoints are needed
+def ball_runs():
+    pair = "soft_cap", "muon"
+    return [{"method": pair[0], "optimizer": pair[1], **strength, "lr": lr_of(pair), "eval_interval": STEPS // 2}
+            for strength in strengths(*pair)]
+
+
 # The preset trained for a radius: each a change of the first, accuracies on the first 32,768 characters of validation text
 RADIUS_RUNS = [{"max_steps": TIGHT_STEPS, "lr": 0.025, "radius": 0.1, "logit_scale": 8.0} | change for change in (
     *({"radius": radius, "logit_scale": scale} for radius in (0.03, 0.06, 0.1, 0.2) for scale in (4.0, 8.0, 16.0, 32.0)),
@@ -463,6 +472,7 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
          "equal": (headline_options, partial(final, part="equal", steps=TIGHT_STEPS)),
          "short": (lambda: KINDS, short), "long": (long_runs, partial(run, "long")),
          "longest": (longest_runs, partial(run, "longest")),
+         "ball": (ball_runs, partial(run, "ball")),
          "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "radius": (lambda: RADIUS_RUNS, partial(run, "radius")),
          "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
 
