@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GELU_SLOPE, GPT, GPTConfig, gelu, load_checkpoint, onto_ball
+from model import GELU_SLOPE, GPT, GPTConfig, gelu, later, load_checkpoint, onto_ball
 from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
 from prepare import Parser, number, one_line_errors, open_data, say, to_json
 
@@ -312,18 +312,26 @@ def lipschitz_bound(model, kind):
     """
     if kind not in ("paper", "certified"):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
+    if not finite(model):
+        return math.inf
     if not isinstance(model, GPT):  # ReLU is 1-Lipschitz, so both are the product of the layers' norms
         return sum(log10(rms_norm(layer.weight).item()) for layer in model.layers)
     return paper_bound(model) if kind == "paper" else certificate(model)[0]
 
 
 def log10(x):
-    return math.log10(x) if x > 0 else -math.inf
+    """log10 of a norm, for NaN inf: what is unknown bounds nothing."""
+    return math.log10(x) if x > 0 else -math.inf if x == 0 else math.inf
 
 
 def log10_add(a, b):
     """log10(10^a + 10^b), for powers that may be too large for a float."""
-    return max(a, b) + math.log10(1 + 10 ** -abs(a - b)) if max(a, b) > -math.inf else -math.inf
+    return max(a, b) + math.log10(1 + 10 ** -abs(a - b)) if math.isfinite(max(a, b)) else max(a, b)
+
+
+def finite(module):
+    """Whether all weights are finite. A module with others has no bound."""
+    return all(p.isfinite().all() for p in module.parameters())
 
 
 def log10_mix(alpha, log10_x):
@@ -450,6 +458,8 @@ def certificate(model, R=None, layers=None):
     is the bound of all blocks times the norm of the output matrix times logit_scale. `layers` saves computing
     layer_norms again.
     """
+    if not finite(model):
+        return math.inf, []
     body, parts = body_bound(layers or layer_norms(model), embedding_norm(model) if R is None else R)
     return body + log10(model.config.logit_scale * rms_norm(model.head.weight).item()), parts
 
@@ -476,9 +486,13 @@ def body_bound(layers, R):
 
 
 def layer_norms(model):
-    """What certificate needs of each layer, whatever R: [(alpha, A_V, A_QK, MLP gain, MLP growth, ball)]."""
+    """
+    What certificate needs of each layer, whatever R: [(alpha, A_V, A_QK, MLP gain, MLP growth, ball)], all
+    norms infinite if a weight is not finite.
+    """
     c = model.config.softmax_scale
-    return [(block.alpha, *attention_norms(block.attn, c), *mlp_norms(block), block.ball or math.inf)
+    norms = lambda block: (*attention_norms(block.attn, c), *mlp_norms(block))
+    return [(block.alpha, *(norms(block) if finite(block) else 4 * (math.inf, )), block.ball or math.inf)
             for block in model.blocks]
 
 
@@ -606,7 +620,8 @@ def certified_radii(model, x, y):
     hidden = math.prod(sigma(exact(layer.weight)).item() for layer in model.layers[:-1])
     distance = torch.cdist(W[y], W, compute_mode="donot_use_mm_for_euclid_dist")
     margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
-    return margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0) / hidden
+    margin = margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0)
+    return torch.where(margin > 0, margin / hidden, 0.0)  # hidden may be 0
 
 
 RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracies are given
@@ -625,26 +640,44 @@ def whole_windows(model, tokens):
         yield tokens[a:b].view(-1, min(T, b - a)), tokens[a + 1:b + 1]
 
 
-def attacked(model, tokens, radius, steps=20):
+def stays_largest(model, X, y, radius, steps=20):
     """
-    Which predictions of tokens (N,) are right and stay so under projected gradient ascent (Madry et al. 2018)
-    on the embeddings, all tokens of a window changed at once, each within RMS norm `radius`: (N - 1,), bool.
-    What climbs is the sum of z_j - z_y, j the largest wrong logit, over the predictions not yet turned over.
+    Which labels y (B, n) have the largest logits at the last n of embeddings X (B, T, d), and keep them under
+    projected gradient ascent (Madry et al. 2018) on X, all tokens of a sequence changed at once, each within
+    RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the largest wrong
+    logit, over the labels not yet turned over.
     """
-    stays = []
-    for x, y in whole_windows(model, tokens):
-        X = model.wte(x).detach()
-        change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
-        for _ in range(steps + 1):  # looks at X itself and after every step
-            change.requires_grad_()
-            z = model.forward_embeddings(X + change).flatten(0, 1)  # (B n, V)
-            right &= holds(z, y)
-            lead = z.scatter(1, y[:, None], -math.inf).amax(dim=1) - z.gather(1, y[:, None]).squeeze(1)
-            gradient, = torch.autograd.grad((lead * right).sum(), change)
-            unit = gradient / gradient.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
-            change = onto_ball(change.detach() + 2.5 * radius / steps * unit, radius)
-        stays.append(right)
-    return torch.cat(stays).cpu()
+    change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
+    for _ in range(steps + 1):  # looks at X itself and after every step
+        change.requires_grad_()
+        z = model.forward_embeddings(X + change)[:, -y.shape[1]:]  # (B, n, V)
+        lead = z.scatter(2, y[..., None], -math.inf).amax(dim=2) - z.gather(2, y[..., None])[..., 0]
+        right &= lead < 0
+        gradient, = torch.autograd.grad((lead * right).sum(), change)
+        unit = gradient / gradient.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+        change = onto_ball(change.detach() + 2.5 * radius / steps * unit, radius)
+    return right
+
+
+def attacked(model, tokens, radius):
+    """Which predictions of tokens (N,) are right and stay so under an attack: (N - 1,), bool."""
+    windows = whole_windows(model, tokens)
+    stay = [stays_largest(model, model.wte(x).detach(), y.view_as(x), radius) for x, y in windows]
+    return torch.cat([right.flatten() for right in stay]).cpu()
+
+
+def attack_radii(model, X, halvings=12):
+    """
+    log10 of radii within which an attack alters the last prediction at embeddings X (B, T, d), to within one
+    of 2^halvings parts of [-9, 1], inf where none does: (B,). No certified radius can be larger.
+    """
+    top = model.forward_embeddings(X)[:, -1:].argmax(dim=-1)
+    low, high = torch.full((len(X), 1, 1), -9.0, dtype=X.dtype), torch.full((len(X), 1, 1), 1.0, dtype=X.dtype)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        stays = stays_largest(model, X, top, 10 ** middle)[..., None]
+        low, high = torch.where(stays, middle, low), torch.where(stays, high, middle)
+    return torch.where(high < 1, high, math.inf)[:, 0, 0]
 
 
 @torch.inference_mode()
@@ -677,14 +710,187 @@ def log10_radii(model, bears, layers):
     on a grid of 1 %, rounded down.
     """
     R = embedding_norm(model)
-    K = lambda r: body_bound(layers, R + r)[0]
-    wanted = bears.clamp(1e-30, 1e30).log10()
-    low = math.floor(wanted.min().item() - max(K(0), 0)) - 1
-    cells = int((wanted.max().item() + 3 - low) / 0.0043) + 1
-    grid = low + torch.arange(cells, dtype=torch.float64) * 0.0043
-    reached = torch.tensor([x + K(10 ** x) for x in grid.tolist()], dtype=torch.float64)
-    radii = grid[torch.searchsorted(reached, wanted).clamp_min(1) - 1]
+    reached = lambda x: x + body_bound(layers, R + 10 ** x)[0]  # log10 of r K(R_0 + r), r = 10^x, grows with x
+    K, wanted = body_bound(layers, R)[0], bears.clamp(1e-30, 1e30).log10()
+    if not math.isfinite(K):
+        return torch.where(bears > 0, -K, -math.inf)  # any change is borne, or none
+    low, high = wanted.min().item() - K, wanted.max().item() - K  # r K(R_0) <= bears up to here
+    while reached(low) > wanted.min():
+        low -= 1
+    grid = torch.arange(low, high + 0.0043, 0.0043, dtype=torch.float64)
+    at_grid = torch.tensor([reached(x) for x in grid.tolist()], dtype=torch.float64)
+    radii = grid[torch.searchsorted(at_grid, wanted, right=True) - 1]
     return torch.where(bears >= 1e-30, radii, -math.inf)  # a tie bears nothing
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Local radii: the certificate at one text, by what its tokens' changes can do at the attention that is there
+
+def local_radii(model, tokens, log10_global):
+    """
+    log10 of the certified radii of the predictions of tokens (N,), as log10_radii gives them, (N - 1,), but
+    at this text: never smaller, and 20 times larger in the median where attention looks at content. All bounds
+    below grow with the radius, so what is certified at one is at all smaller ones; a grid of 0.1 is searched
+    upwards.
+    """
+    net = copy.deepcopy(model).cpu().double()
+    norms, found, start = [local_norms(block) for block in net.blocks], [], 0
+    for x, y in whole_windows(net, tokens):
+        X, radii = net.wte(x).detach(), log10_global[start:start + len(y)].clone()
+        known = radii[radii.isfinite()]
+        log10_r = known.median().item() - 0.5 if len(known) else 0.0
+        while log10_r < 9 and (holding := certified_at(net, norms, X, 10 ** log10_r)).any():
+            radii[holding] = radii[holding].clamp_min(log10_r)
+            log10_r += 0.1
+        found.append(radii)
+        start += len(y)
+    return torch.cat(found)
+
+
+def local_norms(block):
+    """What the bounds at a text need of a block whatever the text: spectral norms of its matrices, by name."""
+    attn, mlp = block.attn, block.mlp
+    H, dh = attn.n_head, attn.d_head
+    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)         # each (H, d_head, d)
+    Wo = exact(attn.proj.weight)
+    Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                     # (H, d, d_head)
+    OV = Wo_h @ Wv                                                    # (H, d, d)
+    return {"q": sigma(Wqk[0]) if Wqk else None, "k": sigma(Wqk[1]) if Wqk else None, "v": sigma(Wv),
+            "o": sigma(Wo), "o_h": sigma(Wo_h), "ov_h": sigma(OV),
+            "ov": sigma(OV.transpose(0, 1).flatten(1)), "mlp": mlp_norms(block)[0], "fc": sigma(exact(mlp.fc.weight))}
+
+
+@torch.no_grad()
+def certified_at(net, norms, X, r):
+    """
+    Which predictions at embeddings X (B, T, d) no change of at most r in RMS norm, of all tokens at once, alters:
+    (B T,). `net` and X are in float64; norms are those of local_norms.
+
+    Token by token, delta (B, T) bounds the L2 norm of what a token's vector can change by. Attention takes it
+    as attention_change says, the residual as (1 - alpha) delta + alpha times that, an MLP half times its global
+    gain. A ball of radius rho sqrt(d) in L2 leaves it, or, where the token and all within delta of it lie
+    outside, at a distance of at least m from zero, shrinks it by rho sqrt(d) / m, as x rho / |x| has the
+    derivative (I - x x^T / |x|^2) rho / |x|. Behind the last block it multiplies all logits of a token by
+    a positive number, which changes no prediction, so it is left out there.
+    """
+    d, T = net.config.n_embd, X.shape[1]
+    x, delta = X, torch.full(X.shape[:2], r * math.sqrt(d), dtype=X.dtype)
+    for i, (block, norm) in enumerate(zip(net.blocks, norms)):
+        change = attention_change(block.attn, norm, x, delta, net.cos[:T], net.sin[:T])
+        x = (1 - block.alpha) * x + block.alpha * block.attn(x, net.cos[:T], net.sin[:T])
+        delta = (1 - block.alpha) * delta + block.alpha * change
+        if i == len(norms) - 1:
+            return leads_hold(block, norm, net.head.weight, x.flatten(0, 1), delta.flatten())
+        x, delta = (1 - block.alpha) * x + block.alpha * block.mlp(x), norm["mlp"] * delta
+        if block.ball is not None:
+            rho = block.ball * math.sqrt(d)
+            delta = delta * (rho / (x.norm(dim=-1) - delta).clamp_min(rho))
+            x = onto_ball(x, block.ball)
+
+
+def attention_change(attn, norm, x, delta, cos, sin):
+    """
+    A bound (B, T) on the L2 norm of what the output of attention at x (B, T, d) changes by, if each token s of
+    x changes by at most delta_s (B, T) in L2 norm. For a query t and a head, with b = softmax_scale / d_head:
+
+      o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
+    - Scores change by at most e_s = b (sigma_q delta_t |k_s| + |q_t| sigma_k delta_s + sigma_q sigma_k delta_t
+      delta_s); RoPE and the bias, which depend on positions alone, change none of that.
+    - p'_s = p_s exp(da_s) / E exp(da) lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), with E
+      the mean under p. The first sum is W_v times one vector of norm at most sum_s p'_s delta_s.
+    - Second sum, in three ways, of which the least counts: since sum_s p_s (v_s - o) = 0 it is that of p'_s
+      (v_s - o), so at most max_s |v_s - o|; it is at most sum_s |p'_s - p_s| |v_s - o| by the bounds just said;
+      and with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o). There
+      da_s = b <dq, k_s> gives b Cov_p(v, k) dq, at most b |Cov_p(v, k)|_F sigma_q delta_t; the rest of da_s is
+      at most b (|q_t| sigma_k delta_s + sigma_q sigma_k delta_t delta_s); and |rem_s| <= exp(e_s) / (2 - E
+      exp(e)) - 1 - e_s - E e while E exp(e) < 2: the power series of exp(a_s) / (1 - E(exp(a) - 1)), less its
+      terms of order 0 and 1, has with all signs plus and e for |a| the sum on the right.
+    Over heads, changes c_h of the values' inputs give at most each of sum_h sigma(W_o^h W_v^h) c_h,
+    sigma([W_o^1 W_v^1 ...]) |c| and sigma(W_o) |sigma_v c|, and changes S_h of their outputs at most each of
+    sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
+    """
+    qk, v, bias = attn.heads(x, cos, sin)                                     # (B, H, T, d_head)
+    T, of = x.shape[1], lambda name: norm[name][:, None, None]                # (H, 1, 1), beside (B, H, T, T)
+    seen = ~later(T, x.device)
+    p = attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros((), dtype=x.dtype)
+    p = (p if bias is None else p + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
+    p = p.expand(len(x), -1, -1, -1)                                          # (B, H, T, T): query, key
+    d_t, d_s = delta[:, None, :, None], delta[:, None, None, :]
+    inputs = (p * d_s).sum(-1)                                                # (B, H, T)
+    score = torch.zeros_like(inputs)
+    if qk:
+        q, k = qk
+        o, b = p @ v, attn.scale
+        apart = torch.cdist(o, v, compute_mode="donot_use_mm_for_euclid_dist")  # |v_s - o_t|
+        by_q = b * of("q") * d_t * k.norm(dim=-1)[..., None, :]
+        by_k = b * of("k") * d_s * (q.norm(dim=-1)[..., None] + of("q") * d_t)
+        e = (by_q + by_k).clamp_max(300.0)                                    # beyond, only `farthest` counts
+        up, down = e.exp(), (-e).exp()
+        E = lambda f: (p * f).sum(-1, keepdim=True)
+        most, least = up / E(down), down / E(up)                              # p'_s / p_s lies between them
+        farthest = apart.masked_fill(~seen, 0.0).amax(-1)
+        beyond = torch.where((seen & (e >= 300)).any(-1), math.inf, 0.0)
+        shares = (p * torch.maximum(most - 1, 1 - least) * apart).sum(-1) + beyond
+        pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
+        cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
+        rest = torch.where(E(up) < 2, up / (2 - E(up)) - 1 - e - E(e), 1e300)
+        series = b * cov.norm(dim=-1) * (of("q") * d_t)[..., 0] + (p * (by_k + rest) * apart).sum(-1) + beyond
+        score = torch.minimum(torch.minimum(farthest, shares), series)
+        inputs = torch.minimum((p * most * d_s).sum(-1) + beyond, delta.cummax(dim=1).values[:, None])
+    across = lambda c: c.square().sum(1).sqrt()
+    total = lambda name, c: (norm[name][:, None] * c).sum(1)
+    value = torch.minimum(torch.minimum(total("ov_h", inputs), norm["ov"] * across(inputs)),
+                          norm["o"] * across(norm["v"][:, None] * inputs))
+    return attn.out_scale * (value + torch.minimum(total("o_h", score), norm["o"] * across(score)))
+
+
+def leads_hold(block, norm, W, x, delta):
+    """
+    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,) in L2
+    of x (N, d), for the head's rows w_j of W: (N,).
+
+    The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
+    the norm of its gradient, which is |w_i - w_j| times the MLP half's gain or less; and for an MLP of two
+    layers, W_out and W_in, with u = W_out^T (w_i - w_j), it is (1 - alpha) (w_i - w_j) + alpha W_in^T D^T u, where D
+    is the derivative of the activation somewhere within delta |row of W_in| of its input z:
+    - GELU: D is diagonal, within 2 phi(0) / GELU_SLOPE times that distance of its value at z, since
+      |GELU''| <= 2 phi(0), and in [1 / GELU_SLOPE - 1, 1].
+    - MaxMin: for a pair whose difference cannot change its sign D is known; else D^T u lies on the
+      segment between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from its middle.
+    What is uncertain counts with its norm, times sigma(W_in).
+    """
+    alpha, mlp = block.alpha, block.mlp
+    y = (1 - alpha) * x + alpha * mlp(x)
+    z = y @ W.T
+    top = z.argmax(dim=-1)
+    lead = z.gather(1, top[:, None]) - z                                     # (N, V)
+    apart = torch.cdist(W[top], W, compute_mode="donot_use_mm_for_euclid_dist")
+    fails = lead <= norm["mlp"] * apart * delta[:, None]
+    fails.scatter_(1, top[:, None], False)
+    if mlp.mid:
+        return ~fails.any(dim=1)
+    rows = mlp.fc.weight                                                     # (hidden, d)
+    for n, j in (part.unbind(1) for part in fails.nonzero().split(4096)):   # predictions, and rivals
+        w, a = W[top[n]] - W[j], mlp.fc(x[n])
+        u, reach = w @ mlp.proj.weight, delta[n, None]                       # (pairs, hidden), (pairs, 1)
+        if mlp.activation is gelu:
+            slope = (0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * normal_density(a)) / GELU_SLOPE
+            off = 2 * normal_density(torch.zeros(())) / GELU_SLOPE * rows.norm(dim=1) * reach
+            off = torch.minimum(off, torch.maximum(1 - slope, slope - (1 / GELU_SLOPE - 1)))
+            middle, off = slope * u, (off * u).norm(dim=1)
+        else:
+            (a1, a2), (u1, u2), (r1, r2) = a.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
+            sure = (a1 - a2).abs() > (r1 - r2).norm(dim=1) * reach
+            m1, m2 = torch.where(a1 > a2, u1, u2), torch.where(a1 > a2, u2, u1)
+            middle = torch.cat((torch.where(sure, m1, (u1 + u2) / 2), torch.where(sure, m2, (u1 + u2) / 2)), dim=1)
+            off = torch.where(sure, 0.0, u1 - u2).norm(dim=1) / math.sqrt(2)
+        gradient = ((1 - alpha) * w + alpha * middle @ rows).norm(dim=1) + alpha * norm["fc"] * off
+        fails[n, j] = lead[n, j] <= gradient * delta[n]
+    return ~fails.any(dim=1)
+
+
+def normal_density(z):
+    return torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -143,15 +143,23 @@ class Attention(nn.Module):
             back = (first + torch.arange(config.n_head) * (layer + 1)).clamp_max(config.block_size - 1)
             self.bias = nn.Parameter(8.0 * F.one_hot(back, config.block_size))
 
-    def forward(self, x, cos, sin):
+    def heads(self, x, cos, sin):
+        """
+        ([q, k] turned by RoPE, or [] without content; v), each (B, n_head, T, d_head), and the scores' bias:
+        None or (n_head, T, T), whose entry (t, s) is self.bias[:, t - s] for s <= t.
+        """
         B, T, C = x.shape
         *qk, v = self.qkv(x).view(B, T, -1, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
         v, bias = v.transpose(1, 2), None                                        # (B, n_head, T, d_head)
-        if self.bias is not None:  # (n_head, T, T): entry (t, s) is self.bias[:, t - s] for s <= t
+        if self.bias is not None:
             bias = F.pad(self.bias[:, :T].flip(1), (0, T - 1)).unfold(1, T, 1).flip(1).to(v.dtype)
+        return [rotate(t, cos, sin).transpose(1, 2) for t in qk], v, bias
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        qk, v, bias = self.heads(x, cos, sin)
         if qk:
-            q, k = (rotate(t, cos, sin).transpose(1, 2) for t in qk)
-            y = attend(q, k, v, self.scale, bias)
+            y = attend(*qk, v, self.scale, bias)
         else:
             y = bias.masked_fill(later(T, x.device), -math.inf).softmax(dim=-1).to(v.dtype) @ v
         y = y.transpose(1, 2).reshape(B, T, C)
