@@ -76,6 +76,10 @@ def exact(W):
     return W.detach().cpu().double()
 
 
+def exact_model(model):
+    return copy.deepcopy(model).cpu().double().requires_grad_(False)
+
+
 def sigma(W):
     """
     Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue of
@@ -572,7 +576,7 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     finds on sequences of block_size tokens in the same ball, in float64. Half of the restarts begin at
     embeddings of text, cut from tokens (N,) or else of random ids, half at random points.
     """
-    net = copy.deepcopy(model).cpu().double().requires_grad_(False)
+    net = exact_model(model)
     g = torch.Generator().manual_seed(0)
     if not isinstance(model, GPT):  # the MLP's bound is global; one image is a sequence of one token
         X = torch.randn(restarts, 1, model.config.n_in, generator=g, dtype=torch.float64)
@@ -627,14 +631,14 @@ def certified_radii(model, x, y):
 RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracies are given
 
 
-def whole_windows(model, tokens):
+def whole_windows(model, tokens, most=16):
     """
-    Inputs (B, n) and targets (B n,) that predict every token of (N,) but the first once, in order: some
-    windows of block_size at a time, and at the end of the text a shorter one.
+    Inputs (B, n) and targets (B n,) that predict every token of (N,) but the first once, in order: at most so
+    many windows of block_size at a time, and at the end of the text a shorter one.
     """
     T = model.config.block_size
     n = (len(tokens) - 1) // T * T
-    B = max(1, min(16, 2 ** 26 // (T * model.config.vocab_size)))
+    B = max(1, min(most, 2 ** 26 // (T * model.config.vocab_size)))
     edges = sorted({*range(0, n, B * T), n, len(tokens) - 1})
     for a, b in zip(edges, edges[1:]):
         yield tokens[a:b].view(-1, min(T, b - a)), tokens[a + 1:b + 1]
@@ -644,8 +648,8 @@ def stays_largest(model, X, y, radius, steps=20):
     """
     Which labels y (B, n) have the largest logits at the last n of embeddings X (B, T, d), and keep them under
     projected gradient ascent (Madry et al. 2018) on X, all tokens of a sequence changed at once, each within
-    RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the largest wrong
-    logit, over the labels not yet turned over.
+    RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the largest
+    wrong logit, over the labels not yet turned over.
     """
     change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
     for _ in range(steps + 1):  # looks at X itself and after every step
@@ -666,40 +670,45 @@ def attacked(model, tokens, radius):
     return torch.cat([right.flatten() for right in stay]).cpu()
 
 
-def attack_radii(model, X, halvings=12):
+def attack_radii(model, X, halvings=10):
     """
     log10 of radii within which an attack alters the last prediction at embeddings X (B, T, d), to within one
     of 2^halvings parts of [-9, 1], inf where none does: (B,). No certified radius can be larger.
     """
     top = model.forward_embeddings(X)[:, -1:].argmax(dim=-1)
-    low, high = torch.full((len(X), 1, 1), -9.0, dtype=X.dtype), torch.full((len(X), 1, 1), 1.0, dtype=X.dtype)
+    low, high = (torch.full((len(X), 1, 1), x, dtype=X.dtype) for x in (-9.0, 1.0))
     for _ in range(halvings):
         middle = (low + high) / 2
-        stays = stays_largest(model, X, top, 10 ** middle)[..., None]
+        stays = stays_largest(model, X, top, 10 ** middle, steps=10)[..., None]
         low, high = torch.where(stays, middle, low), torch.where(stays, high, middle)
     return torch.where(high < 1, high, math.inf)[:, 0, 0]
 
 
-@torch.inference_mode()
-def margins(model, tokens):
+@torch.no_grad()
+def predictions(model, X):
     """
-    What each prediction of tokens (N,) can bear, and whether it is right: two tensors (N - 1,), every token
-    but the first predicted once in windows of block_size.
+    What each prediction at embeddings X (B, T, d) can bear, and the prediction: (B T,) both.
 
     If the head's input h moves by |dh|_rms <= delta, the difference of logits i and j moves by at most
     logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up
     to min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
-    W, bears, right = model.head.weight, [], []
-    for x, y in whole_windows(model, tokens):
-        z = model(x)[0].flatten(0, 1)  # (B n, V)
-        top = z.max(dim=-1)
-        distance = torch.cdist(W[top.indices], W, compute_mode="donot_use_mm_for_euclid_dist")
-        delta = (top.values[:, None] - z) / distance.clamp_min(1e-30)
-        delta.scatter_(1, top.indices[:, None], math.inf)
-        bears.append(delta.min(dim=-1).values / (model.config.logit_scale * math.sqrt(W.shape[1])))
-        right.append(top.indices == y)
-    return torch.cat(bears).cpu().double(), torch.cat(right).cpu()
+    W, z = model.head.weight, model.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
+    top = z.argmax(dim=-1)
+    distance = torch.cdist(W[top], W, compute_mode="donot_use_mm_for_euclid_dist")
+    bears = (z.gather(1, top[:, None]) - z) / distance.clamp_min(1e-30)
+    bears = bears.scatter(1, top[:, None], math.inf).amin(dim=-1)
+    return bears / (model.config.logit_scale * math.sqrt(W.shape[1])), top
+
+
+def margins(model, tokens):
+    """
+    What each prediction of tokens (N,) can bear, and whether it is right, in float64: two tensors (N - 1,),
+    every token but the first predicted once in windows of block_size.
+    """
+    net, tokens = exact_model(model), tokens.cpu()
+    found = [(*predictions(net, net.wte(x)), y) for x, y in whole_windows(net, tokens)]
+    return torch.cat([bears for bears, _, _ in found]), torch.cat([top == y for _, top, y in found])
 
 
 def log10_radii(model, bears, layers):
@@ -710,7 +719,7 @@ def log10_radii(model, bears, layers):
     on a grid of 1 %, rounded down.
     """
     R = embedding_norm(model)
-    reached = lambda x: x + body_bound(layers, R + 10 ** x)[0]  # log10 of r K(R_0 + r), r = 10^x, grows with x
+    reached = lambda x: x + body_bound(layers, R + 10 ** x)[0]  # log10 of r K(R_0 + r) at r = 10^x
     K, wanted = body_bound(layers, R)[0], bears.clamp(1e-30, 1e30).log10()
     if not math.isfinite(K):
         return torch.where(bears > 0, -K, -math.inf)  # any change is borne, or none
@@ -726,29 +735,25 @@ def log10_radii(model, bears, layers):
 # ------------------------------------------------------------------------------------------------------------
 # Local radii: the certificate at one text, by what its tokens' changes can do at the attention that is there
 
-def local_radii(model, tokens, log10_global):
+def local_radii(net, X, layers):
     """
-    log10 of the certified radii of the predictions of tokens (N,), as log10_radii gives them, (N - 1,), but
-    at this text: never smaller, and 20 times larger in the median where attention looks at content. All bounds
-    below grow with the radius, so what is certified at one is at all smaller ones; a grid of 0.1 is searched
-    upwards.
+    log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds at
+    this text, two tensors (B, T): the second is never smaller, and many times larger where attention looks at
+    content. `net` is in float64, layers are its layer_norms. All bounds below grow with the radius, so that
+    what is certified at one is at all smaller ones; a grid of 0.1 is searched upwards.
     """
-    net = copy.deepcopy(model).cpu().double()
-    norms, found, start = [local_norms(block) for block in net.blocks], [], 0
-    for x, y in whole_windows(net, tokens):
-        X, radii = net.wte(x).detach(), log10_global[start:start + len(y)].clone()
-        known = radii[radii.isfinite()]
-        log10_r = known.median().item() - 0.5 if len(known) else 0.0
-        while log10_r < 9 and (holding := certified_at(net, norms, X, 10 ** log10_r)).any():
-            radii[holding] = radii[holding].clamp_min(log10_r)
-            log10_r += 0.1
-        found.append(radii)
-        start += len(y)
-    return torch.cat(found)
+    by_constant = log10_radii(net, predictions(net, X)[0], layers)
+    radii, norms, facts = by_constant.clone(), [local_norms(block) for block in net.blocks], facts_at(net, X)
+    known = radii[radii.isfinite()]
+    log10_r = known.median().item() - 0.5 if len(known) else 0.0
+    while log10_r < 9 and (holding := certified_at(net, norms, facts, 10 ** log10_r)).any():
+        radii[holding] = radii[holding].clamp_min(log10_r)
+        log10_r += 0.1
+    return by_constant.view(X.shape[:2]), radii.view(X.shape[:2])
 
 
 def local_norms(block):
-    """What the bounds at a text need of a block whatever the text: spectral norms of its matrices, by name."""
+    """Spectral norms of a block's matrices, by name: what the bounds at a text need of it."""
     attn, mlp = block.attn, block.mlp
     H, dh = attn.n_head, attn.d_head
     *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)         # each (H, d_head, d)
@@ -757,86 +762,104 @@ def local_norms(block):
     OV = Wo_h @ Wv                                                    # (H, d, d)
     return {"q": sigma(Wqk[0]) if Wqk else None, "k": sigma(Wqk[1]) if Wqk else None, "v": sigma(Wv),
             "o": sigma(Wo), "o_h": sigma(Wo_h), "ov_h": sigma(OV),
-            "ov": sigma(OV.transpose(0, 1).flatten(1)), "mlp": mlp_norms(block)[0], "fc": sigma(exact(mlp.fc.weight))}
+            "ov": sigma(OV.transpose(0, 1).flatten(1)), "fc": sigma(exact(mlp.fc.weight)),
+            "mlp": mlp_norms(block)[0]}
 
 
 @torch.no_grad()
-def certified_at(net, norms, X, r):
+def facts_at(net, X):
     """
-    Which predictions at embeddings X (B, T, d) no change of at most r in RMS norm, of all tokens at once, alters:
-    (B T,). `net` and X are in float64; norms are those of local_norms.
+    What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: for each block its
+    input x and that with attention, mid, (B, T, d), and for every head attention p (B, H, T, T) of queries t
+    to keys s and, unless scores are free of content, |q_t|, |k_s|, |v_s - o_t| and |Cov_p(v, k)|_F.
+    """
+    T, x, facts = X.shape[1], X, []
+    cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
+    for block in net.blocks:
+        qk, v, bias = block.attn.heads(x, cos, sin)
+        scores = block.attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
+        p = (scores if bias is None else scores + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
+        mid = (1 - block.alpha) * x + block.alpha * block.attn(x, cos, sin)
+        fact = {"x": x, "mid": mid, "p": p, "seen": seen}
+        if qk:
+            q, k = qk
+            o = p @ v
+            pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
+            cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
+            apart = torch.cdist(o, v, compute_mode="donot_use_mm_for_euclid_dist")
+            fact |= {"q": q.norm(dim=-1)[..., :, None], "k": k.norm(dim=-1)[..., None, :], "apart": apart,
+                     "cov": cov.norm(dim=-1), "farthest": apart.masked_fill(~seen, 0.0).amax(-1)}
+        facts.append(fact)
+        x = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
+        x = x if block.ball is None else onto_ball(x, block.ball)
+    return facts
+
+
+@torch.no_grad()
+def certified_at(net, norms, facts, r):
+    """
+    Which predictions no change of the embeddings by at most r in RMS norm, of all tokens at once, alters:
+    (B T,), at the text of facts_at, with the norms of local_norms.
 
     Token by token, delta (B, T) bounds the L2 norm of what a token's vector can change by. Attention takes it
-    as attention_change says, the residual as (1 - alpha) delta + alpha times that, an MLP half times its global
-    gain. A ball of radius rho sqrt(d) in L2 leaves it, or, where the token and all within delta of it lie
-    outside, at a distance of at least m from zero, shrinks it by rho sqrt(d) / m, as x rho / |x| has the
-    derivative (I - x x^T / |x|^2) rho / |x|. Behind the last block it multiplies all logits of a token by
-    a positive number, which changes no prediction, so it is left out there.
+    to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP half to its global gain
+    times delta. A ball of L2 radius rho leaves it; or, where the token and all within delta of it are longer
+    than m >= rho, shrinks it by rho / m, as x rho / |x| has the derivative (I - x x^T / |x|^2) rho / |x|.
+    Behind the last block it multiplies all logits of a token by one positive number, which changes no
+    prediction, so it is left out there.
     """
-    d, T = net.config.n_embd, X.shape[1]
-    x, delta = X, torch.full(X.shape[:2], r * math.sqrt(d), dtype=X.dtype)
-    for i, (block, norm) in enumerate(zip(net.blocks, norms)):
-        change = attention_change(block.attn, norm, x, delta, net.cos[:T], net.sin[:T])
-        x = (1 - block.alpha) * x + block.alpha * block.attn(x, net.cos[:T], net.sin[:T])
+    delta = torch.full(facts[0]["x"].shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
+    for i, (block, norm, fact) in enumerate(zip(net.blocks, norms, facts)):
+        change = attention_change(block.attn, norm, fact, delta)
         delta = (1 - block.alpha) * delta + block.alpha * change
         if i == len(norms) - 1:
-            return leads_hold(block, norm, net.head.weight, x.flatten(0, 1), delta.flatten())
-        x, delta = (1 - block.alpha) * x + block.alpha * block.mlp(x), norm["mlp"] * delta
+            return leads_hold(block, norm, net.head.weight, fact["mid"].flatten(0, 1), delta.flatten())
+        delta = norm["mlp"] * delta
         if block.ball is not None:
-            rho = block.ball * math.sqrt(d)
-            delta = delta * (rho / (x.norm(dim=-1) - delta).clamp_min(rho))
-            x = onto_ball(x, block.ball)
+            y = (1 - block.alpha) * fact["mid"] + block.alpha * block.mlp(fact["mid"])
+            rho = block.ball * math.sqrt(net.config.n_embd)
+            delta = delta * (rho / (y.norm(dim=-1) - delta).clamp_min(rho))
 
 
-def attention_change(attn, norm, x, delta, cos, sin):
+def attention_change(attn, norm, fact, delta):
     """
-    A bound (B, T) on the L2 norm of what the output of attention at x (B, T, d) changes by, if each token s of
-    x changes by at most delta_s (B, T) in L2 norm. For a query t and a head, with b = softmax_scale / d_head:
+    A bound (B, T) on the L2 norm of what the output of attention changes by at a text, if each token s of its
+    input changes by at most delta_s (B, T) in L2 norm. For a query t and a head, b = softmax_scale / d_head:
 
       o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
-    - Scores change by at most e_s = b (sigma_q delta_t |k_s| + |q_t| sigma_k delta_s + sigma_q sigma_k delta_t
-      delta_s); RoPE and the bias, which depend on positions alone, change none of that.
-    - p'_s = p_s exp(da_s) / E exp(da) lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), with E
-      the mean under p. The first sum is W_v times one vector of norm at most sum_s p'_s delta_s.
-    - Second sum, in three ways, of which the least counts: since sum_s p_s (v_s - o) = 0 it is that of p'_s
-      (v_s - o), so at most max_s |v_s - o|; it is at most sum_s |p'_s - p_s| |v_s - o| by the bounds just said;
-      and with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o). There
-      da_s = b <dq, k_s> gives b Cov_p(v, k) dq, at most b |Cov_p(v, k)|_F sigma_q delta_t; the rest of da_s is
-      at most b (|q_t| sigma_k delta_s + sigma_q sigma_k delta_t delta_s); and |rem_s| <= exp(e_s) / (2 - E
-      exp(e)) - 1 - e_s - E e while E exp(e) < 2: the power series of exp(a_s) / (1 - E(exp(a) - 1)), less its
-      terms of order 0 and 1, has with all signs plus and e for |a| the sum on the right.
+    - Scores change by at most e_s = b (sigma_q delta_t |k_s| + |q_t| sigma_k delta_s + sigma_q sigma_k
+      delta_t delta_s); RoPE and the bias, which depend on positions alone, change none of that.
+    - p'_s = p_s exp(da_s) / E exp(da), where E is the mean under p, lies between p_s exp(-e_s) / E exp(e) and
+      p_s exp(e_s) / E exp(-e). So the first sum is W_v times a vector of norm at most sum_s p'_s delta_s.
+    - The second sum in three ways, of which the least counts. As sum_s p_s (v_s - o) = 0 it is sum_s p'_s
+      (v_s - o), at most max_s |v_s - o|. It is at most sum_s |p'_s - p_s| |v_s - o|, by the interval above.
+      And with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o): of da_s, b <dq,
+      k_s> gives b Cov_p(v, k) dq, at most b |Cov_p(v, k)|_F sigma_q delta_t, and the rest is at most
+      b (|q_t| sigma_k delta_s + sigma_q sigma_k delta_t delta_s); and |rem_s| <= exp(e_s) / (2 - E exp(e))
+      - 1 - e_s - E e while E exp(e) < 2, as the power series of exp(a_s) / (1 - E(exp(a) - 1)) without its
+      terms of order 0 and 1 is, with plus for all signs and e for |a|, that of the right side.
     Over heads, changes c_h of the values' inputs give at most each of sum_h sigma(W_o^h W_v^h) c_h,
     sigma([W_o^1 W_v^1 ...]) |c| and sigma(W_o) |sigma_v c|, and changes S_h of their outputs at most each of
     sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
     """
-    qk, v, bias = attn.heads(x, cos, sin)                                     # (B, H, T, d_head)
-    T, of = x.shape[1], lambda name: norm[name][:, None, None]                # (H, 1, 1), beside (B, H, T, T)
-    seen = ~later(T, x.device)
-    p = attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros((), dtype=x.dtype)
-    p = (p if bias is None else p + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
-    p = p.expand(len(x), -1, -1, -1)                                          # (B, H, T, T): query, key
+    p, of = fact["p"], lambda name: norm[name][:, None, None]                 # (B, H, T, T); (H, 1, 1)
     d_t, d_s = delta[:, None, :, None], delta[:, None, None, :]
     inputs = (p * d_s).sum(-1)                                                # (B, H, T)
     score = torch.zeros_like(inputs)
-    if qk:
-        q, k = qk
-        o, b = p @ v, attn.scale
-        apart = torch.cdist(o, v, compute_mode="donot_use_mm_for_euclid_dist")  # |v_s - o_t|
-        by_q = b * of("q") * d_t * k.norm(dim=-1)[..., None, :]
-        by_k = b * of("k") * d_s * (q.norm(dim=-1)[..., None] + of("q") * d_t)
-        e = (by_q + by_k).clamp_max(300.0)                                    # beyond, only `farthest` counts
+    if "q" in fact:
+        b, apart = attn.scale, fact["apart"]
+        by_q = b * of("q") * d_t * fact["k"]
+        by_k = b * of("k") * d_s * (fact["q"] + of("q") * d_t)
+        e = (by_q + by_k).clamp_max(300.0)
+        beyond = torch.where((fact["seen"] & (e == 300)).any(-1), math.inf, 0.0)  # only `farthest` is left
         up, down = e.exp(), (-e).exp()
         E = lambda f: (p * f).sum(-1, keepdim=True)
         most, least = up / E(down), down / E(up)                              # p'_s / p_s lies between them
-        farthest = apart.masked_fill(~seen, 0.0).amax(-1)
-        beyond = torch.where((seen & (e >= 300)).any(-1), math.inf, 0.0)
-        shares = (p * torch.maximum(most - 1, 1 - least) * apart).sum(-1) + beyond
-        pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
-        cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
+        shares = E(torch.maximum(most - 1, 1 - least) * apart)[..., 0] + beyond
         rest = torch.where(E(up) < 2, up / (2 - E(up)) - 1 - e - E(e), 1e300)
-        series = b * cov.norm(dim=-1) * (of("q") * d_t)[..., 0] + (p * (by_k + rest) * apart).sum(-1) + beyond
-        score = torch.minimum(torch.minimum(farthest, shares), series)
-        inputs = torch.minimum((p * most * d_s).sum(-1) + beyond, delta.cummax(dim=1).values[:, None])
+        series = b * fact["cov"] * (of("q") * d_t)[..., 0] + E((by_k + rest) * apart)[..., 0] + beyond
+        score = torch.minimum(torch.minimum(fact["farthest"], shares), series)
+        inputs = torch.minimum(E(most * d_s)[..., 0] + beyond, delta.cummax(dim=1).values[:, None])
     across = lambda c: c.square().sum(1).sqrt()
     total = lambda name, c: (norm[name][:, None] * c).sum(1)
     value = torch.minimum(torch.minimum(total("ov_h", inputs), norm["ov"] * across(inputs)),
@@ -846,13 +869,13 @@ def attention_change(attn, norm, x, delta, cos, sin):
 
 def leads_hold(block, norm, W, x, delta):
     """
-    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,) in L2
-    of x (N, d), for the head's rows w_j of W: (N,).
+    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,) in
+    L2 norm of x (N, d), for the head's rows w_j of W: (N,).
 
     The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
     the norm of its gradient, which is |w_i - w_j| times the MLP half's gain or less; and for an MLP of two
-    layers, W_out and W_in, with u = W_out^T (w_i - w_j), it is (1 - alpha) (w_i - w_j) + alpha W_in^T D^T u, where D
-    is the derivative of the activation somewhere within delta |row of W_in| of its input z:
+    layers, W_in and W_out, with u = W_out^T (w_i - w_j), it is (1 - alpha) (w_i - w_j) + alpha W_in^T D^T u,
+    where D is the derivative of the activation somewhere within delta |row of W_in| of its input z:
     - GELU: D is diagonal, within 2 phi(0) / GELU_SLOPE times that distance of its value at z, since
       |GELU''| <= 2 phi(0), and in [1 / GELU_SLOPE - 1, 1].
     - MaxMin: for a pair whose difference cannot change its sign D is known; else D^T u lies on the
@@ -870,7 +893,11 @@ def leads_hold(block, norm, W, x, delta):
     if mlp.mid:
         return ~fails.any(dim=1)
     rows = mlp.fc.weight                                                     # (hidden, d)
-    for n, j in (part.unbind(1) for part in fails.nonzero().split(4096)):   # predictions, and rivals
+    nearest = (lead / apart.clamp_min(1e-300)).scatter(1, top[:, None], math.inf).argmin(dim=1)
+    first = torch.zeros_like(fails).scatter_(1, nearest[:, None], True) & fails
+    lost = torch.zeros_like(top, dtype=torch.bool)                           # to the nearest rival: enough
+    for n, j in (part.unbind(1) for which in (first, fails & ~first) for part in which.nonzero().split(4096)):
+        n, j = n[~lost[n]], j[~lost[n]]                                      # predictions, and rivals
         w, a = W[top[n]] - W[j], mlp.fc(x[n])
         u, reach = w @ mlp.proj.weight, delta[n, None]                       # (pairs, hidden), (pairs, 1)
         if mlp.activation is gelu:
@@ -882,11 +909,12 @@ def leads_hold(block, norm, W, x, delta):
             (a1, a2), (u1, u2), (r1, r2) = a.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
             sure = (a1 - a2).abs() > (r1 - r2).norm(dim=1) * reach
             m1, m2 = torch.where(a1 > a2, u1, u2), torch.where(a1 > a2, u2, u1)
-            middle = torch.cat((torch.where(sure, m1, (u1 + u2) / 2), torch.where(sure, m2, (u1 + u2) / 2)), dim=1)
+            between = (u1 + u2) / 2
+            middle = torch.cat((torch.where(sure, m1, between), torch.where(sure, m2, between)), dim=1)
             off = torch.where(sure, 0.0, u1 - u2).norm(dim=1) / math.sqrt(2)
         gradient = ((1 - alpha) * w + alpha * middle @ rows).norm(dim=1) + alpha * norm["fc"] * off
-        fails[n, j] = lead[n, j] <= gradient * delta[n]
-    return ~fails.any(dim=1)
+        lost[n[lead[n, j] <= gradient * delta[n]]] = True
+    return ~lost
 
 
 def normal_density(z):
@@ -896,7 +924,9 @@ def normal_density(z):
 # ------------------------------------------------------------------------------------------------------------
 # Report, and the command line
 
-ATTACKED = 4096  # tokens
+ATTACKED = 2048             # tokens, at once
+LOCAL = 512                 # tokens, with radii at the text
+ALONE, CONTEXT = 24, 32     # predictions attacked one by one, each the last of so many tokens
 
 
 def report(path, steps):
@@ -942,11 +972,18 @@ def report(path, steps):
         lines[-1] += f"; median certified radius of a right prediction {radius:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in scores["certified_accuracy"].items())
     lines.append(f"certified accuracy at radius {at}")
-    lines.append(f"\naccuracy at radius  certified   of the first {len(text[:ATTACKED]):,}: certified, attack, "
-                 "plain")
+    few = len(text[:ATTACKED])
+    lines.append(f"\naccuracy at radius  certified   of the first {few:,}: certified, attack, plain")
     for radius, accuracy in scores["radii"].items():
         first = ", ".join(f"{accuracy[f'{kind}_first']:.2%}" for kind in ("certified", "attack", "plain"))
         lines.append(f"{radius:>18}  {accuracy['certified']:9.2%}   {first}")
+    local = scores["local"]
+    medians = " -> ".join(f"{10 ** x:.1e}" for x in local["log10_median"].values())
+    at = ", ".join(f"{r}: {a:.1%} -> {b:.1%}" for r, (a, b) in local["certified_accuracy"].items())
+    lines.append(f"\nradii of the first {len(text[:LOCAL]):,} by the constant -> at the text: median {medians}; "
+                 f"certified accuracy at {at}")
+    lines.append(f"medians of {len(local['alone'])} predictions attacked one by one: " +
+                 " <= ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))
     return result | scores, "\n".join(lines)
 
 
@@ -981,6 +1018,27 @@ def at_radii(model, text, right, log10_radii):
                        "plain_first": share(few)} for r in RADII}
 
 
+def at_text(model, layers, text):
+    """
+    Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions; and
+    of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
+    """
+    net, median = exact_model(model), lambda x: x.median().item()
+    found = [(*local_radii(net, net.wte(x), layers), predictions(net, net.wte(x))[1] == y)
+             for x, y in whole_windows(net, text[:LOCAL + 1], 1)]
+    by_constant, local, right = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
+    n = min(CONTEXT, net.config.block_size, len(text))
+    X = net.wte(torch.stack([text[i:i + n] for i in torch.linspace(0, len(text) - n, ALONE).long()]))
+    alone = [radii[:, -1] for radii in local_radii(net, X, layers)] + [attack_radii(net, X)]
+    names = ("constant", "local", "attack")
+    at = lambda x: [share(right & (radii > x)) for radii in (by_constant, local)]
+    certified = {f"1e{x}": at(x) for x in range(-5, 0)}
+    medians = [median(radii[right]) for radii in (by_constant, local)] if right.any() else [-math.inf] * 2
+    return {"log10_median": dict(zip(names, medians)), "certified_accuracy": certified,
+            "log10_median_alone": {name: median(radii) for name, radii in zip(names, alone)},
+            "alone": [dict(zip(names, radii)) for radii in zip(*(radii.tolist() for radii in alone))]}
+
+
 def certified_predictions(model, layers, text):
     """
     Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack; and
@@ -993,7 +1051,7 @@ def certified_predictions(model, layers, text):
     certified = {f"1e{x}": share(right & (radii > x)) for x in range(middle - 2, middle + 2)}
     characters = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
     return {"val_acc": share(right), "certified_accuracy": certified,
-            "radii": at_radii(model, text, right, radii),
+            "radii": at_radii(model, text, right, radii), "local": at_text(model, layers, text),
             "log10_median_radius": median if median > -math.inf else None,
             "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in characters]}
 
