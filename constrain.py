@@ -980,10 +980,12 @@ def report(path, steps):
     local = scores["local"]
     medians = " -> ".join(f"{10 ** x:.1e}" for x in local["log10_median"].values())
     at = ", ".join(f"{r}: {a:.1%} -> {b:.1%}" for r, (a, b) in local["certified_accuracy"].items())
-    lines.append(f"\nradii of the first {len(text[:LOCAL]):,} by the constant -> at the text: median {medians}; "
-                 f"certified accuracy at {at}")
+    lines.append(f"\nradii of the first {len(text[:LOCAL]):,} by the constant -> at the text: median "
+                 f"{medians}; certified accuracy at {at}")
     lines.append(f"medians of {len(local['alone'])} predictions attacked one by one: " +
                  " <= ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))
+    lines.append("rounding moves a logit by up to {float32:.1e} in float32, {bfloat16:.1e} in bfloat16; the "
+                 "largest logit leads by {median_lead:.2f} in the median".format(**scores["rounding"]))
     return result | scores, "\n".join(lines)
 
 
@@ -1020,8 +1022,8 @@ def at_radii(model, text, right, log10_radii):
 
 def at_text(model, layers, text):
     """
-    Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions; and
-    of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
+    Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions;
+    and of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
     """
     net, median = exact_model(model), lambda x: x.median().item()
     found = [(*local_radii(net, net.wte(x), layers), predictions(net, net.wte(x))[1] == y)
@@ -1039,6 +1041,24 @@ def at_text(model, layers, text):
             "alone": [dict(zip(names, radii)) for radii in zip(*(radii.tolist() for radii in alone))]}
 
 
+@torch.inference_mode()
+def rounding(model, text):
+    """
+    How far float32 and bfloat16 move a logit of the first LOCAL predictions of text (N,), at most, and the
+    median lead of the largest logit: the bounds are about real numbers.
+    """
+    leads, off = [], {"float32": 0.0, "bfloat16": 0.0}
+    net = exact_model(model)
+    for x, _ in whole_windows(net, text[:LOCAL + 1]):
+        z = net(x)[0]
+        top = z.max(dim=-1, keepdim=True)
+        leads.append((top.values - z.scatter(-1, top.indices, -math.inf).amax(dim=-1, keepdim=True)).flatten())
+        for dtype in off:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                off[dtype] = max(off[dtype], (model(x)[0].double() - z).abs().max().item())
+    return off | {"median_lead": torch.cat(leads).median().item()}
+
+
 def certified_predictions(model, layers, text):
     """
     Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack; and
@@ -1052,6 +1072,7 @@ def certified_predictions(model, layers, text):
     characters = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
     return {"val_acc": share(right), "certified_accuracy": certified,
             "radii": at_radii(model, text, right, radii), "local": at_text(model, layers, text),
+            "rounding": rounding(model, text),
             "log10_median_radius": median if median > -math.inf else None,
             "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in characters]}
 

@@ -1259,6 +1259,77 @@ def test_the_worst_case_is_no_better_than_any(options):
     assert 0 < bound.mean() and not certified.all()
 
 
+LOCAL_MODELS = {"paper": dict(c=3.0), "gelu alone": dict(L=1, c=0.0, position_bias=True),
+                "maxmin": dict(per_head=True, activation="maxmin", position_bias=True), "ball": dict(L=3, ball=0.5),
+                "no residual": dict(c=0.0, position_bias=True, alpha=1.0, activation="maxmin", mlp_layers=3, mlp_ratio=1)}
+
+
+@pytest.mark.parametrize("trained", (False, True))
+@pytest.mark.parametrize("options", LOCAL_MODELS.values(), ids=LOCAL_MODELS)
+def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
+    """By the constant <= at the text <= an attack's, prediction by prediction; and much above the first with content."""
+    torch.manual_seed(0)
+    net = random_weights(gpt(**dict(H=2, d=16, L=2, T=10, logit_scale=4.0) | options), 0.9 if trained else 1.3)
+    ids = torch.randint(11, (12, 11))
+    ids[:, 3::2] = ids[:, 1:2]  # something to learn
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(60 * trained):
+        optimizer.zero_grad()
+        net(ids[:, :-1], ids[:, 1:])[1].backward()
+        optimizer.step()
+    net = constrain.exact_model(net)
+    X, layers = net.wte(ids[:, :-1]), constrain.layer_norms(net)
+    by_constant, local = constrain.local_radii(net, X, layers)
+    bears, _ = constrain.predictions(net, X)
+    assert torch.equal(by_constant.flatten(), constrain.log10_radii(net, bears, layers))
+    assert (local >= by_constant).all() and (local[:, -1] <= constrain.attack_radii(net, X)).all()
+    if options.get("c", 1.0) and trained:
+        assert (local - by_constant).median() > 0.5
+    # and every part of the proof: no change within a radius moves a token after a block by more than delta
+    facts, norms = constrain.facts_at(net, X), [constrain.local_norms(block) for block in net.blocks]
+    for r in (1e-3, 0.1):
+        change = r * torch.randn_like(X).sign()
+        x, delta = X + change, torch.full(X.shape[:2], r * 4.0).double()
+        for block, norm, fact in zip(net.blocks, norms, facts):
+            moved = block.attn(x, net.cos[:10], net.sin[:10]) - block.attn(fact["x"], net.cos[:10], net.sin[:10])
+            assert (moved.norm(dim=-1) <= constrain.attention_change(block.attn, norm, fact, delta) + 1e-12).all()
+            x = block(x, net.cos[:10], net.sin[:10])
+            delta = (x - block(fact["x"], net.cos[:10], net.sin[:10])).norm(dim=-1)  # exactly, for the next block
+
+
+def test_what_has_no_bound_has_no_certificate():
+    """A weight that is not finite, anywhere: infinite bounds, no radius; zeros: a radius, or none, but never NaN."""
+    for bad in (math.nan, math.inf):
+        for name in ("wte.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc.weight", "blocks.1.attn.proj.weight", "head.weight"):
+            net = random_weights(gpt(L=2))
+            net.get_parameter(name).data.view(-1)[3] = bad
+            assert lipschitz_bound(net, "certified") == lipschitz_bound(net, "paper") == math.inf
+            if "blocks" in name:
+                bears = torch.tensor([0.0, 1.0, 1e9]).double()
+                assert (constrain.log10_radii(net, bears, constrain.layer_norms(net)) == -math.inf).all()
+        net = MLP(MLPConfig(4, 4, 3))
+        net.layers[1].weight.data[0, 0] = bad
+        assert lipschitz_bound(net, "certified") == math.inf
+    net, x = MLP(MLPConfig(4, 4, 3)), torch.rand(5, 4)
+    for zeros in (net.layers[:1], net.layers):
+        for layer in zeros:
+            layer.weight.data.zero_()
+        radii = constrain.certified_radii(net, x, torch.zeros(5, dtype=torch.long))
+        assert not radii.isnan().any() and set(radii.tolist()) <= {0.0, math.inf}
+
+
+def test_radii_far_from_the_middle():
+    """Leads of all sizes, with constants below and above 1: rounded down by 1 %, not cut off."""
+    torch.manual_seed(0)
+    for scale in (0.01, 0.8, 3.0):
+        net = random_weights(gpt(L=2), scale)
+        layers, R = constrain.layer_norms(net), constrain.embedding_norm(net)
+        bears = torch.logspace(-25, 25, 101).double()
+        reached = lambda r: math.log10(r) + constrain.body_bound(layers, R + r)[0]
+        for b, x in zip(bears.log10().tolist(), constrain.log10_radii(net, bears, layers).tolist()):
+            assert reached(10 ** x) <= b + 1e-9 and b < reached(1.0101 * 10 ** x) + 1e-9
+
+
 def test_the_attack_on_predictions_turns_over_what_it_should():
     """At a radius of almost 0 nothing; and at one at which every embedding can become every other, all but a few."""
     torch.manual_seed(0)
@@ -1430,11 +1501,9 @@ class GPU(TorchDispatchMode):
 
 
 def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
-    for owner, name in ((train, "activations"), (train, "evaluate"), (constrain, "margins"), (GPT,
-                                                                                              "generate")):
-        monkeypatch.setattr(owner, name,
-                            torch.no_grad()(getattr(
-                                owner, name).__wrapped__))  # inference mode knows no such devices
+    for owner, name in ((train, "activations"), (train, "evaluate"), (GPT, "generate")):
+        without = torch.no_grad()(getattr(owner, name).__wrapped__)  # inference mode knows no such devices
+        monkeypatch.setattr(owner, name, without)
     monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
     rng = np.random.default_rng(0)
     arrays = {
