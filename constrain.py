@@ -431,28 +431,66 @@ def attention_norms(attn, softmax_scale):
 
 def mlp_norms(block):
     """
-    (gain, growth) of x -> (1 - alpha) x + alpha mlp(x): the norm of its derivative, and of its output over
-    its input's.
+    (gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: |J|, |J W_o| over
+    |W_o| for attention's output matrix W_o, and the norm of its output over its input's.
 
-    Both are at most (1 - alpha) + alpha times the product of the layers' norms, as the activations are
+    All are at most (1 - alpha) + alpha times the product of the layers' norms, as the activations are
     1-Lipschitz and do not lengthen: maxmin sorts pairs, |GELU(z)| <= |z| and |GELU'(z)| <= GELU_SLOPE. With
-    GELU between two layers they are less:
+    two layers they are less, as J = A + U E V with a diagonal E, |E| <= 1 (see uncertain_norm):
 
-    The derivative is (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE.
-    As GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] =
-    [m - r, m + r]. So with D = m I + E, |E| <= r, its norm is at most
-    |(1 - alpha) I + alpha m W_out W_in| + alpha r |W_out| |W_in|. The output is the same with GELU(z) / z,
-    which lies in [0, 1], in place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
+    - GELU: J = (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE. As
+      GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] =
+      [m - r, m + r], so D = m I + r E. The output is the same with GELU(z) / z, which lies in [0, 1], in
+      place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
+    - MaxMin: D leaves each pair or swaps it. In the coordinates (z_1 + z_2) / sqrt(2) and (z_1 - z_2) /
+      sqrt(2) it is 1 and +-1, and the output is the same.
     """
-    mlp, alpha = block.mlp, block.alpha
-    product = math.prod(rms_norm(layer.weight).item() for layer in (mlp.fc, *mlp.mid, mlp.proj))
-    if mlp.mid or mlp.activation is not gelu:
-        return ((1 - alpha) + alpha * product,) * 2
-    W = exact(mlp.proj.weight) @ exact(mlp.fc.weight)
-    identity = torch.eye(len(W), dtype=torch.float64)
-    whole = lambda m, r: rms_norm((1 - alpha) * identity + alpha * m * W).item() + alpha * r * product
-    r = 1 - 1 / (2 * GELU_SLOPE)
-    return whole(1 - r, r), whole(1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE))
+    mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
+    norms = [rms_norm(layer.weight).item() for layer in (mlp.fc, *mlp.mid, mlp.proj)]
+    product = (1 - alpha) + alpha * math.prod(norms)
+    if mlp.mid or len(Wo) > 512:  # beyond, it takes long
+        return 3 * (product, )
+    W_out, W_in, I = exact(mlp.proj.weight), exact(mlp.fc.weight), torch.eye(len(Wo), dtype=torch.float64)
+    if mlp.activation is gelu:
+        of = lambda m, r: ((1 - alpha) * I + alpha * m * W_out @ W_in, alpha * r * W_out, W_in)
+        r = 1 - 1 / (2 * GELU_SLOPE)
+        (A, U, V), growing = of(1 - r, r), of(1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE))
+    else:
+        (out_1, out_2), (in_1, in_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
+        A = (1 - alpha) * I + alpha / 2 * (out_1 + out_2) @ (in_1 + in_2)
+        U, V = alpha / 2 * (out_1 - out_2), in_1 - in_2
+        growing = A, U, V
+    gain = min(product, uncertain_norm(A, U, V))
+    score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
+    return gain, score_gain, min(product, uncertain_norm(*growing))
+
+
+def uncertain_norm(A, U, V):
+    """
+    An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1, by the S-procedure: for any l >
+    sigma(U)^2 and w = E V x, |w| <= |V x|, so
+      |A x + U w|^2 <= |A x + U w|^2 + l (|V x|^2 - |w|^2) <= x^T (l A^T (l I - U U^T)^-1 A + l V^T V) x,
+    the last for the w that makes it largest. The best l is searched for; every one is valid, and so is
+    sigma(A) + sigma(U) sigma(V).
+    """
+    triangle = (sigma(A) + sigma(U) * sigma(V)).item()
+    s, Q = torch.linalg.eigh(U @ U.mT)
+    A, gram = Q.mT @ A, V.mT @ V
+    top = s[-1].clamp_min(1e-30)
+
+    def bound(t):
+        l = top * (1 + math.exp(t))
+        squared = l * torch.linalg.eigvalsh(A.mT @ (A / (l - s)[:, None]) + gram)[-1]
+        return squared.clamp_min(0).sqrt().item()
+
+    low, high = -7.0, 7.0  # of t; a golden section
+    points = {t: bound(t) for t in (high - 0.618 * (high - low), low + 0.618 * (high - low))}
+    for _ in range(6):
+        left, right = sorted(t for t in points if low < t < high)
+        low, high = (low, right) if points[left] < points[right] else (left, high)
+        new = high - 0.618 * (high - low) if points[left] < points[right] else low + 0.618 * (high - low)
+        points[new] = bound(new)
+    return min(triangle, *points.values())
 
 
 def certificate(model, R=None, layers=None):
@@ -475,14 +513,17 @@ def body_bound(layers, R):
     The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the
     chain rule multiplies the layers' bounds, each on the ball of radius R that its input stays in.
     x -> (1 - alpha) x + alpha f(x) has the gain (1 - alpha) + alpha |f'| and the radius
-    (1 - alpha) R + alpha max |f|.
+    (1 - alpha) R + alpha max |f|. A block, with J the derivative of its MLP half and W_o S that of attention
+    through the scores, has |J ((1 - alpha) I + alpha V + alpha W_o S)| <= |J| ((1 - alpha) + alpha A_V) +
+    alpha A_QK R^2 |J W_o| / |W_o|, as A_QK R^2 is a bound on |W_o| |S|.
     The projection onto a ball, as onto any convex set, has gain 1, and R is at most the ball's radius from
     there on. Everything is a log10, since K of a large model exceeds the largest float.
     """
     log10_R, total, parts = log10(R), 0.0, []
-    for alpha, A_V, A_QK, mlp_gain, mlp_growth, ball in layers:
+    for alpha, A_V, A_QK, mlp_gain, score_gain, mlp_growth, ball in layers:
         value, score = log10(A_V), log10(A_QK) + 2 * log10_R
-        gain = log10_mix(alpha, log10_add(value, score)) + log10(mlp_gain)
+        gain = log10_add(log10_mix(alpha, value) + log10(mlp_gain),
+                         math.log10(alpha) + score + log10(score_gain))
         parts.append({"R": log10_R, "value": value, "score": score, "mlp": log10(mlp_gain), "gain": gain})
         log10_R = min(log10_R + log10_mix(alpha, value) + log10(mlp_growth), log10(ball))
         total += gain
@@ -491,12 +532,12 @@ def body_bound(layers, R):
 
 def layer_norms(model):
     """
-    What certificate needs of each layer, whatever R: [(alpha, A_V, A_QK, MLP gain, MLP growth, ball)], all
-    norms infinite if a weight is not finite.
+    What certificate needs of each layer, whatever R: [(alpha, A_V, A_QK, MLP gain, its score gain, its
+    growth, ball)], all norms infinite if a weight is not finite.
     """
     c = model.config.softmax_scale
     norms = lambda block: (*attention_norms(block.attn, c), *mlp_norms(block))
-    return [(block.alpha, *(norms(block) if finite(block) else 4 * (math.inf, )), block.ball or math.inf)
+    return [(block.alpha, *(norms(block) if finite(block) else 5 * (math.inf, )), block.ball or math.inf)
             for block in model.blocks]
 
 
@@ -1052,7 +1093,8 @@ def rounding(model, text):
     for x, _ in whole_windows(net, text[:LOCAL + 1]):
         z = net(x)[0]
         top = z.max(dim=-1, keepdim=True)
-        leads.append((top.values - z.scatter(-1, top.indices, -math.inf).amax(dim=-1, keepdim=True)).flatten())
+        second = z.scatter(-1, top.indices, -math.inf).amax(dim=-1, keepdim=True)
+        leads.append((top.values - second).flatten())
         for dtype in off:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 off[dtype] = max(off[dtype], (model(x)[0].double() - z).abs().max().item())

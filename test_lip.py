@@ -958,9 +958,9 @@ def layer_gains(net, R=1.0):
     Certified gains, for inputs of norm <= R, of a one-layer net: attention alone, its output norm, MLP block,
     all.
     """
-    (a, A_V, A_QK, mlp_gain, mlp_growth, _), = constrain.layer_norms(net)
-    attention = A_V + A_QK * R ** 2
-    return attention, A_V * R, mlp_gain, mlp_growth, (1 - a + a * attention) * mlp_gain
+    (a, A_V, A_QK, mlp_gain, score_gain, mlp_growth, _), = constrain.layer_norms(net)
+    whole = (1 - a + a * A_V) * mlp_gain + a * A_QK * R ** 2 * score_gain
+    return A_V + A_QK * R ** 2, A_V * R, mlp_gain, mlp_growth, whole
 
 
 def isometry(d, pairs):
@@ -1159,6 +1159,33 @@ def test_no_attack_exceeds_the_certificate(seed, tight):
         assert block.attn(X, cos, sin).square().mean(dim=-1).sqrt().max() <= norm * (1 + 1e-9)
         grown = (1 - a) * X + a * block.mlp(X)
         assert grown.square().mean(dim=-1).sqrt().max() <= R * mlp_growth * (1 + 1e-9)
+
+
+def test_uncertain_norm():
+    """No E exceeds it, and the best that changing one sign after the other finds comes near."""
+    for seed, (n, k) in enumerate(((6, 6), (8, 20), (12, 5), (5, 1))):
+        g = torch.Generator().manual_seed(seed)
+        A, U, V = (torch.randn(shape, generator=g).double() for shape in ((n, n), (n, k), (k, n)))
+        bound, found = constrain.uncertain_norm(A, U, V), 0.0
+        for _ in range(10):
+            E, best = torch.randn(k, generator=g).sign().double(), 0.0
+            for i in (*range(k), *range(k)):
+                norms = {e: sigma(A + U * torch.where(torch.arange(k) == i, e, E) @ V)[0].item() for e in (-1.0, 0.3, 1.0)}
+                E[i] = max(norms, key=norms.get)
+                best = max(norms.values())
+            found = max(found, best)
+        assert found <= bound * (1 + 1e-9) and bound <= 1.3 * found
+        assert bound < sigma(A)[0] + sigma(U)[0] * sigma(V)[0]
+    assert constrain.uncertain_norm(A, 0 * U, V) == pytest.approx(sigma(A)[0].item())
+    assert constrain.uncertain_norm(A, U, 0 * V) == pytest.approx(sigma(A)[0].item(), rel=1e-2)
+
+
+def test_an_mlp_half_has_less_than_its_layers_norms():
+    for options in ({}, dict(activation="maxmin")):
+        block = random_weights(gpt(L=1, d=32, **options), 1.5).blocks[0]
+        gain, score_gain, growth = constrain.mlp_norms(block)
+        product = 1 - block.alpha + block.alpha * (rms_norm(block.mlp.fc.weight) * rms_norm(block.mlp.proj.weight)).item()
+        assert max(score_gain, growth) <= gain < 0.95 * product and score_gain < gain
 
 
 def test_no_attack_exceeds_the_certificate_of_the_mlp():
