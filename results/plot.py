@@ -8,10 +8,13 @@ import math
 import re
 from statistics import mean
 
+import numpy as np
+
 from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
                    best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, pairs, read, same_but_seed,
                    searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
+from constrain import RADII
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, which is faint on white.
@@ -224,6 +227,22 @@ def median_radius(runs):
     return f"{mean(10 ** r['log10_radii'][20] for r in runs):.2g}"
 
 
+def at(run, radius):
+    """Certified accuracy at a radius: measured, or of older runs, to half a point, from the quantiles of the radii."""
+    if "radii" in run:
+        return run["radii"][str(radius)]["certified"]
+    shares = [run["val_acc"] * (1 - i / 40) for i in range(41)]
+    return float(np.interp(radius, [10 ** x for x in run["log10_radii"]], shares))
+
+
+def left(runs):
+    """Of runs that have been attacked, what that leaves beside what is certified, on the same tokens."""
+    if "radii" not in runs[0]:
+        return ""
+    both = [[mean(r["radii"][str(radius)][name] for r in runs) for name in ("certified_first", "attack_first")] for radius in RADII]
+    return ", ".join(f"{100 * attack:.1f} ({100 * certified:.1f})" for certified, attack in both)
+
+
 def spread(values, form="{:.2%}"):
     """The mean and, of several values, the smallest and largest."""
     middle = form.format(mean(values))
@@ -304,6 +323,21 @@ def tight_tables(records, papers):
           spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
           f"{100 * mean(r['float8_lost'] for r in runs):.2f}"]
          for i, runs in enumerate(presets)])
+    robust = levels(records, "robust")
+    if robust:
+        yield "tight, trained for a radius", table(
+            ["preset", "accuracy", *(f"certified at {r}" for r in RADII), "attack leaves", "loss", "certified bound"],
+            [[settings(runs[0]["options"]), spread([r["val_acc"] for r in runs], "{:.1%}"),
+              *(spread([at(r, radius) for r in runs], "{:.1%}") for radius in RADII), left(runs),
+              f"{mean(r['val_loss'] for r in runs):.3f}", power(max(r["log10_certified"] for r in runs))]
+             for runs in [*presets, *robust]])
+    if search := [r for r in records if r["part"] == "radius"]:
+        yield "tight, search for a radius", table(
+            ["", "accuracy", *(f"certified at {r}" for r in RADII), "worst-case loss, training", "validation"],
+            [[settings({name: value for name, value in r["options"].items() if name != "preset"}), f"{r['val_acc']:.1%}",
+              *(f"{r[f'certified_acc_{radius}']:.1%}" for radius in RADII), f"{r['trace']['train_loss'][-1]:.2f}",
+              f"{r['worst_loss']:.2f}"]
+             for r in sorted(search, key=lambda r: (r["options"]["radius"], r["options"]["logit_scale"]))])
     rows, candidates = [], (presets, finals(papers, "equal") or finals(papers))
     for limit, target in TARGETS:
         both = [best_final(runs, "log10_certified", limit) for runs in candidates]
