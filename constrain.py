@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GELU_SLOPE, GPT, GPTConfig, gelu, later, load_checkpoint, onto_ball
+from model import GELU_SLOPE, GPT, GPTConfig, gelu, later, load_checkpoint, maxmin, onto_ball
 from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
 from prepare import Parser, number, one_line_errors, open_data, say, to_json
 
@@ -318,8 +318,9 @@ def lipschitz_bound(model, kind):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
     if not finite(model):
         return math.inf
-    if not isinstance(model, GPT):  # ReLU is 1-Lipschitz, so both are the product of the layers' norms
-        return sum(log10(rms_norm(layer.weight).item()) for layer in model.layers)
+    if not isinstance(model, GPT):  # both are the product of the layers' norms, as activations have gain 1
+        norms = (rms_norm(layer.weight).item() for layer in model.layers)
+        return log10(model.config.logit_scale * math.prod(norms))
     return paper_bound(model) if kind == "paper" else certificate(model)[0]
 
 
@@ -441,7 +442,7 @@ def mlp_norms(block):
     - GELU: J = (1 - alpha) I + alpha W_out D W_in with D diagonal, its entries GELU'(z) / GELU_SLOPE. As
       GELU'(-z) = 1 - GELU'(z) has the largest value GELU_SLOPE, they lie in [1 / GELU_SLOPE - 1, 1] =
       [m - r, m + r], so D = m I + r E. The output is the same with GELU(z) / z, which lies in [0, 1], in
-      place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE).
+      place of GELU'(z): there m = r = 1 / (2 GELU_SLOPE). ReLU: both lie in [0, 1].
     - MaxMin: D leaves each pair or swaps it. In the coordinates (z_1 + z_2) / sqrt(2) and (z_1 - z_2) /
       sqrt(2) it is 1 and +-1, and the output is the same.
     """
@@ -451,10 +452,10 @@ def mlp_norms(block):
     if mlp.mid or len(Wo) > 512:  # beyond, it takes long
         return 3 * (product, )
     W_out, W_in, I = exact(mlp.proj.weight), exact(mlp.fc.weight), torch.eye(len(Wo), dtype=torch.float64)
-    if mlp.activation is gelu:
+    if mlp.activation is not maxmin:
+        r, s = (1 - 1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE)) if mlp.activation is gelu else (0.5, 0.5)
         of = lambda m, r: ((1 - alpha) * I + alpha * m * W_out @ W_in, alpha * r * W_out, W_in)
-        r = 1 - 1 / (2 * GELU_SLOPE)
-        (A, U, V), growing = of(1 - r, r), of(1 / (2 * GELU_SLOPE), 1 / (2 * GELU_SLOPE))
+        (A, U, V), growing = of(1 - r, r), of(s, s)
     else:
         (out_1, out_2), (in_1, in_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
         A = (1 - alpha) * I + alpha / 2 * (out_1 + out_2) @ (in_1 + in_2)
@@ -546,11 +547,12 @@ def logit_reach(model, r, layers=None):
     What a change of norm r at the input can do to the difference of logits i and j, divided by |w_i - w_j|_2,
     where w_i are the output matrix's rows: for a GPT logit_scale sqrt(d) K r, where r is the largest RMS norm
     of a change over tokens, K the bound of the body on the ball that has grown by r, and d the width; for an
-    MLP K r, with L2 norms. As the head's input moves by |dh|_2 <= sqrt(d) K r, or K r, this is
+    MLP logit_scale K r, with L2 norms. As the head's input moves by |dh|_2 <= sqrt(d) K r, or K r, this is
     Cauchy-Schwarz: |<w_i - w_j, dh>| <= |w_i - w_j|_2 |dh|_2.
     """
     if not isinstance(model, GPT):
-        return r * math.prod(sigma(exact(layer.weight)).item() for layer in model.layers[:-1])
+        norms = (sigma(exact(layer.weight)).item() for layer in model.layers[:-1])
+        return model.config.logit_scale * r * math.prod(norms)
     log10_K, _ = body_bound(layers or layer_norms(model), embedding_norm(model) + r)
     return model.config.logit_scale * math.sqrt(model.config.n_embd) * r * 10 ** min(log10_K, 300.0)
 
@@ -652,21 +654,17 @@ def pgd(model, x, y, eps, steps=20):
 
 
 @torch.no_grad()
-def certified_radii(model, x, y):
+def certified_radii(model, x, y, reach):
     """
     The L2 radius within which no change of an input x (B, n) alters the MLP's right prediction, 0 where it is
-    wrong: (B,).
-
-    A change of norm r moves the last layer's input by at most r times the product of the spectral norms of
-    the layers before, and the difference of logits i and j by that times |w_i - w_j|, w_i being the last
-    layer's rows.
+    wrong: (B,). `reach` is logit_reach(model, 1): a change of norm r moves the difference of logits i and j
+    by at most r reach |w_i - w_j|, w_i being the last layer's rows.
     """
-    W, z = model.layers[-1].weight, model(x)[0]
-    hidden = math.prod(sigma(exact(layer.weight)).item() for layer in model.layers[:-1])
+    W, z = model.head.weight, model(x)[0]
     distance = torch.cdist(W[y], W, compute_mode="donot_use_mm_for_euclid_dist")
     margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
     margin = margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0)
-    return torch.where(margin > 0, margin / hidden, 0.0)  # hidden may be 0
+    return torch.where(margin > 0, margin / reach, 0.0)  # reach may be 0
 
 
 RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracies are given
@@ -919,6 +917,7 @@ def leads_hold(block, norm, W, x, delta):
     where D is the derivative of the activation somewhere within delta |row of W_in| of its input z:
     - GELU: D is diagonal, within 2 phi(0) / GELU_SLOPE times that distance of its value at z, since
       |GELU''| <= 2 phi(0), and in [1 / GELU_SLOPE - 1, 1].
+    - ReLU: D is known where the input cannot change its sign, else in [0, 1].
     - MaxMin: for a pair whose difference cannot change its sign D is known; else D^T u lies on the
       segment between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from its middle.
     What is uncertain counts with its norm, times sigma(W_in).
@@ -941,10 +940,13 @@ def leads_hold(block, norm, W, x, delta):
         n, j = n[~lost[n]], j[~lost[n]]                                      # predictions, and rivals
         w, a = W[top[n]] - W[j], mlp.fc(x[n])
         u, reach = w @ mlp.proj.weight, delta[n, None]                       # (pairs, hidden), (pairs, 1)
-        if mlp.activation is gelu:
-            slope = (0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * normal_density(a)) / GELU_SLOPE
-            off = 2 * normal_density(torch.zeros(())) / GELU_SLOPE * rows.norm(dim=1) * reach
-            off = torch.minimum(off, torch.maximum(1 - slope, slope - (1 / GELU_SLOPE - 1)))
+        if mlp.activation is not maxmin:
+            reach = rows.norm(dim=1) * reach                                 # of each input
+            slope, off = torch.where(a.abs() > reach, (a > 0).double(), 0.5), 0.5 * (a.abs() <= reach)
+            if mlp.activation is gelu:
+                slope = (0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * normal_density(a)) / GELU_SLOPE
+                off = 2 * normal_density(torch.zeros(())) / GELU_SLOPE * reach
+                off = torch.minimum(off, torch.maximum(1 - slope, slope - (1 / GELU_SLOPE - 1)))
             middle, off = slope * u, (off * u).norm(dim=1)
         else:
             (a1, a2), (u1, u2), (r1, r2) = a.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)

@@ -40,7 +40,7 @@ def maxmin(x):
     return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)
 
 
-ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin}
+ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin, "relu": F.relu}
 
 
 def onto_ball(x, radius):
@@ -70,7 +70,8 @@ class GPTConfig:
     attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
     alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
                                  "1: no residual", 1e-9, 1)
-    activation: str = option("gelu", "gelu, over its largest slope, or maxmin", choices=tuple(ACTIVATIONS))
+    activation: str = option("gelu", "gelu, over its largest slope, maxmin or relu",
+                             choices=tuple(ACTIVATIONS))
     mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
     mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)
     ball: float | None = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
@@ -290,14 +291,17 @@ class MLPConfig:
     n_in: int = 3072             # a 32 x 32 x 3 image
     n_hidden: int = 256
     n_out: int = 10
+    mlp_layers: int = 3
+    activation: str = "relu"
+    logit_scale: float = 1.0
 
 
 class MLP(nn.Module):
-    """The paper's CIFAR-10 net: three linear layers, ReLU between, for images (B, ...) of n_in entries."""
+    """Linear layers for images (B, ...) of n_in entries; the paper's has three, with ReLU between."""
     def __init__(self, config=MLPConfig()):
         super().__init__()
-        self.config = config
-        widths = (config.n_in, config.n_hidden, config.n_hidden, config.n_out)
+        self.config, self.activation = config, ACTIVATIONS[config.activation]
+        widths = (config.n_in, *[config.n_hidden] * (config.mlp_layers - 1), config.n_out)
         self.layers = nn.ModuleList(Linear(n, m) for n, m in zip(widths, widths[1:]))
 
     @property
@@ -308,8 +312,8 @@ class MLP(nn.Module):
         """Images (B, ...) -> logits (B, n_out) and, given labels (B,), the mean cross entropy in nats."""
         x = x.flatten(1)
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        logits = self.layers[-1](x)
+            x = self.activation(layer(x))
+        logits = self.config.logit_scale * self.head(x)
         return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
 
 

@@ -1341,7 +1341,7 @@ def test_what_has_no_bound_has_no_certificate():
     for zeros in (net.layers[:1], net.layers):
         for layer in zeros:
             layer.weight.data.zero_()
-        radii = constrain.certified_radii(net, x, torch.zeros(5, dtype=torch.long))
+        radii = constrain.certified_radii(net, x, torch.zeros(5, dtype=torch.long), constrain.logit_reach(net, 1.0))
         assert not radii.isnan().any() and set(radii.tolist()) <= {0.0, math.inf}
 
 
@@ -1407,8 +1407,9 @@ def test_certified_radii_are_where_the_prediction_may_change():
         layer.weight.data = torch.eye(8)
     x = torch.rand(50, 8) + 1  # ReLU does nothing there
     y = net(x)[0].argmax(dim=1)
-    radii = constrain.certified_radii(net, x, y)
-    assert (radii > 0).all() and (constrain.certified_radii(net, x, (y + 1) % 3) == 0).all()
+    reach = constrain.logit_reach(net, 1.0)
+    radii = constrain.certified_radii(net, x, y, reach)
+    assert (radii > 0).all() and (constrain.certified_radii(net, x, (y + 1) % 3, reach) == 0).all()
     for i in range(50):
         assert constrain.pgd(net, x[i:i + 1], y[i:i + 1], 0.99 * radii[i]).all()
         assert not constrain.pgd(net, x[i:i + 1], y[i:i + 1], 1.2 * radii[i] + 0.01).any()
@@ -2798,17 +2799,26 @@ def test_cifar10(cifar, monkeypatch, capsys):
     images = np.load("data/cifar10/train_images.npy", allow_pickle=False)
     assert images.shape == (1000, 3072) and images.dtype == np.uint8
     short = ["--batch_size=100", "--eval_interval=70", "--device=cpu", "--dtype=float32", "--compile=false"]
-    for optimizer in ("muon", "adamw"):
-        assert run_main(train, monkeypatch, "--preset=cifar10", f"--optimizer={optimizer}", "--max_steps=70",
-                        "--w_max=2", *short) is None
+    runs = []
+    for optimizer, given in (("muon", []), ("adamw", ["--optimizer=adamw", "--method=none", "--lr=3e-4"])):
+        assert run_main(train, monkeypatch, "--preset=cifar10", "--max_steps=70", *given, *short) is None
         line = log_lines("out/cifar10")[-1]
-        assert line["step"] == 70 and line["val_acc"] > 0.8
+        runs.append(line)
+        assert line["step"] == 70 and line["val_acc"] > (0.8 if optimizer == "muon" else 0)
         assert (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
         assert line["log10_certified"] == line["log10_paper"]
         for eps in (36, 72, 108, 255):
             assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
-    assert 0 < line["certified_acc_36"] and line["attacked_acc_255"] < line["val_acc"]
+    muon, _ = runs
+    assert 0 < muon["certified_acc_36"] and muon["attacked_acc_255"] < muon["val_acc"]
     assert "L2 36, 72, 108, 255/255" in capsys.readouterr().out
+    plain = muon["certified_acc_108"]
+    tight = ["--preset=cifar10-tight", "--n_embd=64", "--max_steps=70", "--attack_images=50", "--logit_scale=100", *short]
+    assert run_main(train, monkeypatch, *tight) is None
+    line = log_lines("out/cifar10-tight")[-1]
+    assert line["log10_certified"] == pytest.approx(2, abs=1e-4) and line["worst_loss"] > line["val_loss"]
+    assert line["certified_acc_108"] > plain
+    capsys.readouterr()
     assert run_main(train, monkeypatch, "--resume", "--out_dir=out/cifar10", "--max_steps=90") is None
     assert run_main(constrain, monkeypatch, "out/cifar10/ckpt.pt", "--steps=5") is None
     assert "attack" in capsys.readouterr().out
@@ -2844,16 +2854,16 @@ def test_every_constraint_learns_digits(tmp_path, monkeypatch, optimizer):
         }, "scikit-learn")
     for method in METHODS:
         train.train(
-            train.Config(dataset="digits", method=method, optimizer=optimizer, w_max=2.0, weight_decay=0.1,
-                         batch_size=128, max_steps=60, eval_interval=60, dtype="float32", compile=False,
-                         device="cpu"))
+            train.Config(dataset="digits", method=method, optimizer=optimizer, w_max=5.0, weight_decay=0.1,
+                         mlp_layers=3, activation="relu", batch_size=128, max_steps=60, eval_interval=60,
+                         dtype="float32", compile=False, device="cpu"))
         line = log_lines("out/shakespeare")[-1]
         print(optimizer, method, line)
         assert line["val_acc"] > 0.85, method
         for eps in (36, 72, 108, 255):
             assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
         if method in PROMISE_W_MAX and (method, optimizer) != ("soft_cap", "adamw"):
-            assert line["norm_over_cap"] <= 1.001 and line["log10_certified"] <= 3 * math.log10(2.002)
+            assert line["norm_over_cap"] <= 1.001 and line["log10_certified"] <= 3 * math.log10(5.005)
         net, _ = model.load_checkpoint("out/shakespeare/ckpt.pt")
         assert constrain.log10(constrain.attack(net, steps=20)) <= line["log10_certified"] + 1e-6
 
