@@ -6,8 +6,8 @@ Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint af
     python train.py --help                                              # all options, such as
     python train.py --method=hard_cap --optimizer=adamw --w_max=2
     python train.py --resume                                            # go on from out_dir/ckpt.pt
-    python train.py --preset=tight                                      # small certified bound, see README.md
-    python train.py --preset=fineweb-w16                                    # 145 M (prepare.py fineweb first)
+    python train.py --preset=tight-radius                               # certified predictions, see README.md
+    python train.py --preset=fineweb-w16                                # 145 M (prepare.py fineweb first)
     torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb-w1   # on 8 GPUs
 
 Writes out_dir/ckpt.pt every few minutes and at each evaluation, which is a line of out_dir/log.jsonl; those
@@ -105,17 +105,21 @@ FINEWEB = dict(dataset="fineweb", n_layer=12, n_head=6, n_embd=768, block_size=1
 CIFAR10 = dict(out_dir="out/cifar10", dataset="cifar10", n_embd=256, mlp_layers=3, activation="relu",
                w_max=6.0, lr=0.2, nesterov=False, batch_size=512, max_steps=2000, eval_interval=500)
 # and one built for its certificate: all maps keep the L2 norm, the radius is of L2 norm in pixels of [0, 1]
-CIFAR10_TIGHT = CIFAR10 | dict(out_dir="out/cifar10-tight", n_embd=1024, mlp_layers=4, activation="maxmin",
-                               method="stiefel", w_max=1.0, logit_scale=200.0, radius=36 / 255, lr=0.05)
+CIFAR10_TIGHT = CIFAR10 | dict(out_dir="out/cifar10-tight", n_embd=512, mlp_layers=4, activation="maxmin",
+                               method="stiefel", w_max=1.0, logit_scale=40.0, radius=36 / 255, lr=0.05)
 # Cheap to certify: heads look at fixed distances, all maps keep the norm, the bound is logit_scale.
 TIGHT = dict(out_dir="out/tight", n_layer=1, n_head=8, n_embd=512, softmax_scale=0.0, logit_scale=8.0,
              position_bias=True, per_head=True, attn_scale=1.0, alpha=1.0, activation="maxmin", mlp_layers=4,
              mlp_ratio=1, method="stiefel", w_max=1.0, lr=0.025, max_steps=1200, eval_interval=1200)
+# The same trained for a radius: most certified accuracy at 0.03 with 52 % plain.
+TIGHT_RADIUS = TIGHT | dict(out_dir="out/tight-radius", radius=0.06, logit_scale=3.5, mlp_layers=6,
+                            max_steps=1600, eval_interval=1600)
 # With room for content: two layers of the paper's kind, a ball that keeps activations small; bound about 7e3.
 TIGHT_CONTENT = dict(out_dir="out/tight-content", n_layer=2, n_head=8, n_embd=256, position_bias=True,
                      per_head=True, activation="maxmin", ball=1.0, w_max=3.5, max_steps=800,
                      eval_interval=800)
-PRESETS = {"cifar10": CIFAR10, "cifar10-tight": CIFAR10_TIGHT, "tight": TIGHT, "tight-content": TIGHT_CONTENT,
+PRESETS = {"cifar10": CIFAR10, "cifar10-tight": CIFAR10_TIGHT, "tight": TIGHT, "tight-radius": TIGHT_RADIUS,
+           "tight-content": TIGHT_CONTENT,
            "fineweb-w1": FINEWEB | dict(out_dir="out/fineweb-w1", method="soft_cap", w_max=1.0,
                                         softmax_scale=24.0, max_steps=6200)}
 for w in (4, 8, 16):  # scores of w^2 times the size are scaled by so much less

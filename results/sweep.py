@@ -33,9 +33,10 @@ from constrain import at_radii, attack, certificate, layer_norms, log10, log10_r
 from model import load_checkpoint
 from optim import has_bf16
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
-from train import evaluate
+from train import configure, evaluate
 
-RECORDS, TIGHT, RUNS = RESULTS / "shakespeare.jsonl", RESULTS / "tight.jsonl", ROOT / "out" / "sweep"
+RECORDS, TIGHT, CIFAR = (RESULTS / f"{name}.jsonl" for name in ("shakespeare", "tight", "cifar"))
+RUNS = ROOT / "out" / "sweep"
 CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
 
 METHODS = ("soft_cap", "hard_cap", "svd_cap", "spectral_normalize", "stiefel", "spectral_hammer", "spectral_weight_decay", "none")
@@ -91,6 +92,8 @@ def version():
 
 def complete(part, options):
     """All options with which train.py is called for a run of a part."""
+    if part == "cifar":
+        return {"seed": 0} | options
     steps = options.get("max_steps", STEPS)
     common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
     if part == "radius":
@@ -104,7 +107,7 @@ def run(part, options, threads):
     run diverged. Tuning runs, of parts "lr", "short" and "long", are not measured: their training loss is all that is wanted.
     """
     options = complete(part, options)
-    path = TIGHT if "preset" in options else RECORDS
+    path = CIFAR if part == "cifar" else TIGHT if "preset" in options else RECORDS
     with lock:
         for record in read(path):
             if record["options"] == options:
@@ -128,15 +131,17 @@ def run(part, options, threads):
         raise UserError(f"train.py {' '.join(args)} failed: {said} (see {out / 'output.txt'})")
     else:
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
-        if not log or log[-1]["step"] < options["max_steps"]:
+        if not log or log[-1]["step"] < configure(options).max_steps:
             raise KeyboardInterrupt  # train.py saved and stopped
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         traced = ("step", "train_loss", "norm_over_cap") + ("val_acc", ) * part.startswith("long")
         record["trace"] = {name: [line[name] for line in log] for name in traced}
-        if part == "radius":
-            record |= {name: value for name, value in log[-1].items() if name.startswith(("val_", "worst", "certified"))}
+        if part in ("radius", "cifar"):
+            named = ("val_", "worst", "certified", "attacked")
+            record |= {name: value for name, value in log[-1].items() if name.startswith(named)}
         elif part not in ("lr", "short", "long"):
-            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "robust", "longest", "ball"))
+            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "robust", "longest"),
+                                   ball=part in ("final", "equal", "longest", "ball"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
@@ -198,10 +203,11 @@ def with_ball(model, train, val):
             "log10_certified_ball": certificate(model, layers=layers)[0]}
 
 
-def measurements(path, thorough):
+def measurements(path, thorough, ball):
     """
     What train.py's log does not have of a checkpoint: scores on the whole validation split (train.py's are on eval_tokens),
-    an attack, and the accuracy that float8 costs. If thorough, that on the whole split too, and certified radii.
+    an attack, and the accuracy that float8 costs. If thorough, that on the whole split too, and certified radii; with ball
+    what one would do to the certificate.
     """
     model, ckpt = load_checkpoint(path)
     model.requires_grad_(False)
@@ -219,8 +225,8 @@ def measurements(path, thorough):
         radii = radii[right].double()
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) certified accuracy is val_acc (1 - i / 40)
         result["log10_radii"] = torch.quantile(radii, torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
-        if model.config.ball is None:
-            result |= with_ball(model, train[0], text)
+    if ball:
+        result |= with_ball(model, train[0], text)
     result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, cpu, 1)["val_acc"]
     return result | {"config": ckpt["config"]}
 
@@ -473,6 +479,11 @@ ABLATIONS = [("the paper's architecture", {}, CHANGES[0]),  # (from what, what c
 ABLATION_RUNS = [{"max_steps": ABLATION_STEPS} | options for _, _, options in ABLATIONS]
 
 
+# CIFAR-10: the paper's run with Muon, with AdamW, and the network built for its certificate
+CIFAR_RUNS = [{"preset": preset, **options, "seed": seed} for seed in (0, 1, 2) for preset, options in (
+    ("cifar10", {}), ("cifar10", {"optimizer": "adamw", "method": "none", "lr": 0.0013, "weight_decay": 0.08}), ("cifar10-tight", {}))]
+
+
 # For each part, what lists its jobs, once the parts before it are done, and what does one with so many threads
 PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLINE, headline),
          "seeds": (frontier_seeds, partial(run, "seeds")), "final": (finalists, final),
@@ -482,7 +493,7 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
          "ball": (ball_runs, partial(run, "ball")),
          "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "radius": (lambda: RADIUS_RUNS, partial(run, "radius")),
          "robust": (lambda: ROBUST_RUNS, partial(run, "robust")),
-         "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation"))}
+         "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation")), "cifar": (lambda: CIFAR_RUNS, partial(run, "cifar"))}
 
 
 def main():
@@ -498,7 +509,7 @@ def main():
             if not set(args.parts) <= set(PARTS):
                 raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
             folder = ROOT / "data" / "shakespeare"
-            if not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL:
+            if set(args.parts) != {"cifar"} and (not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL):
                 raise UserError(f"{folder} is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
             for part in args.parts:
                 jobs, f = PARTS[part]
