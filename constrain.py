@@ -76,6 +76,11 @@ def exact(W):
     return W.detach().cpu().double()
 
 
+def distances(A, B):
+    """L2 distances of rows, (..., m, d) and (..., n, d) -> (..., m, n); not by products, which lose digits."""
+    return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def exact_model(model):
     return copy.deepcopy(model).cpu().double().requires_grad_(False)
 
@@ -565,7 +570,7 @@ def worst_case(logits, y, W, reach):
     `reach` = logit_reach(model, r) is for, as it grows with each z_j - z_y, and none of those grows by more.
     And where y is still the largest, no such change alters the prediction.
     """
-    distance = torch.cdist(W, W)[y] if len(W) < len(y) else torch.cdist(W[y], W)
+    distance = distances(W, W)[y] if len(W) < len(y) else torch.cdist(W[y], W)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide + reach * distance.scatter(1, y[:, None], 0.0)
 
@@ -661,7 +666,7 @@ def certified_radii(model, x, y, reach):
     by at most r reach |w_i - w_j|, w_i being the last layer's rows.
     """
     W, z = model.head.weight, model(x)[0]
-    distance = torch.cdist(W[y], W, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distances(W[y], W)
     margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
     margin = margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0)
     return torch.where(margin > 0, margin / reach, 0.0)  # reach may be 0
@@ -734,7 +739,7 @@ def predictions(model, X):
     """
     W, z = model.head.weight, model.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
     top = z.argmax(dim=-1)
-    distance = torch.cdist(W[top], W, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distances(W[top], W)
     bears = (z.gather(1, top[:, None]) - z) / distance.clamp_min(1e-30)
     bears = bears.scatter(1, top[:, None], math.inf).amin(dim=-1)
     return bears / (model.config.logit_scale * math.sqrt(W.shape[1])), top
@@ -825,7 +830,7 @@ def facts_at(net, X):
             o = p @ v
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
             cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
-            apart = torch.cdist(o, v, compute_mode="donot_use_mm_for_euclid_dist")
+            apart = distances(o, v)
             fact |= {"q": q.norm(dim=-1)[..., :, None], "k": k.norm(dim=-1)[..., None, :], "apart": apart,
                      "cov": cov.norm(dim=-1), "farthest": apart.masked_fill(~seen, 0.0).amax(-1)}
         facts.append(fact)
@@ -927,7 +932,7 @@ def leads_hold(block, norm, W, x, delta):
     z = y @ W.T
     top = z.argmax(dim=-1)
     lead = z.gather(1, top[:, None]) - z                                     # (N, V)
-    apart = torch.cdist(W[top], W, compute_mode="donot_use_mm_for_euclid_dist")
+    apart = distances(W[top], W)
     fails = lead <= norm["mlp"] * apart * delta[:, None]
     fails.scatter_(1, top[:, None], False)
     if mlp.mid:

@@ -10,7 +10,7 @@ from statistics import mean
 
 import numpy as np
 
-from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, CIFAR, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
                    best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, pairs, read, same_but_seed,
                    searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
@@ -376,8 +376,21 @@ def readme_tables(records):
           f"{r['act_max']:,.0f}"] for r in read(RESULTS / "wikitext2.jsonl")])
 
 
+def cifar_table(records):
+    kinds = {}
+    for r in records:
+        kinds.setdefault(settings({k: v for k, v in r["options"].items() if k != "seed"}), []).append(r)
+    radii = (36, 72, 108)
+    yield "CIFAR-10", table(
+        ["preset", "accuracy", "training loss", *(f"certified at {eps}/255" for eps in radii), "attack leaves", "log10 of the bound"],
+        [[name, spread([r["val_acc"] for r in runs], "{:.1%}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
+          *(f"{mean(r[f'certified_acc_{eps}'] for r in runs):.1%}" for eps in radii),
+          ", ".join(f"{100 * mean(r[f'attacked_acc_{eps}'] for r in runs):.1f}" for eps in radii),
+          f"{max(r['log10_certified'] for r in runs):.2f}"] for name, runs in kinds.items()])
+
+
 def all_tables(records):
-    return [*tables(records), *tight_tables(read(TIGHT), records), *readme_tables(records)]
+    return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_table(read(CIFAR)), *readme_tables(records)]
 
 
 def main():
