@@ -352,7 +352,7 @@ def test_config_refuses_heads_that_do_not_fit():
     for n_embd, n_head in ((30, 4), (12, 4)):
         with pytest.raises(ValueError, match="n_embd"):
             GPTConfig(n_embd=n_embd, n_head=n_head)
-    for bad, message in ((dict(activation="relu"), "gelu, maxmin"), (dict(alpha=0.0),
+    for bad, message in ((dict(activation="silu"), "gelu, maxmin"), (dict(alpha=0.0),
                                                                      "alpha"), (dict(alpha=1.1), "alpha"),
                          (dict(mlp_layers=1), "mlp_layers"), (dict(softmax_scale=-1.0), "softmax_scale"),
                          (dict(softmax_scale=0.0), "position_bias"), (dict(ball=0.0), "ball")):
