@@ -77,7 +77,7 @@ def exact(W):
 
 
 def distances(A, B):
-    """L2 distances of rows, (..., m, d) and (..., n, d) -> (..., m, n); not by products, which lose digits."""
+    """L2 distances of rows (..., m, d) and (..., n, d): (..., m, n). Not by products, which lose digits."""
     return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -977,6 +977,11 @@ LOCAL = 512                 # tokens, with radii at the text
 ALONE, CONTEXT = 24, 32     # predictions attacked one by one, each the last of so many tokens
 
 
+def at_most(n, model):
+    """n, or fewer predictions if the vocabulary is large."""
+    return min(n, max(2, 2 ** 23 // model.config.vocab_size))
+
+
 def report(path, steps):
     """(dict, text): a GPT's norms, its bounds with their parts, an attack, certified predictions."""
     model, ckpt = load_checkpoint(path)
@@ -1020,7 +1025,7 @@ def report(path, steps):
         lines[-1] += f"; median certified radius of a right prediction {radius:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in scores["certified_accuracy"].items())
     lines.append(f"certified accuracy at radius {at}")
-    few = len(text[:ATTACKED])
+    few = len(text[:at_most(ATTACKED, model)])
     lines.append(f"\naccuracy at radius  certified   of the first {few:,}: certified, attack, plain")
     for radius, accuracy in scores["radii"].items():
         first = ", ".join(f"{accuracy[f'{kind}_first']:.2%}" for kind in ("certified", "attack", "plain"))
@@ -1028,8 +1033,9 @@ def report(path, steps):
     local = scores["local"]
     medians = " -> ".join(f"{10 ** x:.1e}" for x in local["log10_median"].values())
     at = ", ".join(f"{r}: {a:.1%} -> {b:.1%}" for r, (a, b) in local["certified_accuracy"].items())
-    lines.append(f"\nradii of the first {len(text[:LOCAL]):,} by the constant -> at the text: median "
-                 f"{medians}; certified accuracy at {at}")
+    few = len(text[:at_most(LOCAL, model)])
+    lines.append(f"\nradii of the first {few:,} by the constant -> at the text: median {medians}; certified "
+                 f"accuracy at {at}")
     lines.append(f"medians of {len(local['alone'])} predictions attacked one by one: " +
                  " <= ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))
     lines.append("rounding moves a logit by up to {float32:.1e} in float32, {bfloat16:.1e} in bfloat16; the "
@@ -1061,10 +1067,11 @@ def at_radii(model, text, right, log10_radii):
     Accuracy at each of RADII, certified on all of text (N,); and on its first ATTACKED tokens what is
     certified, what an attack leaves, and the plain one: what holds at a radius lies between the first two.
     """
-    few, first = right[:ATTACKED - 1], log10_radii[:ATTACKED - 1]
+    n = at_most(ATTACKED, model)
+    few, first = right[:n - 1], log10_radii[:n - 1]
     return {f"{r:g}": {"certified": share(right & (log10_radii > math.log10(r))),
                        "certified_first": share(few & (first > math.log10(r))),
-                       "attack_first": share(attacked(model, text[:ATTACKED], r)),
+                       "attack_first": share(attacked(model, text[:n], r)),
                        "plain_first": share(few)} for r in RADII}
 
 
@@ -1075,10 +1082,11 @@ def at_text(model, layers, text):
     """
     net, median = exact_model(model), lambda x: x.median().item()
     found = [(*local_radii(net, net.wte(x), layers), predictions(net, net.wte(x))[1] == y)
-             for x, y in whole_windows(net, text[:LOCAL + 1], 1)]
+             for x, y in whole_windows(net, text[:at_most(LOCAL, net) + 1], 1)]
     by_constant, local, right = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
-    n = min(CONTEXT, net.config.block_size, len(text))
-    X = net.wte(torch.stack([text[i:i + n] for i in torch.linspace(0, len(text) - n, ALONE).long()]))
+    n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
+    starts = torch.linspace(0, len(text) - n, max(1, count)).long()
+    X = net.wte(torch.stack([text[i:i + n] for i in starts]))
     alone = [radii[:, -1] for radii in local_radii(net, X, layers)] + [attack_radii(net, X)]
     names = ("constant", "local", "attack")
     at = lambda x: [share(right & (radii > x)) for radii in (by_constant, local)]
@@ -1097,7 +1105,7 @@ def rounding(model, text):
     """
     leads, off = [], {"float32": 0.0, "bfloat16": 0.0}
     net = exact_model(model)
-    for x, _ in whole_windows(net, text[:LOCAL + 1]):
+    for x, _ in whole_windows(net, text[:at_most(LOCAL, net) + 1]):
         z = net(x)[0]
         top = z.max(dim=-1, keepdim=True)
         second = z.scatter(-1, top.indices, -math.inf).amax(dim=-1, keepdim=True)

@@ -1653,7 +1653,8 @@ def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
     """
     options = TINY | dict(max_steps=1, eval_interval=1, eval_tokens=50)
     works = {
-        "softmax_scale": "0", "weight_decay": "0", "lr_floor": "0", "zero_head": "0", "momentum": "0", "momentum_warmup": "0 9",
+        "softmax_scale": "0", "weight_decay": "0", "lr_floor": "0", "zero_head": "0", "radius": "0",
+        "radius_growth": "0", "nesterov": "0", "momentum": "0", "momentum_warmup": "0 9",
         "max_steps": "9", "eval_interval": "9", "seed": "0", "compile": "0", "resume": "0",
         "position_bias": "0", "per_head": "0", "eval_tokens": "", "out_dir": "0 -1 9 n 1 \u00bd -i",
         "embedding_lr": ""

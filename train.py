@@ -550,11 +550,12 @@ def evaluate_images(model, data, device, attack_images, radius=0.0):
             logits, loss = model(x, y)
             worst = F.cross_entropy(worst_case(logits, y, model.head.weight, radius * reach), y)
         radii = certified_radii(model, x, y, reach)
-        counts = [(logits.argmax(dim=1) == y).sum(), *((radii > eps).sum() for eps in EPSILONS)]
-        whole += torch.tensor([len(y), loss * len(y), worst * len(y), *counts], dtype=torch.float64)
+        right = [logits.argmax(dim=1) == y, *(radii > eps for eps in EPSILONS)]
+        counts = [len(y), loss.item() * len(y), worst.item() * len(y), *(r.sum().item() for r in right)]
+        whole += torch.tensor(counts, dtype=torch.float64)
         x, y = x[:max(0, attack_images - i)], y[:max(0, attack_images - i)]
         if len(y):
-            left = [pgd(model, x, y, eps).sum() for eps in EPSILONS]
+            left = [pgd(model, x, y, eps).sum().item() for eps in EPSILONS]
             first += torch.tensor([len(y), *left], dtype=torch.float64)
     loss, worst, correct, *certified = (summed(whole)[1:] / whole[0]).tolist()
     attacked = (summed(first)[1:] / first[0]).tolist()
