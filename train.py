@@ -223,7 +223,7 @@ def gradients(model, x, y, reach, config, amp, stop_request):
     return loss, bool(stopping)
 
 
-REACH_STEPS = 50  # between computing what a change of the radius can do to the logits
+REACH_STEPS = 100  # between computing what a change of the radius can do to the logits
 
 
 def worst_reach(model, config, run):
