@@ -71,7 +71,6 @@ class Config(GPTConfig):
     embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
     radius: float = option(0.0, "train for the worst case of changes of the input of this norm, see "
                            "constrain.worst_case: RMS norm of embeddings, L2 norm of images", 0, 1e9)
-    radius_growth: float = option(0.0, "share of the steps over which it grows to that", 0, 1)
     weight_decay: float = option(0.0, "a step decays weights, or with spectral_weight_decay their largest "
                                  "singular value, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
@@ -232,8 +231,7 @@ def worst_reach(model, config, run):
         return 0.0
     if run.step % REACH_STEPS == 0 or run.reach is None:
         run.reach = logit_reach(model, config.radius)
-    grown = min(1, (run.step + 1) / (config.radius_growth * config.max_steps)) if config.radius_growth else 1
-    return grown * run.reach
+    return run.reach
 
 
 def worst_loss(model, logits, y, reach):

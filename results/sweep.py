@@ -443,8 +443,7 @@ def ball_runs():
 RADIUS_RUNS = [{"max_steps": TIGHT_STEPS, "lr": 0.025, "radius": 0.1, "logit_scale": 8.0} | change for change in (
     *({"radius": radius, "logit_scale": scale} for radius in (0.03, 0.06, 0.1, 0.2) for scale in (4.0, 8.0, 16.0, 32.0)),
     {"radius": 0.0, "logit_scale": 2.0, "lr": 0.05}, {"radius": 0.0}, {"lr": 0.0125}, {"lr": 0.05}, {"radius": 0.2, "lr": 0.0125},
-    {"radius": 0.2, "lr": 0.05}, {"radius_growth": 1.0}, {"radius_growth": 0.5}, {"radius": 0.2, "radius_growth": 1.0},
-    {"radius": 0.2, "radius_growth": 1.0, "logit_scale": 16.0}, {"radius": 0.06, "radius_growth": 1.0}, {"mlp_layers": 6},
+    {"radius": 0.2, "lr": 0.05}, {"mlp_layers": 6},
     {"n_embd": 768}, {"n_head": 16}, {"mlp_layers": 3}, {"cooldown": 0.5}, {"batch_size": 32})]
 
 
