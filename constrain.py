@@ -575,13 +575,24 @@ def worst_case(logits, y, W, reach):
     return wide + reach * distance.scatter(1, y[:, None], 0.0)
 
 
-def holds(logits, y):
-    """Where the label y (N,) alone has the largest of the logits (N, V): (N,)."""
-    return logits.scatter(1, y[:, None], -math.inf).amax(dim=1) < logits.gather(1, y[:, None]).squeeze(1)
+def lead(logits, y):
+    """By how much the logit of the label y (...) is larger than all others of logits (..., V): (...)."""
+    y = y[..., None]
+    return (logits.gather(-1, y) - logits.scatter(-1, y, -math.inf).amax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The attack, and certified predictions
+
+def rms(x):
+    """RMS norms of vectors (..., n): (..., 1)."""
+    return x.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+def unit(x):
+    """Vectors (..., n) scaled to RMS norm 1, zeros left."""
+    return x / rms(x).clamp_min(1e-30)
+
 
 def ascend(f, X, R, steps=100):
     """
@@ -593,8 +604,6 @@ def ascend(f, X, R, steps=100):
     with every token scaled to norm 1, by duality; given dX, u is that of J dX. These two take turns, while X
     climbs u^T J(X) dX.
     """
-    rms = lambda x: x.square().mean(dim=-1, keepdim=True).sqrt()
-    unit = lambda x: x / rms(x).clamp_min(1e-30)
     X, best = onto_ball(X, R).requires_grad_(), 0.0
     optimizer = torch.optim.Adam([X], maximize=True)
     with sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
@@ -699,11 +708,10 @@ def stays_largest(model, X, y, radius, steps=20):
     for _ in range(steps + 1):  # looks at X itself and after every step
         change.requires_grad_()
         z = model.forward_embeddings(X + change)[:, -y.shape[1]:]  # (B, n, V)
-        lead = z.scatter(2, y[..., None], -math.inf).amax(dim=2) - z.gather(2, y[..., None])[..., 0]
-        right &= lead < 0
-        gradient, = torch.autograd.grad((lead * right).sum(), change)
-        unit = gradient / gradient.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
-        change = onto_ball(change.detach() + 2.5 * radius / steps * unit, radius)
+        leads = lead(z, y)
+        right &= leads > 0
+        gradient, = torch.autograd.grad((leads * right).sum(), change)
+        change = onto_ball(change.detach() - 2.5 * radius / steps * unit(gradient), radius)
     return right
 
 
@@ -779,15 +787,16 @@ def log10_radii(model, bears, layers):
 # ------------------------------------------------------------------------------------------------------------
 # Local radii: the certificate at one text, by what its tokens' changes can do at the attention that is there
 
-def local_radii(net, X, layers):
+def local_radii(net, X, layers, norms):
     """
     log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds at
     this text, two tensors (B, T): the second is never smaller, and many times larger where attention looks at
-    content. `net` is in float64, layers are its layer_norms. All bounds below grow with the radius, so that
-    what is certified at one is at all smaller ones; a grid of 0.1 is searched upwards.
+    content. `net` is in float64, layers are its layer_norms, norms its local_norms. All bounds below grow
+    with the radius, so that what is certified at one is at all smaller ones; a grid of 0.1 is searched
+    upwards.
     """
     by_constant = log10_radii(net, predictions(net, X)[0], layers)
-    radii, norms, facts = by_constant.clone(), [local_norms(block) for block in net.blocks], facts_at(net, X)
+    radii, facts = by_constant.clone(), facts_at(net, X)
     known = radii[radii.isfinite()]
     log10_r = known.median().item() - 0.5 if len(known) else 0.0
     while log10_r < 9 and (holding := certified_at(net, norms, facts, 10 ** log10_r)).any():
@@ -796,8 +805,12 @@ def local_radii(net, X, layers):
     return by_constant.view(X.shape[:2]), radii.view(X.shape[:2])
 
 
-def local_norms(block):
-    """Spectral norms of a block's matrices, by name: what the bounds at a text need of it."""
+def local_norms(net, layers):
+    """What the bounds at a text need of each block whatever the text: spectral norms, by name."""
+    return [block_norms(block, layer[3]) for block, layer in zip(net.blocks, layers)]
+
+
+def block_norms(block, mlp_gain):
     attn, mlp = block.attn, block.mlp
     H, dh = attn.n_head, attn.d_head
     *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)         # each (H, d_head, d)
@@ -806,8 +819,7 @@ def local_norms(block):
     OV = Wo_h @ Wv                                                    # (H, d, d)
     return {"q": sigma(Wqk[0]) if Wqk else None, "k": sigma(Wqk[1]) if Wqk else None, "v": sigma(Wv),
             "o": sigma(Wo), "o_h": sigma(Wo_h), "ov_h": sigma(OV),
-            "ov": sigma(OV.transpose(0, 1).flatten(1)), "fc": sigma(exact(mlp.fc.weight)),
-            "mlp": mlp_norms(block)[0]}
+            "ov": sigma(OV.transpose(0, 1).flatten(1)), "fc": sigma(exact(mlp.fc.weight)), "mlp": mlp_gain}
 
 
 @torch.no_grad()
@@ -1081,13 +1093,14 @@ def at_text(model, layers, text):
     and of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
     """
     net, median = exact_model(model), lambda x: x.median().item()
-    found = [(*local_radii(net, net.wte(x), layers), predictions(net, net.wte(x))[1] == y)
+    norms = local_norms(net, layers)
+    found = [(*local_radii(net, net.wte(x), layers, norms), predictions(net, net.wte(x))[1] == y)
              for x, y in whole_windows(net, text[:at_most(LOCAL, net) + 1], 1)]
     by_constant, local, right = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
     n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
     starts = torch.linspace(0, len(text) - n, max(1, count)).long()
     X = net.wte(torch.stack([text[i:i + n] for i in starts]))
-    alone = [radii[:, -1] for radii in local_radii(net, X, layers)] + [attack_radii(net, X)]
+    alone = [radii[:, -1] for radii in local_radii(net, X, layers, norms)] + [attack_radii(net, X)]
     names = ("constant", "local", "attack")
     at = lambda x: [share(right & (radii > x)) for radii in (by_constant, local)]
     certified = {f"1e{x}": at(x) for x in range(-5, 0)}
@@ -1107,9 +1120,7 @@ def rounding(model, text):
     net = exact_model(model)
     for x, _ in whole_windows(net, text[:at_most(LOCAL, net) + 1]):
         z = net(x)[0]
-        top = z.max(dim=-1, keepdim=True)
-        second = z.scatter(-1, top.indices, -math.inf).amax(dim=-1, keepdim=True)
-        leads.append((top.values - second).flatten())
+        leads.append(lead(z, z.argmax(dim=-1)).flatten())
         for dtype in off:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 off[dtype] = max(off[dtype], (model(x)[0].double() - z).abs().max().item())

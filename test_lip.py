@@ -1271,7 +1271,7 @@ def test_the_worst_case_is_no_better_than_any(options):
     for r in (10 ** radii[right].median().item(), 0.03, 0.3):
         reach = constrain.logit_reach(net, r, layers)
         worst = constrain.worst_case(net(x)[0].flatten(0, 1), y, W, reach).detach()
-        bound, certified = loss(worst[None]), constrain.holds(worst, y)
+        bound, certified = loss(worst[None]), constrain.lead(worst, y) > 0
         assert torch.equal(certified[radii.sub(math.log10(r)).abs() > 0.01],
                            (right & (radii > math.log10(r)))[radii.sub(math.log10(r)).abs() > 0.01])
         assert (constrain.attacked(net, tokens, r) | ~certified).all()
@@ -1306,14 +1306,15 @@ def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
         optimizer.step()
     net = constrain.exact_model(net)
     X, layers = net.wte(ids[:, :-1]), constrain.layer_norms(net)
-    by_constant, local = constrain.local_radii(net, X, layers)
+    norms = constrain.local_norms(net, layers)
+    by_constant, local = constrain.local_radii(net, X, layers, norms)
     bears, _ = constrain.predictions(net, X)
     assert torch.equal(by_constant.flatten(), constrain.log10_radii(net, bears, layers))
     assert (local >= by_constant).all() and (local[:, -1] <= constrain.attack_radii(net, X)).all()
     if options.get("c", 1.0) and trained:
         assert (local - by_constant).median() > 0.5
     # and every part of the proof: no change within a radius moves a token after a block by more than delta
-    facts, norms = constrain.facts_at(net, X), [constrain.local_norms(block) for block in net.blocks]
+    facts = constrain.facts_at(net, X)
     for r in (1e-3, 0.1):
         change = r * torch.randn_like(X).sign()
         x, delta = X + change, torch.full(X.shape[:2], r * 4.0).double()
@@ -1396,6 +1397,9 @@ def test_training_for_a_radius(data, monkeypatch):
     monkeypatch.chdir(data)
     assert run_main(train, monkeypatch, "--resume", "--out_dir=half") is None
     assert log_lines("half") == log_lines("for")
+    ckpt.pop("reach")  # of before there was one
+    torch.save(ckpt, "for/ckpt.pt")
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=for", "--max_steps=61") is None
 
 
 def test_certified_radii_are_where_the_prediction_may_change():

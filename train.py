@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import prepare
-from constrain import (METHODS, PROMISE_W_MAX, RADII, after_step, certified_radii, holds, layer_norms,
+from constrain import (METHODS, PROMISE_W_MAX, RADII, after_step, certified_radii, layer_norms, lead,
                        lipschitz_bound, logit_reach, matrices, pgd, rms_norm, svd_cap, worst_case)
 from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
                    set_state)
@@ -518,7 +518,7 @@ def evaluate(model, tokens, device, paper_windows=20 * 64, radius=0.0):
             sums = [y.numel(), loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item()]
             worst = [worst_case(logits.flatten(0, 1), y.flatten(), model.head.weight, r) for r in reaches]
             sums += [F.cross_entropy(z, y.flatten(), reduction="sum").item() for z in worst[:1]]
-            sums += [holds(z, y.flatten()).sum().item() for z in worst[1:]]
+            sums += [(lead(z, y.flatten()) > 0).sum().item() for z in worst[1:]]
             total += torch.tensor(sums, dtype=torch.float64)
         return summed(total)
 
@@ -616,9 +616,9 @@ class Run:
         self.config, self.options, self.data = config, options, data
         self.model, self.optimizers = model, optimizers
         self.path, self.log_path = Path(config.out_dir) / "ckpt.pt", Path(config.out_dir) / "log.jsonl"
-        before = ckpt or {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0, "reach": None}
+        before = ckpt or {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0}
         self.step, self.loss_sum, self.loss_count = before["step"], before["loss_sum"], before["loss_count"]
-        self.started, self.reach = time.perf_counter() - before["seconds"], before["reach"]
+        self.started, self.reach = time.perf_counter() - before["seconds"], before.get("reach")
         self.saved_step, self.saved_at = self.step, time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last evaluation, for the rate
 

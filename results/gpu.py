@@ -23,7 +23,7 @@ ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
 from prepare import Parser, UserError, number, one_line_errors, say, to_json
-from sweep import version
+from sweep import read, version
 
 OUT = ROOT / "out" / "gpu"
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "accumulate": 1,
@@ -102,7 +102,7 @@ def bench(tiny, minutes):
 def fineweb(w_max):
     """A job: the 145 M model on books for some minutes, at the rate that bench has found."""
     def job(tiny, minutes):
-        found = [r for r in records(tiny) if r["job"] == "bench" and "error" not in r]
+        found = [r for r in read(record_path(tiny)) if r["job"] == "bench" and "error" not in r]
         if not found:
             raise Failed("bench, which says how large a batch fits and how many steps, is missing")
         batch, rate = found[-1]["batch_size"], found[-1]["tokens_per_second"]
@@ -115,8 +115,8 @@ def fineweb(w_max):
 
 def headline(n_head):
     """A job: the paper's shape with 65 million characters under a published bound of 2 without the scale."""
-    options = {"n_layer": 3, "n_head": n_head, "w_max": 1.19, "logit_scale": 8.0, "lr": 0.06, "batch_size": 64,
-               "max_steps": 4000, "eval_interval": 250}
+    options = {"n_layer": 3, "n_head": n_head, "w_max": 1.19, "logit_scale": 8.0, "lr": 0.06,
+               "batch_size": 64, "max_steps": 4000, "eval_interval": 250}
     return lambda tiny, minutes: train(f"headline-{n_head}", 300, tiny, **options)
 
 
@@ -124,11 +124,6 @@ JOBS = {"tests": tests, "bench": bench,
         "default": lambda tiny, minutes: train("default", 240, tiny),
         "tight": lambda tiny, minutes: train("tight", 240, tiny, preset="tight"),
         "w1": fineweb(1), "w16": fineweb(16), "headline-32": headline(32), "headline-64": headline(64)}
-
-
-def records(tiny):
-    path = record_path(tiny)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def record_path(tiny):
