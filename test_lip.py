@@ -2806,11 +2806,12 @@ def test_cifar10(cifar, monkeypatch, capsys):
     assert images.shape == (1000, 3072) and images.dtype == np.uint8
     short = ["--batch_size=100", "--eval_interval=70", "--device=cpu", "--dtype=float32", "--compile=false"]
     runs = []
-    for optimizer, given in (("muon", []), ("adamw", ["--optimizer=adamw", "--method=none", "--lr=3e-4"])):
-        assert run_main(train, monkeypatch, "--preset=cifar10", "--max_steps=70", *given, *short) is None
+    adamw = ["--optimizer=adamw", "--method=none", "--lr=1e-3"]  # slow on images that are not centred
+    for optimizer, steps, given in (("muon", 70, []), ("adamw", 420, adamw)):
+        assert run_main(train, monkeypatch, "--preset=cifar10", f"--max_steps={steps}", *given, *short) is None
         line = log_lines("out/cifar10")[-1]
         runs.append(line)
-        assert line["step"] == 70 and line["val_acc"] > (0.8 if optimizer == "muon" else 0)
+        assert line["step"] == steps and line["val_acc"] > 0.8
         assert (line["norm_over_cap"] <= 1.001 or optimizer == "adamw")
         assert line["log10_certified"] == line["log10_paper"]
         for eps in (36, 72, 108, 255):
@@ -2825,7 +2826,7 @@ def test_cifar10(cifar, monkeypatch, capsys):
     assert line["log10_certified"] == pytest.approx(2, abs=1e-4) and line["worst_loss"] > line["val_loss"]
     assert line["certified_acc_108"] > plain
     capsys.readouterr()
-    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/cifar10", "--max_steps=90") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/cifar10", "--max_steps=440") is None
     assert run_main(constrain, monkeypatch, "out/cifar10/ckpt.pt", "--steps=5") is None
     assert "attack" in capsys.readouterr().out
     assert run_main(constrain, monkeypatch, "out/cifar10/ckpt.pt", "--steps=5", "--json") is None
