@@ -1,7 +1,7 @@
 """
 Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print the tables of results/README.md and README.md.
 
-    pip install matplotlib && python results/plot.py              # tradeoff, norms, headline, radius, tight
+    pip install matplotlib && python results/plot.py              # tradeoff, norms, headline, radius, tight, cifar
     python results/plot.py --tables                               # the tables alone, in Markdown
 """
 import math
@@ -11,7 +11,7 @@ from statistics import mean
 import numpy as np
 
 from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, CIFAR, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, pairs, read, same_but_seed,
+                   best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, image_strengths, pairs, read, same_but_seed,
                    searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
 from constrain import RADII
@@ -180,6 +180,37 @@ def tight(records, plt):
     ax.set_ylabel("accuracy on the validation split, %")
     plain(ax)
     ax.legend(frameon=False)
+    return figure
+
+
+def cifar(records, plt):
+    """
+    On images: accuracy against the bound, every method and optimizer at four strengths; and what the attack leaves against its
+    radius of models of equal accuracy, one unconstrained and one constrained, means of three seeds.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    records = read(CIFAR)
+    grid = [r for r in records if r["part"] == "cifar-grid" and "val_acc" in r]
+    for method, optimizer in pairs():
+        runs = [r for r in image_runs(grid, method, optimizer) if r]
+        left.plot([10 ** r["log10_certified"] for r in runs], [100 * r["val_acc"] for r in runs], color=COLORS[method],
+                  markersize=5, linewidth=1.5, **LINES[optimizer])
+    left.set_xscale("log")
+    left.set_xlabel("certified Lipschitz bound, pixels to logits")
+    left.set_ylabel("accuracy on the test images, %")
+    for runs, color in zip(seeds(records, "cifar-pairs"), ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")):
+        options, radii = runs[0]["options"], [int(eps) for eps in runs[0]["attacked"]]
+        free = "unconstrained" if options.get("weight_decay") == 0 else f"{LABELS[options['method']]} {options.get('w_max', '')}"
+        bound = math_power(max(r["log10_certified"] for r in runs))
+        right.plot(radii, [100 * mean(r["attacked"][str(eps)] for r in runs) for eps in radii], color=color,
+                   label=f"{OPTIMIZER_LABELS[options['optimizer']]}, {free}: bound {bound}", **LINES[options["optimizer"]])
+    right.set_xlabel("radius of the attack, L2 norm of a change of the pixels, 255ths")
+    right.set_ylabel("accuracy that it leaves, %")
+    right.legend(frameon=False, fontsize=9)
+    for ax in (left, right):
+        plain(ax)
+    handles = [plt.Line2D([], [], color=COLORS[m], linewidth=3, label=LABELS[m]) for m in METHODS] + optimizer_handles(plt)
+    figure.legend(handles=handles, loc="outside left center", frameon=False)
     return figure
 
 
@@ -376,21 +407,59 @@ def readme_tables(records):
           f"{r['act_max']:,.0f}"] for r in read(RESULTS / "wikitext2.jsonl")])
 
 
-def cifar_table(records):
+IMAGE_RADII = (36, 72, 108)  # in 255ths of a pixel's range
+
+
+def seeds(records, part):
+    """The runs of a part, a list of the seeds of each choice of options."""
     kinds = {}
-    for r in records:
-        kinds.setdefault(settings({k: v for k, v in r["options"].items() if k != "seed"}), []).append(r)
-    radii = (36, 72, 108)
+    for r in (r for r in records if r["part"] == part):
+        kinds.setdefault(settings({name: value for name, value in r["options"].items() if name != "seed"}), []).append(r)
+    return list(kinds.values())
+
+
+def cifar_tables(records):
     yield "CIFAR-10", table(
-        ["preset", "accuracy", "training loss", *(f"certified at {eps}/255" for eps in radii), "attack leaves", "log10 of the bound"],
-        [[name, spread([r["val_acc"] for r in runs], "{:.1%}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
-          *(f"{mean(r[f'certified_acc_{eps}'] for r in runs):.1%}" for eps in radii),
-          ", ".join(f"{100 * mean(r[f'attacked_acc_{eps}'] for r in runs):.1f}" for eps in radii),
-          f"{max(r['log10_certified'] for r in runs):.2f}"] for name, runs in kinds.items()])
+        ["preset", "accuracy", "training loss", *(f"certified at {eps}/255" for eps in IMAGE_RADII), "attack leaves",
+         "log10 of the bound"],
+        [[settings({name: value for name, value in runs[0]["options"].items() if name != "seed"}),
+          spread([r["val_acc"] for r in runs], "{:.1%}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
+          *(f"{mean(r[f'certified_acc_{eps}'] for r in runs):.1%}" for eps in IMAGE_RADII),
+          ", ".join(f"{100 * mean(r[f'attacked_acc_{eps}'] for r in runs):.1f}" for eps in IMAGE_RADII),
+          f"{max(r['log10_certified'] for r in runs):.2f}"] for runs in seeds(records, "cifar")])
+    if grid := [r for r in records if r["part"] == "cifar-grid" and "val_acc" in r]:
+        yield "CIFAR-10, accuracy and log10 of the bound", table(
+            ["", "lr", *("strongest constraint", "", "", "weakest")],
+            [[who({"method": m, "optimizer": o}), chosen_lr((m, o), records, "cifar-lr"), *map(image_cell, image_runs(grid, m, o))]
+             for m, o in pairs()])
+    if equal := seeds(records, "cifar-pairs"):
+        yield "CIFAR-10, pairs of equal accuracy", table(
+            ["", "options", "accuracy", "bound", *(f"attack leaves at {eps}/255" for eps in (*IMAGE_RADII, 255)),
+             *(f"certified at {eps}/255" for eps in IMAGE_RADII[:2])],
+            [[who(runs[0]["options"]), image_settings(runs[0]["options"]), spread([r["val_acc"] for r in runs], "{:.1%}"),
+              power(max(r["log10_certified"] for r in runs)),
+              *(f"{mean(r['attacked'][str(eps)] for r in runs):.1%}" for eps in (*IMAGE_RADII, 255)),
+              *(f"{mean(r[f'certified_acc_{eps}'] for r in runs):.1%}" for eps in IMAGE_RADII[:2])] for runs in equal])
+
+
+def image_settings(options):
+    """What sets a run of the images' grid apart, but for method and optimizer."""
+    return ", ".join(f"{name} {options[name]:g}" for name in ("w_max", "weight_decay", "lr") if name in options)
+
+
+def image_runs(grid, method, optimizer):
+    """The run of a pair at each strength, at the learning rate of the smallest training loss; None where there is none."""
+    runs = of_pair(grid, method, optimizer)
+    return [min((r for r in runs if strength.items() <= r["options"].items()), key=tuning_loss, default=None)
+            for strength in image_strengths(method, optimizer)]
+
+
+def image_cell(r):
+    return f"{r['val_acc']:.1%}, {r['log10_certified']:.1f}" if r else "diverged"
 
 
 def all_tables(records):
-    return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_table(read(CIFAR)), *readme_tables(records)]
+    return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_tables(read(CIFAR)), *readme_tables(records)]
 
 
 def main():
@@ -408,7 +477,7 @@ def main():
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            for draw in (tradeoff, norms, headline, radius, tight):
+            for draw in (tradeoff, norms, headline, radius, tight, cifar):
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 
