@@ -1,7 +1,7 @@
 """
-Draw the figures of results/ from shakespeare.jsonl and tight.jsonl, and print the tables of results/README.md and README.md.
+Draw the figures of results/ from its records, and print the tables of results/README.md and README.md.
 
-    pip install matplotlib && python results/plot.py              # tradeoff, norms, headline, radius, tight, cifar
+    pip install matplotlib && python results/plot.py              # all figures
     python results/plot.py --tables                               # the tables alone, in Markdown
 """
 import math
@@ -10,9 +10,9 @@ from statistics import mean
 
 import numpy as np
 
-from sweep import (ABLATION_RUNS, ABLATIONS, BOUNDS, CIFAR, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, image_strengths, pairs, read, same_but_seed,
-                   searched, strengths, tuning_loss)
+from sweep import (ABLATION_RUNS, ABLATIONS, BOOKS, BOUNDS, CIFAR, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+                   best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, image_strengths, pairs,
+                   read, same_but_seed, searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
 from constrain import RADII
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
@@ -211,6 +211,37 @@ def cifar(records, plt):
         plain(ax)
     handles = [plt.Line2D([], [], color=COLORS[m], linewidth=3, label=LABELS[m]) for m in METHODS] + optimizer_handles(plt)
     figure.legend(handles=handles, loc="outside left center", frameon=False)
+    return figure
+
+
+def book_name(options):
+    """What a run on the books is."""
+    if "preset" in options:
+        return options["preset"]
+    return "paper's, no constraint" if options.get("method") == "none" else f"paper's, soft cap at {options.get('w_max', 6):g}"
+
+
+def books(records, plt):
+    """On a hundred times Shakespeare's text: accuracy over training, and certified accuracy against the radius at its end."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for run, color in zip(read(BOOKS), COLORS.values()):
+        name = f"{book_name(run['options'])}: {math_power(run['log10_certified'])}"
+        millions = [step * 16 * 256 / 1e6 for step in run["trace"]["step"]]
+        left.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], color=color, label=name)
+        radii = [10 ** x for x in run["log10_radii"]]
+        share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
+        right.plot([1e-15, radii[0], *radii], [share[0], share[0], *share], color=color)
+        right.plot([float(r) for r in run["radii"]], [100 * at["attack_first"] for at in run["radii"].values()], "x", color=color)
+    left.set_xlabel("characters trained on, millions")
+    left.set_ylabel("accuracy on 32,768 characters, %")
+    left.set_ylim(bottom=30)
+    right.set_xscale("log")
+    right.set_xlim(1e-12, 1)
+    right.set_xlabel("radius: change of any embeddings, in RMS norm; ×: attacked")
+    right.set_ylabel("certified accuracy, %")
+    for ax in (left, right):
+        plain(ax)
+    left.legend(frameon=False, fontsize=9, title="model: certified bound", title_fontsize=9)
     return figure
 
 
@@ -458,8 +489,20 @@ def image_cell(r):
     return f"{r['val_acc']:.1%}, {r['log10_certified']:.1f}" if r else "diverged"
 
 
+def books_table(records):
+    if not records:
+        return
+    yield "books", table(
+        ["", "accuracy", "loss", "training loss", "certified", "attack", "median certified radius",
+         *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
+        [[book_name(r["options"]), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
+          power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
+          left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in records])
+
+
 def all_tables(records):
-    return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_tables(read(CIFAR)), *readme_tables(records)]
+    return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_tables(read(CIFAR)),
+            *books_table(read(BOOKS)), *readme_tables(records)]
 
 
 def main():
@@ -477,7 +520,7 @@ def main():
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            for draw in (tradeoff, norms, headline, radius, tight, cifar):
+            for draw in (tradeoff, norms, headline, radius, tight, cifar, books):
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 

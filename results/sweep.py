@@ -1,8 +1,8 @@
 """
-The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl, those of the tight presets one of
-results/tight.jsonl.
+The runs behind results/README.md, each one train.py and one line of results/shakespeare.jsonl; of tight.jsonl, cifar.jsonl or
+books.jsonl those of the tight presets, of images, and of a text a hundred times as long.
 
-    python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text
+    python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text; the parts cifar* and books need their own
     python results/sweep.py                                       # all parts in turn, see PARTS
     python results/sweep.py grid --jobs=2                         # one part, two runs at a time
 
@@ -35,7 +35,7 @@ from optim import has_bf16
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 from train import configure, evaluate, image_inputs
 
-RECORDS, TIGHT, CIFAR = (RESULTS / f"{name}.jsonl" for name in ("shakespeare", "tight", "cifar"))
+RECORDS, TIGHT, CIFAR, BOOKS = (RESULTS / f"{name}.jsonl" for name in ("shakespeare", "tight", "cifar", "books"))
 RUNS = ROOT / "out" / "sweep"
 CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
 
@@ -106,6 +106,9 @@ def complete(part, options):
     """All options with which train.py is called for a run of a part."""
     if part.startswith("cifar"):
         return {"seed": 0} | options
+    if part == "books":
+        return {"seed": 0, "dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
+                "eval_tokens": 2 ** 15 + 1} | options
     steps = options.get("max_steps", STEPS)
     common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
     if part == "radius":
@@ -119,7 +122,7 @@ def run(part, options, threads):
     run diverged. Tuning runs, of parts "lr", "short" and "long", are not measured: their training loss is all that is wanted.
     """
     options = complete(part, options)
-    path = CIFAR if part.startswith("cifar") else TIGHT if "preset" in options else RECORDS
+    path = CIFAR if part.startswith("cifar") else BOOKS if part == "books" else TIGHT if "preset" in options else RECORDS
     with lock:
         for record in read(path):
             if record["options"] == options:
@@ -147,6 +150,7 @@ def run(part, options, threads):
             raise KeyboardInterrupt  # train.py saved and stopped
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         traced = ("step", "train_loss", "norm_over_cap") + ("val_acc", ) * part.startswith("long")
+        traced += ("val_acc", "val_loss", "act_max_layers", "act_rms_layers") * (part == "books")
         record["trace"] = {name: [line[name] for line in log] for name in traced}
         if part == "radius" or path is CIFAR:
             named = ("val_", "worst", "certified", "attacked")
@@ -154,7 +158,7 @@ def run(part, options, threads):
             if part == "cifar-pairs":
                 record["attacked"] = attack_curve(out / "ckpt.pt")
         elif part not in ("lr", "short", "long"):
-            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "robust", "longest"),
+            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "robust", "longest", "books"),
                                    ball=part in ("final", "equal", "longest", "ball"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
@@ -219,13 +223,16 @@ def with_ball(model, train, val):
 
 def measurements(path, thorough, ball):
     """
-    What train.py's log does not have of a checkpoint: scores on the whole validation split (train.py's are on eval_tokens),
+    What train.py's log does not have of a checkpoint: scores on the whole validation split (of one that is longer than
+    Shakespeare's, 2^17 tokens; train.py's are on eval_tokens),
     an attack, and the accuracy that float8 costs. If thorough, that on the whole split too, and certified radii; with ball
     what one would do to the certificate.
     """
     model, ckpt = load_checkpoint(path)
     model.requires_grad_(False)
-    cpu, (_, train, (text,)) = torch.device("cpu"), open_data(ROOT / "data" / "shakespeare", like=ckpt["meta"])
+    folder = ROOT / "data" / ckpt["config"]["dataset"]
+    cpu, (_, train, (text,)) = torch.device("cpu"), open_data(folder, like=ckpt["meta"])
+    text = text[:2 ** 17]
     tokens = torch.from_numpy(text.astype(np.int64))
     dtype = ckpt["config"]["dtype"] or ("bfloat16" if has_bf16(cpu) else "float32")
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
@@ -509,6 +516,12 @@ CIFAR_RUNS = [{"preset": preset, **options, "seed": seed} for seed in (0, 1, 2) 
     ("cifar10", {}), ("cifar10", {"optimizer": "adamw", "method": "none", "lr": 0.0013, "weight_decay": 0.08}), ("cifar10-tight", {}))]
 
 
+# The same models on a hundred times the text, by character, one pass: ten times the steps' worth of Shakespeare. Needs
+# data/books-char, prepared by prepare.py from any long text.
+BOOKS_STEPS = 2560
+BOOKS_RUNS = [{"method": "none"}, {}, {"w_max": 2.0}, {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT]
+
+
 def images(pair, strength, lr, steps, every):
     method, optimizer = pair
     return {"preset": "cifar10", "method": method, "optimizer": optimizer, **strength, "lr": lr, "max_steps": steps,
@@ -555,6 +568,7 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
          "tight": (lambda: TIGHT_RUNS, partial(run, "tight")), "radius": (lambda: RADIUS_RUNS, partial(run, "radius")),
          "robust": (lambda: ROBUST_RUNS, partial(run, "robust")),
          "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation")), "cifar": (lambda: CIFAR_RUNS, partial(run, "cifar")),
+         "books": (lambda: BOOKS_RUNS, partial(run, "books")),
          "cifar-lr": (pairs, image_tune), "cifar-grid": (pairs, image_grid), "cifar-pairs": (image_pairs, partial(run, "cifar-pairs"))}
 
 
@@ -571,7 +585,8 @@ def main():
             if not set(args.parts) <= set(PARTS):
                 raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
             folder = ROOT / "data" / "shakespeare"
-            if any(not part.startswith("cifar") for part in args.parts) and (not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL):
+            needed = any(not part.startswith(("cifar", "books")) for part in args.parts)
+            if needed and (not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL):
                 raise UserError(f"{folder} is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
             for part in args.parts:
                 jobs, f = PARTS[part]
