@@ -13,6 +13,8 @@ every GPU has float64.
 import copy
 import inspect
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -85,17 +87,25 @@ def exact_model(model):
     return copy.deepcopy(model).cpu().double().requires_grad_(False)
 
 
-def alone(decompose, A, **kwargs):
+@contextmanager
+def one_thread():
     """
-    decompose(A, ...) on one thread: of matrices as small as these more gain nothing, and on a busy machine
-    each of the thousand times that they meet waits for the scheduler, which takes seconds for 256 x 256.
+    Torch on one thread; gives the number that it had. Decompositions of matrices as small as these gain
+    little from more, and on a busy machine each of the thousand times that the threads of one meet waits for
+    the scheduler: seconds for the eigenvalues of a 256 x 256 matrix.
     """
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return decompose(A, **kwargs)
+        yield n_threads
     finally:
         torch.set_num_threads(n_threads)
+
+
+def each(f, items):
+    """[f(item) for item in items], each by itself on one thread, as many at a time as torch has threads."""
+    with one_thread() as n_threads, ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(f, items))
 
 
 def sigma(W):
@@ -110,13 +120,20 @@ def sigma(W):
     """
     W = W if W.shape[-2] <= W.shape[-1] else W.mT
     k, l = W.shape[-2:]
-    largest = alone(torch.linalg.eigvalsh, W @ W.mT)[..., -1].clamp_min(0).sqrt()
+    with one_thread():
+        largest = torch.linalg.eigvalsh(W @ W.mT)[..., -1].clamp_min(0).sqrt()
     return largest * (1 + k * (l + 30) * torch.finfo(W.dtype).eps / 4)
 
 
 def rms_norm(W):
     """RMS->RMS operator norms of (..., m, n), exactly (in float64), as a float64 tensor (...)."""
     return sigma(exact(W)) / rms_unit(W)
+
+
+def matrix_norms(model):
+    """{matrix: RMS->RMS norms} of all that is constrained, of each matrix of a stack one."""
+    weights = list(matrices(model).values())
+    return dict(zip(weights, each(rms_norm, weights)))
 
 
 def matrices(model):
@@ -323,30 +340,35 @@ def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
 @cap
 def svd_cap(W, w_max):
     """sigma -> min(sigma, w_max) by an SVD in W's precision: the reference for hard_cap."""
-    U, S, Vh = alone(torch.linalg.svd, W, full_matrices=False)
+    with one_thread():
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U * S.clamp_max(w_max * rms_unit(W))[..., None, :] @ Vh
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The Lipschitz bound
 
-def lipschitz_bound(model, kind):
+def lipschitz_bound(model, kind, norms=None):
     """
     log10 of a Lipschitz bound of the model, a GPT or an MLP: `paper` or `certified`.
 
     Of a GPT it is about forward_embeddings, from the largest RMS norm over tokens at the input to that at the
     logits. `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see
     body_bound); `paper` is the formula of the authors' code, whose value can lie below the true constant (see
-    paper_bound), and None of a model that has options which they do not.
+    paper_bound), and None of a model that has options which they do not. `norms` saves computing
+    matrix_norms again.
     """
     if kind not in ("paper", "certified"):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
     if not finite(model):
         return math.inf
-    if not isinstance(model, GPT):  # both are the product of the layers' norms, as activations have gain 1
-        norms = (rms_norm(layer.weight).item() for layer in model.layers)
-        return log10(model.config.logit_scale * math.prod(norms))
-    return paper_bound(model) if kind == "paper" else certificate(model)[0]
+    if isinstance(model, GPT) and kind == "certified":
+        return certificate(model)[0]
+    norms = norms or matrix_norms(model)
+    if isinstance(model, GPT):
+        return paper_bound(model, norms)
+    # of an MLP both are the product of the layers' norms, as activations have gain 1
+    return log10(model.config.logit_scale * math.prod(norm.item() for norm in norms.values()))
 
 
 def log10(x):
@@ -374,9 +396,10 @@ def embedding_norm(model):
     return exact(model.wte.weight).square().mean(dim=1).max().sqrt().item()
 
 
-def paper_bound(model):
+def paper_bound(model, norms):
     """
-    log10 of the published bound (calculate_lipschitz_constant in the authors' code), times logit_scale.
+    log10 of the published bound (calculate_lipschitz_constant in the authors' code), times logit_scale, from
+    the model's matrix_norms.
 
     Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
     softmax_scale multiply the value path as well.
@@ -387,11 +410,11 @@ def paper_bound(model):
     if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
         return None
     alpha, log10_R = config.residual_weight, 0.0
-    total = log10(config.logit_scale * rms_norm(model.head.weight).item() * embedding_norm(model))
+    total = log10(config.logit_scale * norms[model.head.weight].item() * embedding_norm(model))
     for block in model.blocks:
-        q, k, v = (log10(norm) for norm in rms_norm(block.attn.qkv.weight).tolist())
+        q, k, v = (log10(norm) for norm in norms[block.attn.qkv.weight].tolist())
         layers = block.attn.proj, block.mlp.fc, block.mlp.proj
-        w, i, o = (log10(rms_norm(layer.weight).item()) for layer in layers)
+        w, i, o = (log10(norms[layer.weight].item()) for layer in layers)
         # L_att = c/3 w (v + 2 v R^2 q k) = c w v (1/3 + 2/3 R^2 q k)
         L_att = log10(config.softmax_scale) + w + v + log10_mix(2 / 3, 2 * log10_R + q + k)
         L_mlp = i + o - log10(GELU_SLOPE)
@@ -442,7 +465,7 @@ def attention_norms(attn, softmax_scale):
     v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
     # beside each other
-    OV = Wo_h @ alone(torch.linalg.qr, Wv.mT, mode="r").R.mT                # (H, d, d_head): W_o^h L_h
+    OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
     A_V = min(sigma(Wo) * v.square().sum().sqrt(), sigma(OV).sum(), math.sqrt(H) * sigma(beside(OV))).item()
     if not Wqk:
         return attn.out_scale * A_V, 0.0
@@ -500,13 +523,13 @@ def uncertain_norm(A, U, V):
     sigma(A) + sigma(U) sigma(V).
     """
     triangle = (sigma(A) + sigma(U) * sigma(V)).item()
-    s, Q = alone(torch.linalg.eigh, U @ U.mT)
+    s, Q = torch.linalg.eigh(U @ U.mT)
     A, gram = Q.mT @ A, V.mT @ V
     top = s[-1].clamp_min(1e-30)
 
     def bound(t):
         l = top * (1 + math.exp(t))
-        squared = l * alone(torch.linalg.eigvalsh, A.mT @ (A / (l - s)[:, None]) + gram)[-1]
+        squared = l * torch.linalg.eigvalsh(A.mT @ (A / (l - s)[:, None]) + gram)[-1]
         return squared.clamp_min(0).sqrt().item()
 
     low, high = -7.0, 7.0  # of t; a golden section
@@ -563,8 +586,8 @@ def layer_norms(model):
     """
     c = model.config.softmax_scale
     norms = lambda block: (*attention_norms(block.attn, c), *mlp_norms(block))
-    return [(block.alpha, *(norms(block) if finite(block) else 5 * (math.inf, )), block.ball or math.inf)
-            for block in model.blocks]
+    found = each(lambda block: norms(block) if finite(block) else 5 * (math.inf, ), model.blocks)
+    return [(block.alpha, *norms, block.ball or math.inf) for block, norms in zip(model.blocks, found)]
 
 
 def logit_reach(model, r, layers=None):
@@ -1017,9 +1040,10 @@ def at_most(n, model):
 def report(path, steps):
     """(dict, text): a GPT's norms, its bounds with their parts, an attack, certified predictions."""
     model, ckpt = load_checkpoint(path)
+    norms = matrix_norms(model)
     result = {"checkpoint": str(path), "step": ckpt["step"], "method": ckpt["config"]["method"],
               "w_max": ckpt["config"]["w_max"],
-              "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()}}
+              "norms": {name: norms[W].flatten().tolist() for name, W in matrices(model).items()}}
     head = f"{path} at step {ckpt['step']}, method {result['method']}, w_max {result['w_max']:g}\n"
     if not isinstance(model, GPT):
         return report_mlp(model, result, head, steps)
@@ -1030,7 +1054,7 @@ def report(path, steps):
         _, _, val = open_data(folder, like=ckpt["meta"])
         text = torch.from_numpy(val[0][:n].astype(np.int64))
     certified, parts = certificate(model, R, layers)
-    found, paper = log10(attack(model, steps=steps, tokens=text)), paper_bound(model)
+    found, paper = log10(attack(model, steps=steps, tokens=text)), lipschitz_bound(model, "paper", norms)
     broken = paper is not None and found > paper
     result |= {"embedding": R, "log10_layers": parts, "log10_attack": found, "log10_certified": certified,
                "log10_paper": paper, "paper_broken": broken}

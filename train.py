@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 import prepare
 from constrain import (METHODS, PROMISE_W_MAX, RADII, after_step, certified_radii, layer_norms, lead,
-                       lipschitz_bound, logit_reach, matrices, pgd, rms_norm, svd_cap, worst_case)
+                       lipschitz_bound, logit_reach, matrices, matrix_norms, pgd, rms_norm, svd_cap,
+                       worst_case)
 from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
                    set_state)
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
@@ -564,10 +565,11 @@ def evaluate_images(model, data, device, attack_images, radius=0.0):
 
 def bounds(model, config):
     """The Lipschitz bounds of the model, and its largest norm over its cap."""
-    norms = torch.cat([rms_norm(W).flatten() / cap for W, cap in relative_caps(model, config).items()])
-    return {"log10_paper": lipschitz_bound(model, "paper"),
-            "log10_certified": lipschitz_bound(model, "certified"),
-            "norm_over_cap": norms.max().item() / config.w_max}
+    norms = matrix_norms(model)
+    over_caps = torch.cat([norms[W].flatten() / cap for W, cap in relative_caps(model, config).items()])
+    return {"log10_paper": lipschitz_bound(model, "paper", norms),
+            "log10_certified": lipschitz_bound(model, "certified", norms),
+            "norm_over_cap": over_caps.max().item() / config.w_max}
 
 
 @torch.inference_mode()
