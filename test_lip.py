@@ -1181,7 +1181,8 @@ def test_uncertain_norm():
         for _ in range(10):
             E, best = torch.randn(k, generator=g).sign().double(), 0.0
             for i in (*range(k), *range(k)):
-                norms = {e: sigma(A + U * torch.where(torch.arange(k) == i, e, E) @ V)[0].item() for e in (-1.0, 0.3, 1.0)}
+                at = lambda e: sigma(A + U * torch.where(torch.arange(k) == i, e, E) @ V)[0].item()
+                norms = {e: at(e) for e in (-1.0, 0.3, 1.0)}
                 E[i] = max(norms, key=norms.get)
                 best = max(norms.values())
             found = max(found, best)
@@ -1195,7 +1196,8 @@ def test_an_mlp_half_has_less_than_its_layers_norms():
     for options in ({}, dict(activation="maxmin")):
         block = random_weights(gpt(L=1, d=32, **options), 1.5).blocks[0]
         gain, score_gain, growth = constrain.mlp_norms(block)
-        product = 1 - block.alpha + block.alpha * (rms_norm(block.mlp.fc.weight) * rms_norm(block.mlp.proj.weight)).item()
+        layers = rms_norm(block.mlp.fc.weight) * rms_norm(block.mlp.proj.weight)
+        product = 1 - block.alpha + block.alpha * layers.item()
         assert max(score_gain, growth) <= gain < 0.95 * product and score_gain < gain
 
 
@@ -1258,15 +1260,17 @@ def test_certified_predictions():
         assert net.forward_embeddings(x - step)[0, t].argmax() == best
 
 
-RADIUS_MODELS = {"paper": {}, "tight": dict(c=0.0, position_bias=True, per_head=True, alpha=1.0, activation="maxmin"),
+RADIUS_MODELS = {"paper": {},
+                 "tight": dict(c=0.0, position_bias=True, per_head=True, alpha=1.0, activation="maxmin"),
                  "ball": dict(per_head=True, activation="maxmin", ball=0.7), "deep": dict(L=3, c=2.0)}
 
 
 @pytest.mark.parametrize("options", RADIUS_MODELS.values(), ids=RADIUS_MODELS)
 def test_the_worst_case_is_no_better_than_any(options):
     """
-    The worst-case loss is at least the loss after gradient ascent on it and after random changes, prediction by
-    prediction, and equals the plain one at radius 0; what it certifies is what the radii certify and no attack turns over.
+    The worst-case loss is at least the loss after gradient ascent on it and after random changes, prediction
+    by prediction, and equals the plain one at radius 0; what it certifies is what the radii certify and no
+    attack turns over.
     """
     torch.manual_seed(0)
     net = random_weights(gpt(**dict(H=2, d=8, L=2, T=12, logit_scale=6.0) | options), 0.8).double()
@@ -1277,7 +1281,8 @@ def test_the_worst_case_is_no_better_than_any(options):
     x, y = tokens[:-1].view(3, 12), tokens[1:]
     loss = lambda z: F.cross_entropy(z.flatten(0, 1), y, reduction="none")
     X, W = net.wte(x).detach(), net.head.weight
-    assert torch.allclose(loss(net(x)[0]), loss(constrain.worst_case(net(x)[0].flatten(0, 1), y, W, 0.0)[None]))
+    at_0 = constrain.worst_case(net(x)[0].flatten(0, 1), y, W, 0.0)[None]
+    assert torch.allclose(loss(net(x)[0]), loss(at_0))
     unit = lambda v: v / v.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
     for r in (10 ** radii[right].median().item(), 0.03, 0.3):
         reach = constrain.logit_reach(net, r, layers)
@@ -1298,16 +1303,22 @@ def test_the_worst_case_is_no_better_than_any(options):
 
 
 LOCAL_MODELS = {"paper": dict(c=3.0), "gelu alone": dict(L=1, c=0.0, position_bias=True),
-                "maxmin": dict(per_head=True, activation="maxmin", position_bias=True), "ball": dict(L=3, ball=0.5),
-                "no residual": dict(c=0.0, position_bias=True, alpha=1.0, activation="maxmin", mlp_layers=3, mlp_ratio=1)}
+                "maxmin": dict(per_head=True, activation="maxmin", position_bias=True),
+                "ball": dict(L=3, ball=0.5),
+                "no residual": dict(c=0.0, position_bias=True, alpha=1.0, activation="maxmin", mlp_layers=3,
+                                    mlp_ratio=1)}
 
 
 @pytest.mark.parametrize("trained", (False, True))
 @pytest.mark.parametrize("options", LOCAL_MODELS.values(), ids=LOCAL_MODELS)
 def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
-    """By the constant <= at the text <= an attack's, prediction by prediction; and much above the first with content."""
+    """
+    By the constant <= at the text <= an attack's, prediction by prediction; and much above the first with
+    content.
+    """
     torch.manual_seed(0)
-    net = random_weights(gpt(**dict(H=2, d=16, L=2, T=10, logit_scale=4.0) | options), 0.9 if trained else 1.3)
+    net = gpt(**dict(H=2, d=16, L=2, T=10, logit_scale=4.0) | options)
+    net = random_weights(net, 0.9 if trained else 1.3)
     ids = torch.randint(11, (12, 11))
     ids[:, 3::2] = ids[:, 1:2]  # something to learn
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
@@ -1325,21 +1336,25 @@ def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
     if options.get("c", 1.0) and trained:
         assert (local - by_constant).median() > 0.5
     # and every part of the proof: no change within a radius moves a token after a block by more than delta
-    facts = constrain.facts_at(net, X)
+    facts, turns = constrain.facts_at(net, X), (net.cos[:10], net.sin[:10])
     for r in (1e-3, 0.1):
         change = r * torch.randn_like(X).sign()
         x, delta = X + change, torch.full(X.shape[:2], r * 4.0).double()
         for block, norm, fact in zip(net.blocks, norms, facts):
-            moved = block.attn(x, net.cos[:10], net.sin[:10]) - block.attn(fact["x"], net.cos[:10], net.sin[:10])
-            assert (moved.norm(dim=-1) <= constrain.attention_change(block.attn, norm, fact, delta) + 1e-12).all()
+            moved = block.attn(x, *turns) - block.attn(fact["x"], *turns)
+            most = constrain.attention_change(block.attn, norm, fact, delta)
+            assert (moved.norm(dim=-1) <= most + 1e-12).all()
             x = block(x, net.cos[:10], net.sin[:10])
-            delta = (x - block(fact["x"], net.cos[:10], net.sin[:10])).norm(dim=-1)  # exactly, for the next block
+            delta = (x - block(fact["x"], *turns)).norm(dim=-1)  # exactly, for the next block
 
 
 def test_what_has_no_bound_has_no_certificate():
-    """A weight that is not finite, anywhere: infinite bounds, no radius; zeros: a radius, or none, but never NaN."""
+    """
+    A weight that is not finite, anywhere: infinite bounds, no radius; zeros: a radius, or none, never NaN.
+    """
     for bad in (math.nan, math.inf):
-        for name in ("wte.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc.weight", "blocks.1.attn.proj.weight", "head.weight"):
+        for name in ("wte.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc.weight",
+                     "blocks.1.attn.proj.weight", "head.weight"):
             net = random_weights(gpt(L=2))
             net.get_parameter(name).data.view(-1)[3] = bad
             assert lipschitz_bound(net, "certified") == lipschitz_bound(net, "paper") == math.inf
@@ -1353,7 +1368,8 @@ def test_what_has_no_bound_has_no_certificate():
     for zeros in (net.layers[:1], net.layers):
         for layer in zeros:
             layer.weight.data.zero_()
-        radii = constrain.certified_radii(net, x, torch.zeros(5, dtype=torch.long), constrain.logit_reach(net, 1.0))
+        reach = constrain.logit_reach(net, 1.0)
+        radii = constrain.certified_radii(net, x, torch.zeros(5, dtype=torch.long), reach)
         assert not radii.isnan().any() and set(radii.tolist()) <= {0.0, math.inf}
 
 
@@ -1370,7 +1386,9 @@ def test_radii_far_from_the_middle():
 
 
 def test_the_attack_on_predictions_turns_over_what_it_should():
-    """At a radius of almost 0 nothing; and at one at which every embedding can become every other, all but a few."""
+    """
+    At a radius of almost 0 nothing; and at one at which every embedding can become every other, all but few.
+    """
     torch.manual_seed(0)
     net = random_weights(gpt(H=2, d=8, L=1, T=12, logit_scale=6.0), 0.8)
     tokens = torch.randint(11, (60,))
@@ -1399,7 +1417,8 @@ def test_training_for_a_radius(data, monkeypatch):
     radii = constrain.log10_radii(net, bears, constrain.layer_norms(net))
     for r in constrain.RADII:
         least, most = (constrain.share(right & (radii > x)) for x in (math.log10(r), math.log10(r) - 0.005))
-        assert least - 1e-3 <= runs["for"][f"certified_acc_{r}"] <= most + 1e-3  # radii are rounded down by 1 %
+        # radii are rounded down by 1 %
+        assert least - 1e-3 <= runs["for"][f"certified_acc_{r}"] <= most + 1e-3
     half, saved = flags(**tight, radius=0.2, out_dir="half"), []
     monkeypatch.setattr(train.StopRequest, "__bool__", lambda self: saved.append(0) or len(saved) == 37)
     assert run_main(train, monkeypatch, *half) is None
@@ -1572,7 +1591,8 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
         for options in runs + [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]:
             train.train(tiny_config(**few | options))
         for name, preset in train.PRESETS.items():
-            small = {key: preset[key] for key in preset if key not in TINY} | {"preset": name, "accumulate": 1}
+            small = {key: preset[key] for key in preset if key not in TINY}
+            small |= {"preset": name, "accumulate": 1}
             small["dataset"] = "images" if name.startswith("cifar10") else "shakespeare"
             train.train(tiny_config(**small | few))
         net = gpt().to("meta")
@@ -1584,7 +1604,8 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
 
 
 GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
-            "adamw": {"optimizer": "adamw", "method": "hard_cap", "w_max": 0.5}, "compiled": {"compile": True},
+            "adamw": {"optimizer": "adamw", "method": "hard_cap", "w_max": 0.5},
+            "compiled": {"compile": True},
             "fineweb": {"preset": "fineweb-w1", "dataset": "shakespeare", "accumulate": 2},
             **{method: {"method": method, "w_max": 0.7} for method in METHODS}}
 
@@ -2826,7 +2847,8 @@ def test_cifar10(cifar, monkeypatch, capsys):
     runs = []
     adamw = ["--optimizer=adamw", "--method=none", "--lr=1e-3"]  # slow on images that are not centred
     for optimizer, steps, given in (("muon", 70, []), ("adamw", 420, adamw)):
-        assert run_main(train, monkeypatch, "--preset=cifar10", f"--max_steps={steps}", *given, *short) is None
+        options = "--preset=cifar10", f"--max_steps={steps}", *given, *short
+        assert run_main(train, monkeypatch, *options) is None
         line = log_lines("out/cifar10")[-1]
         runs.append(line)
         assert line["step"] == steps and line["val_acc"] > 0.8
@@ -2838,7 +2860,8 @@ def test_cifar10(cifar, monkeypatch, capsys):
     assert 0 < muon["certified_acc_36"] and muon["attacked_acc_255"] < muon["val_acc"]
     assert "L2 36, 72, 108, 255/255" in capsys.readouterr().out
     plain = muon["certified_acc_108"]
-    tight = ["--preset=cifar10-tight", "--n_embd=64", "--max_steps=70", "--attack_images=50", "--logit_scale=100", *short]
+    tight = ["--preset=cifar10-tight", "--n_embd=64", "--max_steps=70", "--attack_images=50",
+             "--logit_scale=100", *short]
     assert run_main(train, monkeypatch, *tight) is None
     line = log_lines("out/cifar10-tight")[-1]
     assert line["log10_certified"] == pytest.approx(2, abs=1e-4) and line["worst_loss"] > line["val_loss"]
