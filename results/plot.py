@@ -10,7 +10,7 @@ from statistics import mean
 
 import numpy as np
 
-from sweep import (ABLATION_RUNS, ABLATIONS, BOOKS, BOUNDS, CIFAR, LIMITS, METHODS, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
+from sweep import (ABLATION_RUNS, ABLATIONS, BOOKS, BOUNDS, CIFAR, LIMITS, METHODS, NARROW, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
                    best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, image_strengths, pairs,
                    read, same_but_seed, searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
@@ -224,7 +224,7 @@ def book_name(options):
 def books(records, plt):
     """On a hundred times Shakespeare's text: accuracy over training, and certified accuracy against the radius at its end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for run, color in zip(read(BOOKS), COLORS.values()):
+    for run, color in zip((r for r in read(BOOKS) if r["part"] == "books"), COLORS.values()):
         name = f"{book_name(run['options'])}: {math_power(run['log10_certified'])}"
         millions = [step * 16 * 256 / 1e6 for step in run["trace"]["step"]]
         left.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], color=color, label=name)
@@ -489,20 +489,27 @@ def image_cell(r):
     return f"{r['val_acc']:.1%}, {r['log10_certified']:.1f}" if r else "diverged"
 
 
-def books_table(records):
-    if not records:
-        return
-    yield "books", table(
-        ["", "accuracy", "loss", "training loss", "certified", "attack", "median certified radius",
-         *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
-        [[book_name(r["options"]), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
-          power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
-          left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in records])
+def books_tables(records):
+    if long := [r for r in records if r["part"] == "books"]:
+        yield "books", table(
+            ["", "accuracy", "loss", "training loss", "certified", "attack", "median certified radius",
+             *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
+            [[book_name(r["options"]), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
+              power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
+              left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in long])
+    if smoke := [r for r in records if r["part"] == "smoke"]:
+        yield "GPT-2 tokens, narrow", table(
+            ["", "training loss", "validation loss", "largest norm over w_max", "largest activation", "log10 certified"],
+            [[", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in r["options"].items()
+                        if name == "preset" or name not in NARROW and name != "seed"),
+              *(", ".join(f"{x:.2f}" for x in r["trace"][name]) for name in ("train_loss", "val_loss")),
+              f"{r['trace']['norm_over_cap'][-1]:.2f}", ", ".join(f"{max(layers):.0f}" for layers in r["trace"]["act_max_layers"]),
+              f"{r['log10_certified']:.1f}"] for r in smoke])
 
 
 def all_tables(records):
     return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_tables(read(CIFAR)),
-            *books_table(read(BOOKS)), *readme_tables(records)]
+            *books_tables(read(BOOKS)), *readme_tables(records)]
 
 
 def main():
