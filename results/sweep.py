@@ -526,8 +526,8 @@ BOOKS_RUNS = [{"method": "none"}, {}, {"w_max": 2.0}, {"preset": "tight"}, {"pre
 
 # The 145 M presets narrowed, on GPT-2 tokens of the same text (data/books): are they stable? And what made the first such run
 # unstable, whose learning rate was 0.13 for all matrices, the head too, and whose scores were not scaled down at w_max 16
-NARROW = {"dataset": "books", "n_layer": 4, "n_head": 2, "n_embd": 256, "block_size": 256, "batch_size": 16, "accumulate": 1,
-          "momentum_warmup": 50, "max_steps": 250, "eval_interval": 50, "eval_tokens": 8193}
+NARROW = {"dataset": "books", "n_layer": 4, "n_head": 2, "n_embd": 256, "block_size": 256, "batch_size": 8, "accumulate": 1,
+          "momentum_warmup": 40, "max_steps": 120, "eval_interval": 30, "eval_tokens": 4097}
 FIRST = NARROW | {"preset": "fineweb-w16", "method": "soft_cap", "zero_head": False, "lr_floor": 0.0, "embedding_lr": 0.1,
                   "softmax_scale": 1.0, "lr": 0.13, "head_lr": 1.0}
 SMOKE_RUNS = [*(NARROW | {"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)), FIRST, FIRST | {"head_lr": 0.1},
