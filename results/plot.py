@@ -400,6 +400,13 @@ def tight_tables(records, papers):
               *(f"{r[f'certified_acc_{radius}']:.1%}" for radius in RADII), f"{r['trace']['train_loss'][-1]:.2f}",
               f"{r['worst_loss']:.2f}"]
              for r in sorted(search, key=lambda r: (r["options"]["radius"], r["options"]["logit_scale"]))])
+    if search := [r for r in records if r["part"] == "content"]:
+        yield "tight-content, search", table(
+            ["", "accuracy", "certified", *(f"certified at {r}" for r in RADII[:2])],
+            [[settings({name: value for name, value in r["options"].items() if name != "preset"}), f"{r['val_acc']:.1%}",
+              power(r["log10_certified"]),
+              *(f"{r[f'certified_acc_{radius}']:.1%}" if r["options"].get("radius") else "" for radius in RADII[:2])]
+             for r in sorted(search, key=lambda r: (r["options"].get("radius", 0), r["log10_certified"]))])
     rows, candidates = [], (presets, finals(papers, "equal") or finals(papers))
     for limit, target in TARGETS:
         both = [best_final(runs, "log10_certified", limit) for runs in candidates]
