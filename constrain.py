@@ -1106,11 +1106,14 @@ def columns(name, *values):
 
 
 def norm_lines(model, norms):
-    """The table of a GPT's norms."""
-    yield columns("RMS->RMS norms", "W_q", "W_k", "W_v", "W_o", "W_in", "W_out")
-    for i in range(len(model.blocks)):
-        kinds = [f"blocks.{i}.{kind}" for kind in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")]
-        yield columns(f"layer {i}", *(norm for kind in kinds for norm in norms[kind]))
+    """The table of a GPT's norms: of heads that are constrained one by one and middle layers the largest."""
+    yield columns("RMS->RMS norms", "W_q", "W_k", "W_v", "W_o", "W_in", "W_mid", "W_out")
+    for i, block in enumerate(model.blocks):
+        of = lambda kind: norms[f"blocks.{i}.{kind}"]
+        qkv = torch.tensor(of("attn.qkv")).view(3 if block.attn.scale else 1, -1).amax(dim=1).tolist()
+        mid = [max(of(f"mlp.mid.{j}")[0] for j in range(len(block.mlp.mid)))] if block.mlp.mid else ["-"]
+        yield columns(f"layer {i}", *["-"] * (3 - len(qkv)), *qkv, *of("attn.proj"), *of("mlp.fc"), *mid,
+                      *of("mlp.proj"))
 
 
 def share(which):

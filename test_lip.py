@@ -1493,6 +1493,19 @@ def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
             one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
 
 
+@pytest.mark.parametrize("options", RADIUS_MODELS.values(), ids=RADIUS_MODELS)
+def test_the_table_of_norms_has_a_column_for_each_kind(options):
+    net = random_weights(gpt(**options), 1.0)
+    norms = constrain.matrix_norms(net)
+    named = {name: norms[W].flatten().tolist() for name, W in matrices(net).items()}
+    head, *rows = [line.split()[2:] for line in constrain.norm_lines(net, named)]
+    assert len(rows) == len(net.blocks) and all(len(row) == len(head) for row in rows)
+    of = dict(zip(head, rows[-1]))
+    v = named[f"blocks.{len(rows) - 1}.attn.qkv"][-net.config.n_head if net.config.per_head else -1:]
+    assert of["W_v"] == f"{max(v):.4f}"
+    assert (of["W_q"] == "-") == (not net.config.softmax_scale)
+
+
 def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys):
     """
     Data prepared again under the same name are refused by all who read them for a checkpoint; the same text
