@@ -485,8 +485,8 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
     ROBUST | level | {"seed": seed} for seed in (0, 1, 2)
     for level in ({"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600}, {"radius": 0.2, "logit_scale": 8.0})]
 # and one that looks at content: one layer, as a second multiplies the bound by ten
-ROBUST_RUNS += [CONTENT | {"max_steps": TIGHT_STEPS, "n_layer": 1, "softmax_scale": 0.1, "w_max": 3.2, "radius": 0.001, "seed": seed}
-                for seed in (0, 1, 2)]
+ROBUST_CONTENT = CONTENT | {"n_layer": 1, "softmax_scale": 0.1, "w_max": 3.2, "radius": 0.001}
+ROBUST_RUNS += [ROBUST_CONTENT | {"max_steps": steps, "seed": seed} for steps in (TIGHT_STEPS, 1600) for seed in (0, 1, 2)]
 
 
 # From the paper's architecture to the preset, one change after the other, and the preset with one thing taken back
