@@ -388,8 +388,8 @@ def tight_tables(records, papers):
     robust = levels(records, "robust")
     if robust:
         yield "tight, trained for a radius", table(
-            ["preset", "accuracy", *(f"certified at {r}" for r in RADII), "attack leaves", "loss", "certified bound"],
-            [[settings(runs[0]["options"]), spread([r["val_acc"] for r in runs], "{:.1%}"),
+            ["preset", "steps", "accuracy", *(f"certified at {r}" for r in RADII), "attack leaves", "loss", "certified bound"],
+            [[settings(runs[0]["options"]), f"{runs[0]['options']['max_steps']:,}", spread([r["val_acc"] for r in runs], "{:.1%}"),
               *(spread([at(r, radius) for r in runs], "{:.1%}") for radius in RADII), left(runs),
               f"{mean(r['val_loss'] for r in runs):.3f}", power(max(r["log10_certified"] for r in runs))]
              for runs in [*presets, *robust]])
