@@ -200,7 +200,8 @@ def cifar(records, plt):
     left.set_ylabel("accuracy on the test images, %")
     for runs, color in zip(seeds(records, "cifar-pairs"), ("#0072B2", "#56B4E9", "#D55E00", "#E69F00")):
         options, radii = runs[0]["options"], [int(eps) for eps in runs[0]["attacked"]]
-        free = "unconstrained" if options.get("weight_decay") == 0 else f"{LABELS[options['method']]} {options.get('w_max', '')}"
+        strength = options.get("weight_decay", options.get("w_max"))
+        free = f"{LABELS[options['method']]} {strength:g}" if strength else "unconstrained"
         bound = math_power(max(r["log10_certified"] for r in runs))
         right.plot(radii, [100 * mean(r["attacked"][str(eps)] for r in runs) for eps in radii], color=color,
                    label=f"{OPTIMIZER_LABELS[options['optimizer']]}, {free}: bound {bound}", **LINES[options["optimizer"]])
@@ -452,21 +453,21 @@ def seeds(records, part):
     """The runs of a part, a list of the seeds of each choice of options."""
     kinds = {}
     for r in (r for r in records if r["part"] == part):
-        kinds.setdefault(settings({name: value for name, value in r["options"].items() if name != "seed"}), []).append(r)
+        kinds.setdefault(str(r["options"] | {"seed": 0}), []).append(r)
     return list(kinds.values())
 
 
 def cifar_tables(records):
     yield "CIFAR-10", table(
-        ["preset", "accuracy", "training loss", *(f"certified at {eps}/255" for eps in IMAGE_RADII), "attack leaves",
-         "log10 of the bound"],
+        ["preset", "steps", "accuracy", "training loss", *(f"certified at {eps}/255" for eps in IMAGE_RADII), "attack leaves",
+         "bound"],
         [[settings({name: value for name, value in runs[0]["options"].items() if name != "seed"}),
-          spread([r["val_acc"] for r in runs], "{:.1%}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
+          f"{runs[0]['trace']['step'][-1]:,}", spread([r["val_acc"] for r in runs], "{:.1%}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
           *(f"{mean(r[f'certified_acc_{eps}'] for r in runs):.1%}" for eps in IMAGE_RADII),
           ", ".join(f"{100 * mean(r[f'attacked_acc_{eps}'] for r in runs):.1f}" for eps in IMAGE_RADII),
-          f"{max(r['log10_certified'] for r in runs):.2f}"] for runs in seeds(records, "cifar")])
+          power(max(r["log10_certified"] for r in runs))] for runs in seeds(records, "cifar")])
     if grid := [r for r in records if r["part"] == "cifar-grid" and "val_acc" in r]:
-        yield "CIFAR-10, accuracy and log10 of the bound", table(
+        yield "CIFAR-10, accuracy and bound", table(
             ["", "lr", *("strongest constraint", "", "", "weakest")],
             [[who({"method": m, "optimizer": o}), chosen_lr((m, o), records, "cifar-lr"), *map(image_cell, image_runs(grid, m, o))]
              for m, o in pairs()])
@@ -493,7 +494,7 @@ def image_runs(grid, method, optimizer):
 
 
 def image_cell(r):
-    return f"{r['val_acc']:.1%}, {r['log10_certified']:.1f}" if r else "diverged"
+    return f"{r['val_acc']:.1%} at {power(r['log10_certified'])}" if r else "diverged"
 
 
 def books_tables(records):
