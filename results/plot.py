@@ -535,7 +535,9 @@ def main():
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            for draw in (tradeoff, norms, headline, radius, tight, cifar, books):
+            drawn = [tradeoff, norms, headline, radius, tight, cifar]
+            drawn += [books] if any(r["part"] == "books" for r in read(BOOKS)) else []
+            for draw in drawn:
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 
