@@ -139,7 +139,8 @@ def radius(records, plt):
     papers = [runs[0] for runs in by_bound(finals(records, "equal"))]
     families = ((papers, "paper's architecture", "Blues_r", "-"),
                 ([runs[0] for runs in levels(read(TIGHT))], "presets", "Oranges_r", "--"),
-                ([runs[0] for runs in levels(read(TIGHT), "robust")], "tight, trained for a radius; ×: attacked", "Greens_r", "-."))
+                ([runs[0] for runs in levels(read(TIGHT), "robust") if len(runs) > 1], "trained for a radius; ×: attacked",
+                 "Greens_r", "-."))
     for runs, name, colors, line in families:
         for i, run in enumerate(runs):
             color = plt.get_cmap(colors)(0.7 * i / len(runs))
