@@ -400,7 +400,8 @@ def new_gpt(config, vocab_size, device):
 def compile_blocks(model, config, batch, amp):
     """
     Compile the blocks one by one: they are alike, so that only the first takes time. A first batch shows
-    whether the compiler works; if not, the run goes on as it is, unless --compile asked for it.
+    whether the compiler works, and makes numbers; if not, the run goes on as it is, unless --compile asked
+    for it.
     """
     for block in model.blocks:
         block.forward = torch.compile(block.forward)
@@ -409,6 +410,8 @@ def compile_blocks(model, config, batch, amp):
         with amp:
             loss = model(x, y)[1]
         loss.backward()
+        if not all(p.grad.isfinite().all() for p in model.parameters()):
+            raise ArithmeticError
     except Exception as e:  # of many kinds, from several layers down
         what = f"torch.compile does not work here ({type(e).__name__})"
         if config.compile:
