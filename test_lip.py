@@ -2113,11 +2113,11 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 4
 
 
-@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 WIDE_HEADS = dict(n_head=1, n_embd=256, block_size=256, batch_size=2, max_steps=2, eval_interval=1,
                   eval_tokens=300, dtype="bfloat16")  # NaN once, on a CPU with AMX
 
 
+@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("options", ({}, WIDE_HEADS), ids=("float32", "wide heads in bfloat16"))
 def test_compiled_training_agrees_with_eager(data, options):
     for out, compile in (("eager", False), ("compiled", True)):
