@@ -1865,6 +1865,8 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
+    for name, few in (("ATTACKED", 64), ("LOCAL", 32), ("ALONE", 2)):  # with so many tokens each takes long
+        monkeypatch.setattr(constrain, name, few)
     one_line(run_main(train, monkeypatch, "--preset=fineweb-w16"), "data/fineweb holds no data set",
              "prepare.py fineweb --shards")
     Path("a.txt").write_text("to be or not to be, that is the question\n" * 500)
