@@ -508,10 +508,10 @@ def mlp_norms(block):
         (out_1, out_2), (in_1, in_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
         A = (1 - alpha) * I + alpha / 2 * (out_1 + out_2) @ (in_1 + in_2)
         U, V = alpha / 2 * (out_1 - out_2), in_1 - in_2
-        growing = None  # as A, U, V
     gain = min(product, uncertain_norm(A, U, V))
     score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
-    return gain, score_gain, min(product, uncertain_norm(*growing)) if growing else gain
+    growth = gain if mlp.activation is maxmin else min(product, uncertain_norm(*growing))
+    return gain, score_gain, growth
 
 
 def uncertain_norm(A, U, V):

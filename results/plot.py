@@ -31,10 +31,10 @@ def of_pair(records, method, optimizer):
     return [r for r in records if (r["options"]["method"], r["options"]["optimizer"]) == (method, optimizer)]
 
 
-def of_strength(grid, method, optimizer, i):
-    """The run of a pair at its i-th strength, at the learning rate of the smallest training loss; None if there is none."""
-    strength = strengths(method, optimizer)[i].items()
-    return min((r for r in of_pair(grid, method, optimizer) if strength <= r["options"].items()), key=tuning_loss, default=None)
+def of_strength(grid, method, optimizer, strength):
+    """The run of a pair at a strength, at the learning rate of the smallest training loss; None if there is none."""
+    runs = (r for r in of_pair(grid, method, optimizer) if strength.items() <= r["options"].items())
+    return min(runs, key=tuning_loss, default=None)
 
 
 def drawn_frontier(records, bound):
@@ -86,7 +86,7 @@ def norms(records, plt):
     figure, axes = plt.subplots(2, 4, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
     for method, ax in zip(METHODS, axes.flat):
         for optimizer in OPTIMIZERS:
-            if run := of_strength(searched(records, "grid"), method, optimizer, 2):
+            if run := of_strength(searched(records, "grid"), method, optimizer, strengths(method, optimizer)[2]):
                 ax.plot(run["trace"]["step"], [x * run["config"]["w_max"] for x in run["trace"]["norm_over_cap"]],
                         color=COLORS[method], markersize=4, **LINES[optimizer])
         if cap := strengths(method, "muon")[2].get("w_max"):
@@ -102,6 +102,14 @@ def norms(records, plt):
     return figure
 
 
+def seeds(records, part):
+    """The runs of a part, a list of the seeds of each choice of options."""
+    kinds = {}
+    for r in (r for r in records if r["part"] == part):
+        kinds.setdefault(str(sorted((r["options"] | {"seed": 0}).items())), []).append(r)
+    return list(kinds.values())
+
+
 def by_bound(runs):
     """Lists of seeds, smallest certified bound first."""
     return sorted(runs, key=lambda seeds: seeds[0]["log10_certified"])
@@ -109,7 +117,7 @@ def by_bound(runs):
 
 def levels(tight, part="tight"):
     """The runs of the presets, a list of the seeds of each choice of options, smallest bound first."""
-    return by_bound(same_but_seed(tight, r["options"]) for r in tight if r["part"] == part and r["options"]["seed"] == 0)
+    return by_bound(seeds(tight, part))
 
 
 def headline(records, plt):
@@ -133,6 +141,12 @@ def headline(records, plt):
     return figure
 
 
+def certified_curve(run):
+    """Radii, the quantiles of the right predictions' that a record has, and the % of all certified at each."""
+    radii = [10 ** x for x in run["log10_radii"]]
+    return radii, [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
+
+
 def radius(records, plt):
     """Certified accuracy against the radius, linear and log: the headline's models and the presets'."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
@@ -144,8 +158,7 @@ def radius(records, plt):
     for runs, name, colors, line in families:
         for i, run in enumerate(runs):
             color = plt.get_cmap(colors)(0.7 * i / len(runs))
-            radii = [10 ** x for x in run["log10_radii"]]  # quantiles of the right predictions' radii
-            share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
+            radii, share = certified_curve(run)
             for ax in axes:
                 ax.plot([1e-12, radii[0], *radii], [share[0], share[0], *share], line, color=color,
                         label=name if i == 0 else None)
@@ -230,8 +243,7 @@ def books(records, plt):
         name = f"{book_name(run['options'])}: {math_power(run['log10_certified'])}"
         millions = [step * 16 * 256 / 1e6 for step in run["trace"]["step"]]
         left.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], color=color, label=name)
-        radii = [10 ** x for x in run["log10_radii"]]
-        share = [100 * run["val_acc"] * (1 - j / (len(radii) - 1)) for j in range(len(radii))]
+        radii, share = certified_curve(run)
         right.plot([1e-15, radii[0], *radii], [share[0], share[0], *share], color=color)
         right.plot([float(r) for r in run["radii"]], [100 * at["attack_first"] for at in run["radii"].values()], "x", color=color)
     left.set_xlabel("characters trained on, millions")
@@ -295,8 +307,8 @@ def at(run, radius):
     """Certified accuracy at a radius: measured, or of older runs, to half a point, from the quantiles of the radii."""
     if "radii" in run:
         return run["radii"][str(radius)]["certified"]
-    shares = [run["val_acc"] * (1 - i / 40) for i in range(41)]
-    return float(np.interp(radius, [10 ** x for x in run["log10_radii"]], shares))
+    radii, shares = certified_curve(run)
+    return float(np.interp(radius, radii, shares)) / 100
 
 
 def left(runs):
@@ -370,7 +382,7 @@ def tables(records):
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
           f"{100 * r['float8_lost']:.2f}"]
-         for m, o in pairs() for i in (2, -1) if (r := of_strength(grid, m, o, i))])
+         for m, o in pairs() for i in (2, -1) if (r := of_strength(grid, m, o, strengths(m, o)[i]))])
 
 
 def tight_tables(records, papers):
@@ -450,20 +462,12 @@ def readme_tables(records):
 IMAGE_RADII = (36, 72, 108)  # in 255ths of a pixel's range
 
 
-def seeds(records, part):
-    """The runs of a part, a list of the seeds of each choice of options."""
-    kinds = {}
-    for r in (r for r in records if r["part"] == part):
-        kinds.setdefault(str(r["options"] | {"seed": 0}), []).append(r)
-    return list(kinds.values())
-
-
 def cifar_tables(records):
     yield "CIFAR-10", table(
         ["preset", "steps", "accuracy", "training loss", *(f"certified at {eps}/255" for eps in IMAGE_RADII), "attack leaves",
          "bound"],
-        [[settings({name: value for name, value in runs[0]["options"].items() if name != "seed"}),
-          f"{runs[0]['trace']['step'][-1]:,}", spread([r["val_acc"] for r in runs], "{:.1%}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
+        [[settings(runs[0]["options"]), f"{runs[0]['trace']['step'][-1]:,}", spread([r["val_acc"] for r in runs], "{:.1%}"),
+          f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
           *(f"{mean(r[f'certified_acc_{eps}'] for r in runs):.1%}" for eps in IMAGE_RADII),
           ", ".join(f"{100 * mean(r[f'attacked_acc_{eps}'] for r in runs):.1f}" for eps in IMAGE_RADII),
           power(max(r["log10_certified"] for r in runs))] for runs in seeds(records, "cifar")])
@@ -488,10 +492,8 @@ def image_settings(options):
 
 
 def image_runs(grid, method, optimizer):
-    """The run of a pair at each strength, at the learning rate of the smallest training loss; None where there is none."""
-    runs = of_pair(grid, method, optimizer)
-    return [min((r for r in runs if strength.items() <= r["options"].items()), key=tuning_loss, default=None)
-            for strength in image_strengths(method, optimizer)]
+    """The run of a pair at each strength, None where there is none."""
+    return [of_strength(grid, method, optimizer, strength) for strength in image_strengths(method, optimizer)]
 
 
 def image_cell(r):

@@ -104,13 +104,11 @@ def version():
 
 def complete(part, options):
     """All options with which train.py is called for a run of a part."""
-    if part.startswith("cifar"):
+    if part == "smoke" or part.startswith("cifar"):
         return {"seed": 0} | options
     if part == "books":
         return {"seed": 0, "dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
                 "eval_tokens": 2 ** 15 + 1} | options
-    if part == "smoke":
-        return {"seed": 0} | options
     steps = options.get("max_steps", STEPS)
     common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
     if part == "radius":
@@ -257,8 +255,8 @@ def measurements(path, thorough, ball):
 def attack_curve(path):
     """{epsilon: accuracy that the attack leaves of the first 1,000 test images} of a checkpoint, epsilon in 255ths."""
     model, ckpt = load_checkpoint(path)
-    _, _, (images, labels) = open_data(ROOT / "data" / "cifar10", like=ckpt["meta"])
-    x, y = image_inputs((images, labels), np.arange(1000), "cpu")
+    _, _, val = open_data(ROOT / "data" / "cifar10", like=ckpt["meta"])
+    x, y = image_inputs(val, np.arange(1000), "cpu")
     return {eps: pgd(model, x, y, eps / 255).double().mean().item() for eps in (0, 9, 18, 27, 36, 54, 72, 90, 108, 144, 180, 255)}
 
 
@@ -301,13 +299,18 @@ def lr_of(pair, path=None, part="lr"):
     return lr
 
 
-def grid(pair, threads):
-    for strength in strengths(*pair):
-        options = {"method": pair[0], "optimizer": pair[1], **strength}
+def at_strengths(values, lr, run_at):
+    """Run a method at each of its strengths."""
+    for strength in values:
         if strength == {"weight_decay": 0.0}:  # unconstrained; the learning rate was tuned with decay, so that it says little
-            bracket(lr_of(pair), lambda lr: run("grid", options | {"lr": lr}, threads))
+            bracket(lr, lambda lr: run_at(strength, lr))
         else:
-            run("grid", options | {"lr": lr_of(pair)}, threads)
+            run_at(strength, lr)
+
+
+def grid(pair, threads):
+    options = {"method": pair[0], "optimizer": pair[1]}
+    at_strengths(strengths(*pair), lr_of(pair), lambda strength, lr: run("grid", options | strength | {"lr": lr}, threads))
 
 
 ONE, TWO = {"n_layer": 1, "n_embd": 400}, {"n_layer": 2, "n_embd": 288}  # about 2 M parameters; the grid has three layers
@@ -547,13 +550,9 @@ def image_tune(pair, threads):
 
 
 def image_grid(pair, threads):
-    lr = lr_of(pair, CIFAR, "cifar-lr")
     options = partial(images, pair, steps=IMAGE_STEPS, every=IMAGE_STEPS // 2)
-    for strength in image_strengths(*pair):
-        if strength == {"weight_decay": 0.0}:  # unconstrained; the learning rate was tuned with decay
-            bracket(lr, lambda lr: run("cifar-grid", options(strength, lr), threads))
-        else:
-            run("cifar-grid", options(strength, lr), threads)
+    at_strengths(image_strengths(*pair), lr_of(pair, CIFAR, "cifar-lr"),
+                 lambda strength, lr: run("cifar-grid", options(strength, lr), threads))
 
 
 def image_pairs():
