@@ -1,8 +1,7 @@
 """
 Weight constraints, and the Lipschitz bound that they give to the network.
 
-    python constrain.py out/shakespeare/ckpt.pt            # norms, bounds, an attack on them, certified
-    predictions
+    python constrain.py out/shakespeare/ckpt.pt            # norms, bounds, an attack, certified predictions
     python constrain.py out/shakespeare/ckpt.pt --json     # the same for programs
 
 Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of
@@ -31,7 +30,6 @@ from prepare import Parser, number, one_line_errors, open_data, say, to_json
 # in their interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6
 # of 1, from below.
 EXACT_POLAR = POLAR[:1] + POLAR[1:2] * 4 + POLAR[2:] + ((15 / 8, -10 / 8, 3 / 8),)
-
 
 # The polynomial of degree 5 nearest to psi(y) = 1 / (y + 1 + sqrt(y + 1)) on [0, 3], its error weighed by
 # what it does to a singular value in hard_cap, y sqrt(y + 1): that is at most 2.4e-4.
@@ -402,11 +400,11 @@ def paper_bound(model, norms):
     the model's matrix_norms.
 
     Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
-    softmax_scale multiply the value path as well.
+    softmax_scale multiply the value path as well. Their networks have no position_bias, which would change no
+    factor of it.
     """
     config = model.config
-    ours = ("position_bias", "per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio",
-            "ball")
+    ours = ("per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")
     if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
         return None
     alpha, log10_R = config.residual_weight, 0.0

@@ -178,19 +178,18 @@ def attend(q, k, v, scale, bias):
     Causal attention softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head) and bias, (n_head, T, T)
     or None: on a GPU F.scaled_dot_product_attention. On a CPU its kernel's backward pass is slow, so there
     the products are written out, in two halves: the first half of the queries sees the first half of the keys
-    alone, which saves a quarter of the work.
+    alone, which saves a quarter of the work. What is hidden is added, as that has no backward pass.
     """
     T = q.shape[2]
-    mask = later(T, q.device)
+    if bias is None and q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    bias = q.new_zeros(T, T) if bias is None else bias
+    bias = bias.masked_fill(later(T, q.device), -math.inf)
     if q.device.type != "cpu":
-        bias = None if bias is None else bias.masked_fill(mask, -math.inf)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
-    halves = []
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    q, halves = scale * q, []
     for start, end in ((0, T // 2), (T // 2, T)):
-        scores = q[:, :, start:end] @ k[:, :, :end].mT * scale
-        if bias is not None:
-            scores = scores + bias[:, start:end, :end]
-        scores = scores.masked_fill(mask[start:end, :end], -math.inf)
+        scores = q[:, :, start:end] @ k[:, :, :end].mT + bias[..., start:end, :end]
         halves.append(scores.softmax(dim=-1) @ v[:, :, :end])
     return torch.cat(halves, dim=2)
 
@@ -234,8 +233,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x, cos, sin):
-        x = (1 - self.alpha) * x + self.alpha * self.attn(x, cos, sin)
-        x = (1 - self.alpha) * x + self.alpha * self.mlp(x)
+        x = torch.add((1 - self.alpha) * x, self.attn(x, cos, sin), alpha=self.alpha)
+        x = torch.add((1 - self.alpha) * x, self.mlp(x), alpha=self.alpha)
         return x if self.ball is None else onto_ball(x, self.ball)
 
 

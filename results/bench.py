@@ -81,7 +81,7 @@ def step(argv):
     model = train.new_gpt(config, padded, device)
     optimizers = train.make_optimizers(model, config, dtype)
     ids = torch.randint(vocab_size, (batch, T + 1), device=device)
-    if train.has_compiler(device) if config.compile is None else config.compile:
+    if train.compiles(config, device):
         train.compile_blocks(model, config, (ids[:, :-1], ids[:, 1:]), amp)
 
     def gradients():

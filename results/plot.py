@@ -433,7 +433,7 @@ def tight_tables(records, papers):
             ["certified bound", "target", "reached", "above it by", "the paper's architecture reaches"], rows)
     rows = [[f"{start} {settings(change)}".strip(), f"{r['val_acc']:.2%}", power(r["log10_certified"]), power(r["log10_attack"])]
             for (start, change, _), options in zip(ABLATIONS, ABLATION_RUNS)
-            for r in records if r["options"] == complete("ablation", options)]
+            for r in records if r["options"] == complete("ablation", options)[1]]
     if rows:
         yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
 

@@ -47,7 +47,8 @@ CAPS = [1.0, 1.4, 2.0, 3.0, 5.0]
 DECAYS = {("none", "muon"): [1.0, 0.5, 0.25, 0.12, 0.06, 0.0], ("none", "adamw"): [128.0, 64.0, 32.0, 16.0, 8.0, 0.0],
           ("spectral_weight_decay", "muon"): [7.0, 4.0, 2.0, 1.0, 0.5],
           ("spectral_weight_decay", "adamw"): [480.0, 240.0, 120.0, 60.0, 30.0]}
-PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0}  # its Shakespeare model
+PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0,
+         "position_bias": False}  # its Shakespeare model
 FIRST_LR = {"muon": 0.12, "adamw": 0.008}
 LR_STEPS, STEPS, FINAL_STEPS = 100, 200, 400
 BOUNDS = ("log10_certified", "log10_paper")
@@ -103,17 +104,17 @@ def version():
 
 
 def complete(part, options):
-    """All options with which train.py is called for a run of a part."""
-    if part == "smoke" or part.startswith("cifar"):
-        return {"seed": 0} | options
-    if part == "books":
-        return {"seed": 0, "dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
-                "eval_tokens": 2 ** 15 + 1} | options
+    """(file of its record, all options with which train.py is called) for a run of a part."""
     steps = options.get("max_steps", STEPS)
-    common = {"seed": 0, "max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
-    if part == "radius":
-        common |= {"eval_tokens": 32769}
-    return ({"preset": "tight"} if part in ("tight", "ablation", "radius", "robust") else PAPER) | common | options
+    evaluated = {"max_steps": steps, "eval_interval": steps // (20 if part == "longest" else 10), "eval_tokens": 4096}
+    path, common = RECORDS, PAPER | evaluated
+    if part.startswith("cifar"):
+        path, common = CIFAR, {}
+    elif part in BOOKS_PARTS:
+        path, common = BOOKS, BOOKS_PARTS[part]
+    elif part in ("tight", "ablation", "radius", "robust"):
+        path, common = TIGHT, {"preset": "tight"} | evaluated | ({"eval_tokens": 32769} if part == "radius" else {})
+    return path, {"seed": 0} | common | options
 
 
 def run(part, options, threads):
@@ -121,8 +122,7 @@ def run(part, options, threads):
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
     run diverged. Tuning runs, of parts "lr", "short" and "long", are not measured: their training loss is all that is wanted.
     """
-    options = complete(part, options)
-    path = CIFAR if part.startswith("cifar") else BOOKS if part in ("books", "smoke") else TIGHT if "preset" in options else RECORDS
+    path, options = complete(part, options)
     with lock:
         for record in read(path):
             if record["options"] == options:
@@ -158,8 +158,8 @@ def run(part, options, threads):
             if part == "cifar-pairs":
                 record["attacked"] = attack_curve(out / "ckpt.pt")
         elif part not in ("lr", "short", "long", "smoke"):
-            record |= measurements(out / "ckpt.pt", thorough=part in ("final", "equal", "tight", "robust", "longest", "books"),
-                                   ball=part in ("final", "equal", "longest", "ball"))
+            thorough = part in ("final", "equal", "tight", "robust", "longest", "books", "tokens")
+            record |= measurements(out / "ckpt.pt", thorough, ball=part in ("final", "equal", "longest", "ball"))
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
@@ -223,10 +223,9 @@ def with_ball(model, train, val):
 
 def measurements(path, thorough, ball):
     """
-    What train.py's log does not have of a checkpoint: scores on the whole validation split (of one that is longer than
-    Shakespeare's, 2^17 tokens; train.py's are on eval_tokens),
-    an attack, and the accuracy that float8 costs. If thorough, that on the whole split too, and certified radii; with ball
-    what one would do to the certificate.
+    What train.py's log does not have of a checkpoint: scores on the whole validation split, or 2^17 tokens of it (train.py's are
+    on eval_tokens), an attack, and the accuracy that float8 costs. If thorough, that on as many tokens too (5,337 of GPT-2's),
+    and certified radii; with ball what one would do to the certificate.
     """
     model, ckpt = load_checkpoint(path)
     model.requires_grad_(False)
@@ -238,11 +237,11 @@ def measurements(path, thorough, ball):
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
         result = evaluate(model, text, cpu)
     result["log10_attack"] = log10(attack(model, tokens=tokens, **({} if thorough else {"restarts": 4, "steps": 30})))
-    some = text if thorough else text[:2 ** 14 + 1]
+    some = text[:min(2 ** 17 if thorough else 2 ** 14, 2 ** 28 // model.config.vocab_size) + 1]
     bears, right = margins(model, tokens[:len(some)])
     if thorough:
         radii = log10_radii(model, bears, layer_norms(model))
-        result["radii"] = at_radii(model, tokens, right, radii)
+        result["radii"] = at_radii(model, tokens[:len(some)], right, radii)
         radii = radii[right].double()
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) certified accuracy is val_acc (1 - i / 40)
         result["log10_radii"] = torch.quantile(radii, torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
@@ -522,10 +521,11 @@ CIFAR_RUNS = [{"preset": preset, **options, "seed": seed} for seed in (0, 1, 2) 
     ("cifar10", {}), ("cifar10", ADAMW), ("cifar10", ADAMW | {"max_steps": 4900, "eval_interval": 980}), ("cifar10-tight", {}))]
 
 
-# The same models on a hundred times the text, by character, one pass: ten times the steps' worth of Shakespeare. Needs
+# The same models on a hundred times the text, by character, one pass: 10 of 106 million characters, ten times Shakespeare. Needs
 # data/books-char, prepared by prepare.py from any long text.
 BOOKS_STEPS = 2560
-BOOKS_RUNS = [{"method": "none"}, {}, {"w_max": 2.0}, {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT]
+BOOKS_RUNS = [*({"position_bias": False} | change for change in ({"method": "none"}, {}, {"w_max": 2.0})),
+              {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT]
 
 # The 145 M presets narrowed, on GPT-2 tokens of the same text (data/books): are they stable? And what made the first such run
 # unstable, whose learning rate was 0.13 for all matrices, the head too, and whose scores were not scaled down at w_max 16
@@ -535,6 +535,16 @@ FIRST = NARROW | {"preset": "fineweb-w16", "method": "soft_cap", "zero_head": Fa
                   "softmax_scale": 1.0, "lr": 0.13, "head_lr": 1.0}
 SMOKE_RUNS = [*(NARROW | {"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)), FIRST, FIRST | {"head_lr": 0.1},
               FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"lr": 0.05, "embedding_lr": 0.26}]
+
+# and longer, beside none of the constraints, and a model built for its certificate: one layer whose scores are of distance alone
+LONGER = NARROW | {"batch_size": 16, "max_steps": 400, "eval_interval": 40, "eval_tokens": 2 ** 13 + 1}
+TOKENS_RUNS = [{"preset": "fineweb-w1"}, {"preset": "fineweb-w8"}, {"preset": "fineweb-w16"},
+               {"preset": "fineweb-w16", "method": "none"},
+               {"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.0}]
+
+BOOKS_PARTS = {"smoke": {}, "tokens": LONGER,  # what all runs of a part have
+               "books": {"dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
+                         "eval_tokens": 2 ** 15 + 1}}
 
 
 def images(pair, strength, lr, steps, every):
@@ -580,6 +590,7 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
          "robust": (lambda: ROBUST_RUNS, partial(run, "robust")),
          "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation")), "cifar": (lambda: CIFAR_RUNS, partial(run, "cifar")),
          "books": (lambda: BOOKS_RUNS, partial(run, "books")), "smoke": (lambda: SMOKE_RUNS, partial(run, "smoke")),
+         "tokens": (lambda: TOKENS_RUNS, partial(run, "tokens")),
          "cifar-lr": (pairs, image_tune), "cifar-grid": (pairs, image_grid), "cifar-pairs": (image_pairs, partial(run, "cifar-pairs"))}
 
 
@@ -596,7 +607,7 @@ def main():
             if not set(args.parts) <= set(PARTS):
                 raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
             folder = ROOT / "data" / "shakespeare"
-            needed = any(not part.startswith(("cifar", "books", "smoke")) for part in args.parts)
+            needed = any(complete(part, {})[0] in (RECORDS, TIGHT) for part in args.parts)
             if needed and (not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL):
                 raise UserError(f"{folder} is not the canonical text; python prepare.py shakespeare --source its PATH_OR_URL")
             for part in args.parts:
