@@ -118,8 +118,11 @@ def sigma(W):
     """
     W = W if W.shape[-2] <= W.shape[-1] else W.mT
     k, l = W.shape[-2:]
+    gram = W.new_zeros(*W.shape[:-1], k)
     with one_thread():
-        largest = torch.linalg.eigvalsh(W @ W.mT)[..., -1].clamp_min(0).sqrt()
+        for i in range(0, k, 128):  # its lower half, which is all that eigvalsh looks at
+            gram[..., i:i + 128, :i + 128] = W[..., i:i + 128, :] @ W[..., :i + 128, :].mT
+        largest = torch.linalg.eigvalsh(gram)[..., -1].clamp_min(0).sqrt()
     return largest * (1 + k * (l + 30) * torch.finfo(W.dtype).eps / 4)
 
 

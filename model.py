@@ -206,7 +206,7 @@ def rotate(x, cos, sin):
     Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by angles: an orthogonal map. In the
     tables' float32: of bfloat16, torch 2.13's compiler made NaN on a CPU with AMX if d_head was 128 or more.
     """
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 

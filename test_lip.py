@@ -846,6 +846,9 @@ def test_paper_bound_by_hand():
         K *= 0.75 + 0.25 * 4 / GELU_SLOPE
         R = 0.75 * R + 0.25 * R * 4 / GELU_SLOPE
     assert lipschitz_bound(net, "paper") == pytest.approx(math.log10(K), abs=1e-6)
+    with_bias = gpt(L=2, c=0.5, position_bias=True)  # of which the formula takes no notice
+    with_bias.load_state_dict(net.state_dict(), strict=False)
+    assert lipschitz_bound(with_bias, "paper") == lipschitz_bound(net, "paper")
 
 
 def test_certified_bound_by_hand():
@@ -2132,6 +2135,18 @@ def test_compiled_training_agrees_with_eager(data, options):
     near = 1e-2 if options else 1e-4
     for a, b in zip(log_lines("eager"), log_lines("compiled"), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=near)
+
+
+def test_what_is_compiled(monkeypatch):
+    """On a CPU no run too short to bring it back; what --compile asks for in any case."""
+    monkeypatch.setattr(train, "has_compiler", lambda device: True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    short, long = (train.Config(max_steps=train.COMPILE_STEPS - less) for less in (1, 0))
+    assert train.compiles(long, cpu) and train.compiles(short, gpu) and not train.compiles(short, cpu)
+    assert train.compiles(train.Config(max_steps=1, compile=True), cpu)
+    assert not train.compiles(train.Config(max_steps=10 ** 6, compile=False), gpu)
+    monkeypatch.setattr(train, "has_compiler", lambda device: False)
+    assert not train.compiles(long, cpu) and not train.compiles(long, gpu)
 
 
 def test_a_compiler_that_makes_no_numbers_is_not_used(data, monkeypatch, capsys):

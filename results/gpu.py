@@ -115,8 +115,8 @@ def fineweb(w_max):
 
 def headline(n_head):
     """A job: the paper's shape with 65 million characters under a published bound of 2 without the scale."""
-    options = {"n_layer": 3, "n_head": n_head, "w_max": 1.19, "logit_scale": 8.0, "lr": 0.06,
-               "batch_size": 64, "max_steps": 4000, "eval_interval": 250}
+    options = {"n_layer": 3, "n_head": n_head, "position_bias": False, "w_max": 1.19, "logit_scale": 8.0,
+               "lr": 0.06, "batch_size": 64, "max_steps": 4000, "eval_interval": 250}
     return lambda tiny, minutes: train(f"headline-{n_head}", 300, tiny, **options)
 
 

@@ -236,6 +236,45 @@ def book_name(options):
     return "paper's, no constraint" if options.get("method") == "none" else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
 
+def tokens_name(options):
+    """What a run on GPT-2 tokens is."""
+    if options.get("method") == "none":
+        return "paper's, no constraint"
+    return f"tight at a bound of {options['logit_scale']:g}" if "logit_scale" in options else f"paper's, w_max {options['preset'][9:]}"
+
+
+def activations(records, plt):
+    """GPT-2 tokens: the largest entry and the largest RMS norm of a token's vector behind every block, over training."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for run, color in zip((r for r in read(BOOKS) if r["part"] in ("tokens", "nanogpt")), COLORS.values()):
+        name = tokens_name(run["options"]) if run["part"] == "tokens" else "nanoGPT: layer norm, AdamW"
+        for ax, kind in zip(axes, ("act_max_layers", "act_rms_layers")):
+            if kind in run["trace"]:
+                for i, layer in enumerate(zip(*run["trace"][kind])):
+                    ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else name)
+    for ax, label in zip(axes, ("largest entry", "largest RMS norm of a token")):
+        ax.set_xlabel("step of 4,096 tokens; deeper layers thicker")
+        ax.set_ylabel(f"{label} behind a block")
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        plain(ax)
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def speed(records, plt):
+    """Accuracy on the whole validation split of Shakespeare against seconds of training on two cores, beside nanoGPT."""
+    figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for run, color in zip((r for r in read(RESULTS / "speed.jsonl") if r["what"] == "curve"), COLORS.values()):
+        ax.plot(run["trace"]["seconds"], [100 * accuracy for accuracy in run["trace"]["val_acc"]], "o-", markersize=4, color=color,
+                label=run["name"])
+    ax.set_xlabel("seconds of training on two cores, compiling included, evaluations not")
+    ax.set_ylabel("accuracy on the validation split, %")
+    plain(ax)
+    ax.legend(frameon=False)
+    return figure
+
+
 def books(records, plt):
     """On a hundred times Shakespeare's text: accuracy over training, and certified accuracy against the radius at its end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -508,6 +547,14 @@ def books_tables(records):
             [[book_name(r["options"]), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
               power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
               left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in long])
+    if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
+        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), f"{at(r, 0.01):.1%}", f"{100 * r['float8_lost']:.2f}"]
+        yield "GPT-2 tokens, longer", table(
+            ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack", "certified at 0.01",
+             "float8 loses"],
+            [[tokens_name(r["options"]) if r["part"] == "tokens" else "nanoGPT", f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
+              f"{r['trace']['train_loss'][-1]:.3f}", f"{r['act_max']:.1f}", *(full(r) if r["part"] == "tokens" else 4 * [""])]
+             for r in tokens])
     if smoke := [r for r in records if r["part"] == "smoke"]:
         yield "GPT-2 tokens, narrow", table(
             ["", "training loss", "validation loss", "largest norm over w_max", "largest activation", "log10 certified"],
@@ -538,9 +585,7 @@ def main():
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            drawn = [tradeoff, norms, headline, radius, tight, cifar]
-            drawn += [books] if any(r["part"] == "books" for r in read(BOOKS)) else []
-            for draw in drawn:
+            for draw in (tradeoff, norms, headline, radius, tight, cifar, books, activations, speed):
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 
