@@ -253,7 +253,7 @@ def activations(records, plt):
                 for i, layer in enumerate(zip(*run["trace"][kind])):
                     ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else name)
     for ax, label in zip(axes, ("largest entry", "largest RMS norm of a token")):
-        ax.set_xlabel("step of 4,096 tokens; deeper layers thicker")
+        ax.set_xlabel("step of 2,048 tokens; deeper layers thicker")
         ax.set_ylabel(f"{label} behind a block")
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
@@ -477,13 +477,35 @@ def tight_tables(records, papers):
         yield "tight, what each change does", table(["", "accuracy", "certified", "attack"], rows)
 
 
-def readme_tables(records):
-    """Those of README.md that are about other records, too."""
-    runs = [r for r in read(RESULTS / "speed.jsonl") if r["what"] == "default, two layers"]
+def speed_tables(runs):
+    """speed.md's table, and the default's three seeds."""
+    of = lambda what: [r for r in runs if r["what"] == what]
     yield "default", table(
         ["seed", "accuracy", "paper protocol", "log10 certified", "seconds"],
         [[r["seed"], f"{r['val_acc']:.2%}", f"{r['paper_protocol_acc']:.2%}", f"{r['log10_certified']:.2f}",
-          f"{r['wall_seconds']:.0f}"] for r in runs])
+          f"{r['wall_seconds']:.0f}"] for r in of("default")])
+    rows = []
+    for what in ("default", "default before", "tight", "tight-content"):
+        if seeds := of(what):
+            seconds = spread([r["wall_seconds"] for r in seeds], "{:.0f}").replace(" seeds)", ")")
+            rows.append([f"{what}, to the end", f"{seconds} s for {mean(r['val_acc'] for r in seeds):.2%}", seeds[0]["command"]])
+    rows += [[r["name"], f"{r['trace']['seconds'][-1]:.0f} s for {r['trace']['val_acc'][-1]:.2%}", r["command"]] for r in of("curve")]
+    rows += [["step: over its matrix products, optimizer's share, tokens/s, share of the best matmul rate",
+              f"{r['step_over_floor']:.2f}, {r['optimizer_share']:.1%}, {r['tokens_per_second']:,.0f}, {r['matmul_share']:.0%}",
+              r["command"]] for r in of("step")]
+    rows += [[f"constraint {r['method']}, {r['shape']}: times faster than an SVD, error / w_max", f"{r['times_svd']:g}, {r['error']}",
+              r["command"]] for r in of("method")]
+    for r in of("bounds"):
+        rows += [[name, f"{r[key]:.3g} s", r["commands"][key]] for name, key in (
+            ("certificate of the default model", "certificate_default"), ("of the 145 M model", "certificate_145M"),
+            ("all bounds and norms of an evaluation, 145 M", "bounds_145M"),
+            ("largest singular value, 3072 × 768, rounded up", "sigma_3072x768"),
+            ("the same by svdvals", "svdvals_3072x768"), ("on one thread", "svdvals_3072x768_one_thread"))]
+    yield "what it costs", table(["", "measured", "command"], [[*row[:2], f"`{row[2]}`"] for row in rows])
+
+
+def readme_tables(records):
+    """Those of README.md that are about other records, too."""
     soft = of_pair(searched(records, "grid"), "soft_cap", "muon")
     balls = {r["options"]["w_max"]: r for r in records if r["part"] == "ball"}
     if soft:
@@ -567,7 +589,7 @@ def books_tables(records):
 
 def all_tables(records):
     return [*tables(records), *tight_tables(read(TIGHT), records), *cifar_tables(read(CIFAR)),
-            *books_tables(read(BOOKS)), *readme_tables(records)]
+            *books_tables(read(BOOKS)), *speed_tables(read(RESULTS / "speed.jsonl")), *readme_tables(records)]
 
 
 def main():

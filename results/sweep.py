@@ -537,10 +537,10 @@ SMOKE_RUNS = [*(NARROW | {"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)), FI
               FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"lr": 0.05, "embedding_lr": 0.26}]
 
 # and longer, beside none of the constraints, and a model built for its certificate: one layer whose scores are of distance alone
-LONGER = NARROW | {"batch_size": 16, "max_steps": 400, "eval_interval": 40, "eval_tokens": 2 ** 13 + 1}
-TOKENS_RUNS = [{"preset": "fineweb-w1"}, {"preset": "fineweb-w8"}, {"preset": "fineweb-w16"},
-               {"preset": "fineweb-w16", "method": "none"},
-               {"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.0}]
+LONGER = NARROW | {"max_steps": 300, "eval_interval": 30, "eval_tokens": 2 ** 13 + 1}
+TOKENS_RUNS = [{"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.0, "embedding": "adam", "embedding_lr": 4.0},
+               {"preset": "fineweb-w1"}, {"preset": "fineweb-w16"}, {"preset": "fineweb-w16", "method": "none"},
+               {"preset": "fineweb-w8"}]
 
 BOOKS_PARTS = {"smoke": {}, "tokens": LONGER,  # what all runs of a part have
                "books": {"dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
