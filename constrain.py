@@ -81,6 +81,12 @@ def distances(A, B):
     return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def rows_apart(W, i):
+    """L2 distances of the rows i (N,) of W (V, d), each computed once, to all rows: (N, V)."""
+    rows, where = i.unique(return_inverse=True)
+    return distances(W[rows], W)[where]
+
+
 def exact_model(model):
     return copy.deepcopy(model).cpu().double().requires_grad_(False)
 
@@ -614,7 +620,7 @@ def worst_case(logits, y, W, reach):
     `reach` = logit_reach(model, r) is for, as it grows with each z_j - z_y, and none of those grows by more.
     And where y is still the largest, no such change alters the prediction.
     """
-    distance = distances(W, W)[y] if len(W) < len(y) else torch.cdist(W[y], W)
+    distance = rows_apart(W, y)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide + reach * distance.scatter(1, y[:, None], 0.0)
 
@@ -719,7 +725,7 @@ def certified_radii(model, x, y, reach):
     by at most r reach |w_i - w_j|, w_i being the last layer's rows.
     """
     W, z = model.head.weight, model(x)[0]
-    distance = distances(W[y], W)
+    distance = rows_apart(W, y)
     margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
     margin = margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0)
     return torch.where(margin > 0, margin / reach, 0.0)  # reach may be 0
@@ -791,7 +797,7 @@ def predictions(model, X):
     """
     W, z = model.head.weight, model.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
     top = z.argmax(dim=-1)
-    distance = distances(W[top], W)
+    distance = rows_apart(W, top)
     bears = (z.gather(1, top[:, None]) - z) / distance.clamp_min(1e-30)
     bears = bears.scatter(1, top[:, None], math.inf).amin(dim=-1)
     return bears / (model.config.logit_scale * math.sqrt(W.shape[1])), top
@@ -988,7 +994,7 @@ def leads_hold(block, norm, W, x, delta):
     z = y @ W.T
     top = z.argmax(dim=-1)
     lead = z.gather(1, top[:, None]) - z                                     # (N, V)
-    apart = distances(W[top], W)
+    apart = rows_apart(W, top)
     fails = lead <= norm["mlp"] * apart * delta[:, None]
     fails.scatter_(1, top[:, None], False)
     if mlp.mid:
