@@ -255,10 +255,10 @@ def activations(records, plt):
     for ax, label in zip(axes, ("largest entry", "largest RMS norm of a token")):
         ax.set_xlabel("step of 2,048 tokens; deeper layers thicker")
         ax.set_ylabel(f"{label} behind a block")
-        ax.set_yscale("log")
+        ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
         plain(ax)
-    axes[0].legend(frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
 
 
@@ -570,10 +570,10 @@ def books_tables(records):
               power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
               left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in long])
     if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
-        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), f"{at(r, 0.01):.1%}", f"{100 * r['float8_lost']:.2f}"]
+        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), f"{100 * r['float8_lost']:.2f}"]
         yield "GPT-2 tokens, longer", table(
-            ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack", "certified at 0.01",
-             "float8 loses"],
+            ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack",
+             "median certified radius", "float8 loses"],
             [[tokens_name(r["options"]) if r["part"] == "tokens" else "nanoGPT", f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
               f"{r['trace']['train_loss'][-1]:.3f}", f"{r['act_max']:.1f}", *(full(r) if r["part"] == "tokens" else 4 * [""])]
              for r in tokens])
