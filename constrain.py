@@ -620,7 +620,7 @@ def worst_case(logits, y, W, reach):
     `reach` = logit_reach(model, r) is for, as it grows with each z_j - z_y, and none of those grows by more.
     And where y is still the largest, no such change alters the prediction.
     """
-    distance = rows_apart(W, y)
+    distance = distances(W, W)[y] if len(W) < len(y) else torch.cdist(W[y], W)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide + reach * distance.scatter(1, y[:, None], 0.0)
 

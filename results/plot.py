@@ -236,8 +236,11 @@ def book_name(options):
     return "paper's, no constraint" if options.get("method") == "none" else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
 
-def tokens_name(options):
+def tokens_name(run):
     """What a run on GPT-2 tokens is."""
+    options = run["options"]
+    if run["part"] == "nanogpt":
+        return "nanoGPT"
     if options.get("method") == "none":
         return "paper's, no constraint"
     return f"tight at a bound of {options['logit_scale']:g}" if "logit_scale" in options else f"paper's, w_max {options['preset'][9:]}"
@@ -247,11 +250,10 @@ def activations(records, plt):
     """GPT-2 tokens: the largest entry and the largest RMS norm of a token's vector behind every block, over training."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for run, color in zip((r for r in read(BOOKS) if r["part"] in ("tokens", "nanogpt")), COLORS.values()):
-        name = tokens_name(run["options"]) if run["part"] == "tokens" else "nanoGPT: layer norm, AdamW"
         for ax, kind in zip(axes, ("act_max_layers", "act_rms_layers")):
             if kind in run["trace"]:
                 for i, layer in enumerate(zip(*run["trace"][kind])):
-                    ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else name)
+                    ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else tokens_name(run))
     for ax, label in zip(axes, ("largest entry", "largest RMS norm of a token")):
         ax.set_xlabel("step of 2,048 tokens; deeper layers thicker")
         ax.set_ylabel(f"{label} behind a block")
@@ -486,9 +488,9 @@ def speed_tables(runs):
           f"{r['wall_seconds']:.0f}"] for r in of("default")])
     rows = []
     for what in ("default", "default before", "tight", "tight-content"):
-        if seeds := of(what):
-            seconds = spread([r["wall_seconds"] for r in seeds], "{:.0f} s")
-            rows.append([f"{what}, to the end", f"{seconds} for {mean(r['val_acc'] for r in seeds):.2%}", seeds[0]["command"]])
+        if same := of(what):
+            seconds = spread([r["wall_seconds"] for r in same], "{:.0f} s")
+            rows.append([f"{what}, to the end", f"{seconds} for {mean(r['val_acc'] for r in same):.2%}", same[0]["command"]])
     rows += [[f"{r['name']}, training alone", f"{r['trace']['seconds'][-1]:.0f} s for {r['trace']['val_acc'][-1]:.2%}", r["command"]]
              for r in of("curve")]
     rows += [["step", f"{r['tokens_per_second']:,.0f} tokens/s, {r['step_over_floor']:.2f}, {r['optimizer_share']:.1%}, "
@@ -573,7 +575,7 @@ def books_tables(records):
         yield "GPT-2 tokens, longer", table(
             ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack",
              "median certified radius", "float8 loses"],
-            [[tokens_name(r["options"]) if r["part"] == "tokens" else "nanoGPT", f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
+            [[tokens_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
               f"{r['trace']['train_loss'][-1]:.3f}", f"{r['act_max']:.1f}", *(full(r) if r["part"] == "tokens" else 4 * [""])]
              for r in tokens])
     if smoke := [r for r in records if r["part"] == "smoke"]:

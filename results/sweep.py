@@ -533,9 +533,9 @@ BOOKS_RUNS = [*({"position_bias": False} | change for change in ({"method": "non
 # unstable, whose learning rate was 0.13 for all matrices, the head too, and whose scores were not scaled down at w_max 16
 NARROW = {"dataset": "books", "n_layer": 4, "n_head": 2, "n_embd": 256, "block_size": 256, "batch_size": 8, "accumulate": 1,
           "momentum_warmup": 40, "max_steps": 120, "eval_interval": 30, "eval_tokens": 4097}
-FIRST = NARROW | {"preset": "fineweb-w16", "method": "soft_cap", "zero_head": False, "lr_floor": 0.0, "embedding_lr": 0.1,
-                  "softmax_scale": 1.0, "lr": 0.13, "head_lr": 1.0}
-SMOKE_RUNS = [*(NARROW | {"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)), FIRST, FIRST | {"head_lr": 0.1},
+FIRST = {"preset": "fineweb-w16", "method": "soft_cap", "zero_head": False, "lr_floor": 0.0, "embedding_lr": 0.1,
+         "softmax_scale": 1.0, "lr": 0.13, "head_lr": 1.0}
+SMOKE_RUNS = [*({"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)), FIRST, FIRST | {"head_lr": 0.1},
               FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"lr": 0.05, "embedding_lr": 0.26}]
 
 # and longer, beside none of the constraints, and a model built for its certificate: one layer whose scores are of distance alone
@@ -544,7 +544,7 @@ TOKENS_RUNS = [{"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.
                {"preset": "fineweb-w1"}, {"preset": "fineweb-w16"}, {"preset": "fineweb-w16", "method": "none"},
                {"preset": "fineweb-w8"}]
 
-BOOKS_PARTS = {"smoke": {}, "tokens": LONGER,  # what all runs of a part have
+BOOKS_PARTS = {"smoke": NARROW, "tokens": LONGER,  # what all runs of a part have
                "books": {"dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
                          "eval_tokens": 2 ** 15 + 1}}
 
