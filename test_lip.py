@@ -24,6 +24,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,16 +86,41 @@ def few_tokens(monkeypatch):
         monkeypatch.setattr(constrain, name, few)
 
 
+def small_data(folder):
+    """The folder, with data/shakespeare of a small text."""
+    rng = random.Random(0)
+    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
+    text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
+    prepare.write_dataset(text, folder / "data/shakespeare", "test")
+    return folder
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A working folder with data/shakespeare of a small text."""
     monkeypatch.chdir(tmp_path)
     few_tokens(monkeypatch)
-    rng = random.Random(0)
-    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
-    text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
-    prepare.write_dataset(text, "data/shakespeare", "test")
-    return tmp_path
+    return small_data(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """
+    Begin the tests that ask for `folder`: they wait for processes, so they run in a thread beside the others,
+    one after the other, and when their turn comes only their result is waited for. A core is theirs.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        for test in (item for item in request.session.items if "folder" in item.fixturenames):
+            values = test.callspec.params if hasattr(test, "callspec") else {}
+            begun = pool.submit(test.obj, small_data(tmp_path_factory.mktemp("beside")), **values)
+            test.obj = lambda begun=begun, **_: begun.result()
+        yield
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def folder():
+    """Data as above; the working folder is another. See `beside`, which puts it in place of this."""
 
 
 def log_lines(out="out"):
@@ -157,30 +183,27 @@ def random_weights(net, scale=1.0):
     return net
 
 
-def start_training(out, *argv):
-    options = flags(max_steps=400, eval_interval=20, out_dir=out)
-    return subprocess.Popen([sys.executable, HERE / "train.py", *options, *argv], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+def start(folder, *command, **options):
+    """A process in a folder; what it prints, errors too, is its stdout."""
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE,
+                            **dict(stderr=subprocess.STDOUT, text=True) | options)
+
+
+def start_training(folder, *argv, **options):
+    return start(folder, sys.executable, HERE / "train.py", *flags(**options), *argv)
+
+
+def torchrun(folder, processes, *argv, **options):
+    return start(folder, sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 f"--nproc_per_node={processes}", HERE / "train.py", *flags(**options), *argv)
 
 
 def wait_for_lines(out, n, process):
-    log = Path(out) / "log.jsonl"
+    log = out / "log.jsonl"
     for _ in range(12000):
         if (log.exists() and len(log.read_text().splitlines()) >= n) or process.poll() is not None:
             return
         time.sleep(0.01)
-
-
-def torchrun(processes, *argv, **options):
-    options = [f"--{k}={v}" for k, v in (TINY | options).items()]
-    return subprocess.Popen([
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-        HERE / "train.py", *options, *argv
-    ], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def train_again(out):
-    return train.Config(out_dir=out, resume=True), {"out_dir": out, "resume": True}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -671,40 +694,6 @@ def test_maps_on_extreme_inputs(name):
                          IMAGES[name](s, strength).sort(descending=True).values).abs()
                 assert error.max() <= 0.01 * max(1, s[0] if name not in PROMISE_W_MAX else 1), (kind, m, n,
                                                                                                 error.max())
-
-
-def test_adding_the_readme_s_constraints_leaves_everything_working(data):
-    """Its examples in a copy of constrain.py: --help, runs, the benchmark, and tests that use METHODS."""
-    example = re.search(r"```python\n(@constraint.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
-    added = re.findall(r"def (\w+)", example)
-    for path in HERE.glob("*.py"):
-        shutil.copy(path, path.name)
-    shutil.copytree(HERE / "results", "results")
-    source = Path("constrain.py").read_text()
-    Path("constrain.py").write_text(source.replace("\ndef main", f"\n{example}\n\ndef main"))
-    environment = os.environ | {"PYTHONPATH": "."}
-    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                                      text=True)
-    argv = f"sys.argv = ['train.py', *{flags(max_steps=2, eval_interval=2, w_max=0.5)}, '--method=' + method]"
-    runs = run(f"""
-import sys, torch
-sys.path.insert(1, "results")
-import bench, train
-train.Text.sample = lambda self, model: ""
-for method in {added}:
-    {argv}
-    train.main()
-bench.SHAPES = ((2, 24, 24),)
-sys.argv = ["bench.py", "methods"]
-bench.main()
-sys.argv = ["train.py", "--help"]
-train.main()
-""")
-    assert runs.returncode == 0 and runs.stderr == "", runs.stderr
-    assert all(runs.stdout.count(name) >= 3 for name in added) and len(log_lines()) == 1
-    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-k', "
-                "'methods_have or test_bench or hold_during_training']))")
-    assert tests.returncode == 0, tests.stdout
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -1658,7 +1647,7 @@ def test_gpu_agrees_with_the_cpu(data, monkeypatch, capsys, options):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 def test_gpu_two_processes(data):
     for processes in (1, 2):
-        run = torchrun(processes, out_dir=f"of{processes}", device="cuda", dtype="bfloat16")
+        run = torchrun(data, processes, out_dir=f"of{processes}", device="cuda", dtype="bfloat16")
         assert run.wait(120) == 0
     one, two = log_lines("of1"), log_lines("of2")
     assert all(a["val_loss"] == pytest.approx(b["val_loss"], rel=0.03) for a, b in zip(one, two, strict=True))
@@ -2123,20 +2112,6 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 4
 
 
-WIDE_HEADS = dict(n_head=1, n_embd=128, block_size=256, batch_size=2, max_steps=2, eval_interval=2,
-                  eval_tokens=300, dtype="bfloat16")  # NaN once, on a CPU with AMX
-
-
-@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
-@pytest.mark.parametrize("options", ({}, WIDE_HEADS), ids=("float32", "wide heads in bfloat16"))
-def test_compiled_training_agrees_with_eager(data, options):
-    for out, compile in (("eager", False), ("compiled", True)):
-        train.train(tiny_config(**options | dict(out_dir=out, compile=compile)))
-    near = 1e-2 if options else 1e-4
-    for a, b in zip(log_lines("eager"), log_lines("compiled"), strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=near)
-
-
 def test_what_is_compiled(monkeypatch):
     """On a CPU no run too short to bring it back; what --compile asks for in any case."""
     monkeypatch.setattr(train, "has_compiler", lambda device: True)
@@ -2160,81 +2135,6 @@ def test_a_compiler_that_makes_no_numbers_is_not_used(data, monkeypatch, capsys)
     assert "going on without it" in capsys.readouterr().out and len(log_lines()) == 1
 
 
-@pytest.mark.parametrize("kind", ("gone", "failing", "asked for"))
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
-def test_without_a_compiler(data, tmp_path, kind):
-    """
-    No compiler, one that fails and one that is none: the run goes on as it is, or, if --compile asked, one
-    line.
-    """
-    (tmp_path / "failing").mkdir()
-    compiler = tmp_path / "failing" / "g++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
-    compiler.chmod(0o755)
-    path = {"gone": str(tmp_path),
-            "failing": f"{tmp_path}/failing:{os.environ['PATH']}"}.get(kind, os.environ["PATH"])
-    environment = os.environ | {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    if kind == "asked for":
-        environment["CXX"] = "/bin/false"
-    options = [f"--{k}={v}" for k, v in (TINY | dict(max_steps=2, eval_interval=2)).items() if k != "compile"]
-    code = "import train; train.COMPILE_STEPS = 2; train.main()"
-    run = subprocess.run(
-        [sys.executable, "-c", code, *options, *(["--compile"] if kind == "asked for" else [])],
-        capture_output=True, text=True, env=environment | {"PYTHONPATH": str(HERE)})
-    if kind == "asked for":
-        assert run.returncode and run.stderr.count("\n") == 1 and "torch.compile does not work" in run.stderr
-        assert "--compile=False" in run.stderr
-        assert not Path("out").exists()
-    else:
-        assert run.returncode == 0 and run.stderr == "" and len(log_lines()) == 1, run.stderr
-        assert kind == "gone" or "going on without it" in run.stdout
-
-
-def same_run(a, b):
-    x, y = (torch.load(Path(out) / "ckpt.pt", weights_only=True) for out in (a, b))
-    assert x["step"] == y["step"] == 400 and log_lines(a) == log_lines(b)
-    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
-    assert torch.equal(x["rng"], y["rng"])
-
-
-def test_resume_after_kill_and_ctrl_c(data):
-    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
-    whole = start_training("whole")
-    rng = random.Random(time.time_ns())
-    for n in (2, 6):
-        run = start_training("killed", *(["--resume"] if n > 2 else []))
-        wait_for_lines("killed", n, run)
-        time.sleep(0.1 * rng.random())
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        assert run.returncode == -signal.SIGKILL
-    run = start_training("killed", "--resume")
-    wait_for_lines("killed", 10, run)
-    run.send_signal(signal.SIGINT)
-    printed = run.communicate()[0]
-    assert run.returncode == 0 and "saved killed/ckpt.pt" in printed and "Traceback" not in printed, printed
-    assert torch.load("killed/ckpt.pt", weights_only=True)["step"] < 400
-    run = start_training("killed", "--resume")
-    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
-    whole.communicate()
-    same_run("whole", "killed")
-
-
-@pytest.mark.parametrize("how", ("one", "two"))
-def test_sigterm_saves(data, how):
-    """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
-    run = start_training("out", "--max_steps=100000") if how == "one" else torchrun(
-        2, max_steps=100_000, eval_interval=20)
-    wait_for_lines("out", 1, run)
-    run.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    printed = run.communicate(timeout=60)[0]
-    assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
-    assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
-    assert torch.load("out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
-
-
 def test_checkpoints_between_evaluations(data, monkeypatch):
     saved, save = [], train.save
     monkeypatch.setattr(train, "save", lambda path, ckpt: saved.append(ckpt["step"]) or save(path, ckpt))
@@ -2246,8 +2146,8 @@ def test_checkpoints_between_evaluations(data, monkeypatch):
 def test_one_run_at_a_time_in_a_folder(data, monkeypatch):
     """A second run is told who has the folder and touches nothing; a killed one leaves no lock."""
     options = flags(max_steps=3)
-    first = start_training("out", "--max_steps=100000")
-    wait_for_lines("out", 1, first)
+    first = start_training(data, max_steps=100_000)
+    wait_for_lines(data / "out", 1, first)
     files = lambda: {name for name in os.listdir("out") if not name.endswith(".part")}  # it saves
     for argv in (options, ["--resume", "--out_dir=out"]):
         before = files()
@@ -2261,21 +2161,6 @@ def test_one_run_at_a_time_in_a_folder(data, monkeypatch):
     assert len(log_lines()) == 1
 
 
-@pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
-def test_no_output_error_loses_a_run(data, redirect):
-    options = " ".join(f"--{k}={v}" for k, v in (TINY | dict(max_steps=12, eval_interval=3)).items())
-    command = f"set -o pipefail; {sys.executable} {HERE / 'train.py'} {options} {redirect}"
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stderr == "", run.stderr
-    assert [line["step"] for line in log_lines()] == [3, 6, 9, 12]
-    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 12
-    for command in (f"model.py out/ckpt.pt {redirect}",
-                    f"constrain.py out/ckpt.pt --steps=1 {redirect}") if "|" in redirect else ():
-        run = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} {HERE / command}"],
-                             capture_output=True, text=True)
-        assert run.returncode == 0 and run.stderr == "", run.stderr
-
-
 def test_letters_that_the_terminal_lacks(data, monkeypatch):
     prepare.write_dataset("h\u00e9llo w\u00f6rld\n" * 200, "data/shakespeare", "test")
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -2284,44 +2169,6 @@ def test_letters_that_the_terminal_lacks(data, monkeypatch):
     assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "h\u00e9") is None
     printed = terminal.buffer.getvalue()
     assert b"?" in printed and b"accuracy" in printed and b"\nh?" in printed and len(log_lines()) == 2
-
-
-def test_two_processes_train_as_one(data):
-    """
-    The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were.
-    """
-    options = dict(max_steps=50, eval_interval=25, n_layer=2)
-    for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
-        more = options | dict(embedding=embedding, method=method)
-        train.train(train.Config(**TINY | more | dict(out_dir="one")))
-        run = torchrun(2, out_dir="two", **more)
-        printed = run.communicate()[0]
-        assert run.returncode == 0, printed
-        assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
-        for a, b in zip(log_lines("one"), log_lines("two"), strict=True):
-            for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
-                assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    run = torchrun(2, out_dir="half", **more)
-    wait_for_lines("half", 1, run)
-    run.send_signal(signal.SIGINT)  # torchrun hands it on
-    assert "saved half/ckpt.pt" in run.communicate()[0]
-    assert 25 <= torch.load("half/ckpt.pt", weights_only=True)["step"] < 50
-    train.train(*train_again("half"))
-    assert log_lines("half")[-1]["val_loss"] == pytest.approx(log_lines("one")[-1]["val_loss"], abs=1e-5)
-
-
-def test_failure_of_one_process_ends_all(data):
-    run = torchrun(2, batch_size=5)
-    printed = run.communicate(timeout=60)[0]
-    assert run.returncode and "--batch_size=5 must be a multiple of --accumulate=1" in printed
-    assert "times the number of processes, 2" in printed
-    run = torchrun(2, max_steps=100_000, eval_interval=10)
-    wait_for_lines("out", 1, run)
-    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    printed = run.communicate(timeout=60)[0]
-    assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
-    assert torch.load("out/ckpt.pt", weights_only=True)["step"] >= 10
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3145,3 +2992,179 @@ def test_tables_in_the_results_come_from_the_records():
     assert len(made) > 1
     for title, text in made:
         assert text in report, f"{title}: run python results/plot.py --tables and copy it"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes: these begin first and run beside the others, so they come last; see the fixture `beside`
+
+@pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
+@pytest.mark.parametrize("near, options", (
+    (1e-4, dict(max_steps=2, eval_interval=2)),
+    (1e-2, dict(max_steps=2, eval_interval=2, n_head=1, n_embd=128, block_size=256, batch_size=2,
+                eval_tokens=300, dtype="bfloat16"))), ids=("float32", "wide heads in bfloat16"))
+def test_compiled_training_agrees_with_eager(folder, near, options):
+    """Wide heads in bfloat16 once gave NaN, on a CPU with AMX."""
+    for out in ("eager", "compiled"):
+        run = start_training(folder, **options, out_dir=out, compile=out == "compiled")
+        printed = run.communicate()[0]
+        assert run.returncode == 0 and (", compiled\n" in printed) == (out == "compiled"), printed
+    for a, b in zip(*map(log_lines, (folder / "eager", folder / "compiled")), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=near)
+
+
+@pytest.mark.parametrize("kind", ("gone", "failing", "asked for"))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
+def test_without_a_compiler(folder, kind):
+    """
+    No compiler, one that fails and one that is none: the run goes on as it is, or, if --compile asked, one
+    line.
+    """
+    (folder / "failing").mkdir()
+    compiler = folder / "failing" / "g++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
+    compiler.chmod(0o755)
+    path = {"gone": str(folder), "failing": f"{folder}/failing:{os.environ['PATH']}"}.get(kind, os.environ["PATH"])
+    environment = os.environ | {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+                                "PYTHONPATH": str(HERE)}
+    if kind == "asked for":
+        environment["CXX"] = "/bin/false"
+    options = [flag for flag in flags(max_steps=2, eval_interval=2) if "compile" not in flag]
+    run = start(folder, sys.executable, "-c", "import train; train.COMPILE_STEPS = 2; train.main()", *options,
+                *["--compile"] * (kind == "asked for"), env=environment, stderr=subprocess.PIPE)
+    printed, errors = run.communicate()
+    if kind == "asked for":
+        assert run.returncode and errors.count("\n") == 1 and "torch.compile does not work" in errors
+        assert "--compile=False" in errors
+        assert not (folder / "out").exists()
+    else:
+        assert run.returncode == 0 and errors == "" and len(log_lines(folder / "out")) == 1, errors
+        assert kind == "gone" or "going on without it" in printed
+
+
+def test_adding_the_readme_s_constraints_leaves_everything_working(folder):
+    """Its examples in a copy of constrain.py: --help, runs, the benchmark, and tests that use METHODS."""
+    example = re.search(r"```python\n(@constraint.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    added = re.findall(r"def (\w+)", example)
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(HERE / "results", folder / "results")
+    source = (folder / "constrain.py").read_text()
+    (folder / "constrain.py").write_text(source.replace("\ndef main", f"\n{example}\n\ndef main"))
+    run = lambda code: start(folder, sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": "."})
+    argv = f"sys.argv = ['train.py', *{flags(max_steps=2, eval_interval=2, w_max=0.5)}, '--method=' + method]"
+    runs = run(f"""
+import sys, torch
+sys.path.insert(1, "results")
+import bench, train
+train.Text.sample = lambda self, model: ""
+for method in {added}:
+    {argv}
+    train.main()
+bench.SHAPES = ((2, 24, 24),)
+sys.argv = ["bench.py", "methods"]
+bench.main()
+sys.argv = ["train.py", "--help"]
+train.main()
+""")
+    printed = runs.communicate()[0]
+    assert runs.returncode == 0 and "Traceback" not in printed, printed
+    assert all(printed.count(name) >= 3 for name in added) and len(log_lines(folder / "out")) == 1
+    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-k', "
+                "'methods_have or test_bench or hold_during_training']))")
+    printed = tests.communicate()[0]
+    assert tests.returncode == 0, printed
+
+
+def test_resume_after_kill_and_ctrl_c(folder):
+    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
+    start_run = lambda out, *argv: start_training(folder, *argv, max_steps=400, eval_interval=20, out_dir=out)
+    whole, killed = start_run("whole"), folder / "killed"
+    rng = random.Random(time.time_ns())
+    for n in (2, 6):
+        run = start_run("killed", *["--resume"] * (n > 2))
+        wait_for_lines(killed, n, run)
+        time.sleep(0.1 * rng.random())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert run.returncode == -signal.SIGKILL
+    run = start_run("killed", "--resume")
+    wait_for_lines(killed, 10, run)
+    run.send_signal(signal.SIGINT)
+    printed = run.communicate()[0]
+    assert run.returncode == 0 and "saved killed/ckpt.pt" in printed and "Traceback" not in printed, printed
+    assert torch.load(killed / "ckpt.pt", weights_only=True)["step"] < 400
+    run = start_run("killed", "--resume")
+    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
+    whole.communicate()
+    x, y = (torch.load(folder / out / "ckpt.pt", weights_only=True) for out in ("whole", "killed"))
+    assert x["step"] == y["step"] == 400 and log_lines(folder / "whole") == log_lines(killed)
+    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
+    assert torch.equal(x["rng"], y["rng"])
+
+
+@pytest.mark.parametrize("how", ("one", "two"))
+def test_sigterm_saves(folder, how):
+    """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
+    options = dict(max_steps=100_000, eval_interval=20)
+    run = start_training(folder, **options) if how == "one" else torchrun(folder, 2, **options)
+    wait_for_lines(folder / "out", 1, run)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    printed = run.communicate(timeout=60)[0]
+    assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
+    assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
+    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
+
+
+@pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
+def test_no_output_error_loses_a_run(folder, redirect):
+    scripts = [f"train.py {' '.join(flags(max_steps=12, eval_interval=3))}"]
+    if "|" in redirect:
+        scripts += ["model.py out/ckpt.pt", "constrain.py out/ckpt.pt --steps=1"]
+    for script in scripts:
+        command = f"set -o pipefail; {sys.executable} {HERE}/{script} {redirect}"
+        run = start(folder, "bash", "-c", command, stderr=subprocess.PIPE)
+        errors = run.communicate()[1]
+        assert run.returncode == 0 and errors == "", errors
+    assert [line["step"] for line in log_lines(folder / "out")] == [3, 6, 9, 12]
+    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] == 12
+
+
+def test_two_processes_train_as_one(folder):
+    """
+    The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were.
+    """
+    options = dict(max_steps=50, eval_interval=25, n_layer=2)
+    for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
+        more = options | dict(embedding=embedding, method=method)
+        one, two = start_training(folder, out_dir="one", **more), torchrun(folder, 2, out_dir="two", **more)
+        printed = two.communicate()[0]
+        assert one.wait() == two.returncode == 0, printed
+        assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
+        for a, b in zip(*map(log_lines, (folder / "one", folder / "two")), strict=True):
+            for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
+                assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    run = torchrun(folder, 2, out_dir="half", **more)
+    wait_for_lines(folder / "half", 1, run)
+    run.send_signal(signal.SIGINT)  # torchrun hands it on
+    assert "saved half/ckpt.pt" in run.communicate()[0]
+    assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
+    run = start(folder, sys.executable, HERE / "train.py", "--resume", "--out_dir=half")
+    assert "resumed at step" in run.communicate()[0]
+    one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
+    assert half == pytest.approx(one, abs=1e-5)
+
+
+def test_failure_of_one_process_ends_all(folder):
+    run = torchrun(folder, 2, batch_size=5)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode and "--batch_size=5 must be a multiple of --accumulate=1" in printed
+    assert "times the number of processes, 2" in printed
+    run = torchrun(folder, 2, max_steps=100_000, eval_interval=10)
+    wait_for_lines(folder / "out", 1, run)
+    workers = start(folder, "pgrep", "-P", str(run.pid)).communicate()[0].split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
+    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] >= 10
