@@ -10,9 +10,9 @@ from statistics import mean
 
 import numpy as np
 
-from sweep import (ABLATION_RUNS, ABLATIONS, BOOKS, BOUNDS, CIFAR, LIMITS, METHODS, NARROW, OPTIMIZERS, PAPER, RESULTS, TIGHT, UserError,
-                   best_final, best_of, best_under, chosen_lr, complete, finals, frontier, headline_finals, image_strengths, pairs,
-                   read, same_but_seed, searched, strengths, tuning_loss)
+from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOOKS, BOUNDS, CIFAR, LIMITS, METHODS, NARROW, OPTIMIZERS, PAPER, RESULTS, TIGHT,
+                   UserError, best_final, best_of, best_under, chosen_lr, complete, finals, frontier, image_strengths, pairs, read,
+                   same_but_seed, searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
 from constrain import RADII
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
@@ -384,30 +384,20 @@ def tables(records):
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
             [[who({"method": m, "optimizer": o}), *(f"{b['val_acc']:.2%}" if (b := best_under(of_pair(grid, m, o), bound, limit))
                                                    else "none" for limit in LIMITS)] for m, o in pairs()])
-    if asked := headline_finals(records):
-        at_most = lambda runs: [power(max(r[bound] for r in runs)) for bound in (*BOUNDS, "log10_attack")]
-        yield "headline", table(
-            ["bound", "accuracy", "short of 60 %", "loss", "paper protocol", "certified", "paper", "attack",
-             "paper without logit_scale", "median certified radius", "options"],
-            [[name, spread(accuracy := [r["val_acc"] for r in runs]), f"{60 - 100 * mean(accuracy):.1f}",
-              spread([r["val_loss"] for r in runs], "{:.3f}"), spread([r["paper_protocol_acc"] for r in runs]), *at_most(runs),
-              unscaled(runs), median_radius(runs), settings(runs[0]["options"])] for name, _, _, runs in asked])
-        if equal := finals(records, "equal"):
-            yield "headline, 1,200 steps", table(
-                ["certified", "paper", "attack", "paper without logit_scale", "certified with a ball", "accuracy", "loss",
-                 "median certified radius", "options"],
-                [[*at_most(runs), unscaled(runs), power(max(r["log10_certified_ball"] for r in runs)),
-                  spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"), median_radius(runs),
-                  settings(runs[0]["options"])] for runs in by_bound(equal)])
-
-        def in_grid(optimizer, bound, limit):
-            best = best_under([r for r in grid if r["options"]["optimizer"] == optimizer], bound, limit)
-            return f"{best['val_acc']:.1%}, {LABELS[best['options']['method']]}" if best else "none"
-
-        yield "tradeoff, in short", table(
-            ["bound", "any shape and scales", "paper's, Muon", "paper's, AdamW"],
-            [[name, f"{mean(r['val_acc'] for r in runs):.1%}", *(in_grid(o, bound, limit) for o in OPTIMIZERS)]
-             for name, bound, limit, runs in asked])
+    if equal := finals(records, "equal"):
+        largest = lambda runs, bound: power(max(r[bound] for r in runs))
+        yield "headline, 1,200 steps", table(
+            ["certified", "paper", "attack", "paper without logit_scale", "certified with a ball", "accuracy", "loss",
+             "median certified radius", "options"],
+            [[*(largest(runs, bound) for bound in (*BOUNDS, "log10_attack")), unscaled(runs), largest(runs, "log10_certified_ball"),
+              spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"), median_radius(runs),
+              settings(runs[0]["options"])] for runs in by_bound(equal)])
+    of_optimizer = [[r for r in grid if r["options"]["optimizer"] == o] for o in OPTIMIZERS]
+    yield "tradeoff, in short", table(
+        ["bound", "any shape and scales", "paper's, Muon", "paper's, AdamW"],
+        [[f"{bound[6:]} ≤ {limit:g}", *(f"{best['val_acc']:.1%}" + f", {LABELS[best['options']['method']]}" * (runs is not first)
+                                        if (best := best_under(runs, bound, limit)) else "none" for runs in (first, *of_optimizer))]
+         for bound, limit in ASKED])
     if long := [r for r in records if r["part"] in ("long", "longest")]:
         yield "headline, 65 million characters", table(
             ["heads", "lr", "steps", "accuracy on 4,096 characters", "of the whole split", "training loss", "paper without logit_scale",
@@ -462,7 +452,7 @@ def tight_tables(records, papers):
               power(r["log10_certified"]),
               *(f"{r[f'certified_acc_{radius}']:.1%}" if r["options"].get("radius") else "" for radius in RADII[:2])]
              for r in sorted(search, key=lambda r: (r["options"].get("radius", 0), r["log10_certified"]))])
-    rows, candidates = [], (presets, finals(papers, "equal") or finals(papers))
+    rows, candidates = [], (presets, finals(papers, "equal"))
     for limit, target in TARGETS:
         both = [best_final(runs, "log10_certified", limit) for runs in candidates]
         if all(both):

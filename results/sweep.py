@@ -372,13 +372,6 @@ def finals(records, part="final"):
             if len(runs := same_but_seed(records, r["options"])) > 1]  # at the other learning rate there is one seed
 
 
-def headline_finals(records):
-    """[(name, bound, limit, runs of all seeds)]: the best final for each bound that is asked for."""
-    candidates = finals(records)
-    return [(f"{bound[6:]} ≤ {limit:g}", bound, limit, runs) for bound, limit in ASKED
-            if (runs := best_final(candidates, bound, limit))]
-
-
 def frontier_seeds():
     """Two more seeds for every point on the frontier of either bound."""
     points = {str(r["options"]): r["options"] for bound in BOUNDS for r in frontier(searched(read()), bound)}
@@ -409,8 +402,9 @@ def final(options, threads, part="final", steps=FINAL_STEPS):
 
 
 def headline_options():
-    """The options of the headline's finals, for runs as long as the tight preset's."""
-    return [runs[0]["options"] for _, _, _, runs in headline_finals(read())]
+    """The options of the best final for each bound that is asked for, to run as long as the tight preset."""
+    candidates = finals(read())
+    return [runs[0]["options"] for asked in ASKED if (runs := best_final(candidates, *asked))]
 
 
 # The paper's headline: its shape with a published bound, without the scale, of at most 2 (at w_max 1.19 it is 1.86 if all norms
