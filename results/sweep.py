@@ -157,7 +157,7 @@ def run(part, options, threads):
             record |= {name: value for name, value in log[-1].items() if name.startswith(named)}
             if part == "cifar-pairs":
                 record["attacked"] = attack_curve(out / "ckpt.pt")
-        elif part not in ("lr", "short", "long", "smoke"):
+        elif part not in ("lr", "short", "long", "smoke", "wikitext"):
             thorough = part in ("final", "equal", "tight", "robust", "longest", "books", "tokens")
             record |= measurements(out / "ckpt.pt", thorough, ball=part in ("final", "equal", "longest", "ball"))
     with lock:
@@ -523,14 +523,18 @@ BOOKS_STEPS = 2560
 BOOKS_RUNS = [*({"position_bias": False} | change for change in ({"method": "none"}, {}, {"w_max": 2.0})),
               {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT]
 
-# The 145 M presets narrowed, on GPT-2 tokens of the same text (data/books): are they stable? And what made the first such run
-# unstable, whose learning rate was 0.13 for all matrices, the head too, and whose scores were not scaled down at w_max 16
+# The 145 M presets narrowed, on GPT-2 tokens of the same text (data/books): are they stable?
 NARROW = {"dataset": "books", "n_layer": 4, "n_head": 2, "n_embd": 256, "block_size": 256, "batch_size": 8, "accumulate": 1,
           "momentum_warmup": 40, "max_steps": 120, "eval_interval": 30, "eval_tokens": 4097}
+SMOKE_RUNS = [{"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)]
+
+# What made the first such run unstable, on half a million tokens of WikiText-2 (data/wikitext2)? Its learning rate was 0.13 for all
+# matrices, the head too, and its scores were not scaled down at w_max 16
+WIKITEXT = NARROW | {"dataset": "wikitext2", "batch_size": 16, "momentum_warmup": 50, "max_steps": 250, "eval_interval": 25}
 FIRST = {"preset": "fineweb-w16", "method": "soft_cap", "zero_head": False, "lr_floor": 0.0, "embedding_lr": 0.1,
          "softmax_scale": 1.0, "lr": 0.13, "head_lr": 1.0}
-SMOKE_RUNS = [*({"preset": f"fineweb-w{w}"} for w in (1, 4, 8, 16)), FIRST, FIRST | {"head_lr": 0.1},
-              FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"lr": 0.05, "embedding_lr": 0.26}]
+WIKITEXT_RUNS = [FIRST, FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"head_lr": 0.1},
+                 FIRST | {"lr": 0.05, "embedding_lr": 0.26}]
 
 # and longer, beside none of the constraints, and a model built for its certificate: one layer whose scores are of distance alone
 LONGER = NARROW | {"max_steps": 300, "eval_interval": 30, "eval_tokens": 2 ** 13 + 1}
@@ -538,7 +542,7 @@ TOKENS_RUNS = [{"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.
                {"preset": "fineweb-w1"}, {"preset": "fineweb-w16"}, {"preset": "fineweb-w16", "method": "none"},
                {"preset": "fineweb-w8"}]
 
-BOOKS_PARTS = {"smoke": NARROW, "tokens": LONGER,  # what all runs of a part have
+BOOKS_PARTS = {"smoke": NARROW, "wikitext": WIKITEXT, "tokens": LONGER,  # what all runs of a part have
                "books": {"dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
                          "eval_tokens": 2 ** 15 + 1}}
 
@@ -586,6 +590,7 @@ PARTS = {"lr": (pairs, tune), "grid": (pairs, grid), "headline": (lambda: HEADLI
          "robust": (lambda: ROBUST_RUNS, partial(run, "robust")),
          "ablation": (lambda: ABLATION_RUNS, partial(run, "ablation")), "cifar": (lambda: CIFAR_RUNS, partial(run, "cifar")),
          "books": (lambda: BOOKS_RUNS, partial(run, "books")), "smoke": (lambda: SMOKE_RUNS, partial(run, "smoke")),
+         "wikitext": (lambda: WIKITEXT_RUNS, partial(run, "wikitext")),
          "tokens": (lambda: TOKENS_RUNS, partial(run, "tokens")),
          "cifar-lr": (pairs, image_tune), "cifar-grid": (pairs, image_grid), "cifar-pairs": (image_pairs, partial(run, "cifar-pairs"))}
 
