@@ -229,21 +229,18 @@ def cifar(records, plt):
     return figure
 
 
-def book_name(options):
+def book_name(run):
     """What a run on the books is."""
-    if "preset" in options:
-        return options["preset"]
-    return "paper's, no constraint" if options.get("method") == "none" else f"paper's, soft cap at {options.get('w_max', 6):g}"
-
-
-def tokens_name(run):
-    """What a run on GPT-2 tokens is."""
     options = run["options"]
+    preset = options.get("preset", "")
     if run["part"] == "nanogpt":
         return "nanoGPT"
     if options.get("method") == "none":
         return "paper's, no constraint"
-    return f"tight at a bound of {options['logit_scale']:g}" if "logit_scale" in options else f"paper's, w_max {options['preset'][9:]}"
+    if preset.startswith("fineweb"):
+        return f"paper's, w_max {preset[9:]}"
+    bound = f" at a bound of {options['logit_scale']:g}" if "logit_scale" in options else ""
+    return preset + bound if preset else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
 
 def activations(records, plt):
@@ -253,7 +250,7 @@ def activations(records, plt):
         for ax, kind in zip(axes, ("act_max_layers", "act_rms_layers")):
             if kind in run["trace"]:
                 for i, layer in enumerate(zip(*run["trace"][kind])):
-                    ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else tokens_name(run))
+                    ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else book_name(run))
     for ax, label in zip(axes, ("largest entry", "largest RMS norm of a token")):
         ax.set_xlabel("step of 2,048 tokens; deeper layers thicker")
         ax.set_ylabel(f"{label} behind a block")
@@ -281,7 +278,7 @@ def books(records, plt):
     """On a hundred times Shakespeare's text: accuracy over training, and certified accuracy against the radius at its end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for run, color in zip((r for r in read(BOOKS) if r["part"] == "books"), COLORS.values()):
-        name = f"{book_name(run['options'])}: {math_power(run['log10_certified'])}"
+        name = f"{book_name(run)}: {math_power(run['log10_certified'])}"
         millions = [step * 16 * 256 / 1e6 for step in run["trace"]["step"]]
         left.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], color=color, label=name)
         radii, share = certified_curve(run)
@@ -557,7 +554,7 @@ def books_tables(records):
         yield "books", table(
             ["", "accuracy", "loss", "training loss", "certified", "attack", "median certified radius",
              *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
-            [[book_name(r["options"]), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
+            [[book_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
               power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
               left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in long])
     if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
@@ -565,7 +562,7 @@ def books_tables(records):
         yield "GPT-2 tokens, longer", table(
             ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack",
              "median certified radius", "float8 loses"],
-            [[tokens_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
+            [[book_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
               f"{r['trace']['train_loss'][-1]:.3f}", f"{r['act_max']:.1f}", *(full(r) if r["part"] == "tokens" else 4 * [""])]
              for r in tokens])
     if smoke := [r for r in records if r["part"] == "smoke"]:

@@ -55,7 +55,10 @@ BOUNDS = ("log10_certified", "log10_paper")
 LIMITS = (2, 10, 100, 1e4, 1e8)
 ASKED = [(BOUNDS[1], 2), *((BOUNDS[0], limit) for limit in LIMITS)]  # what the headline is about: most accuracy under these
 GAIN = 0.0065  # a larger bound has to buy so much accuracy: the default's three seeds differ by as much
-
+# Parts whose log is all that is wanted, whose measurements are thorough, and that say what a ball would bring
+LOGGED = ("lr", "short", "long", "smoke", "wikitext")
+THOROUGH = ("final", "equal", "tight", "robust", "longest", "books", "tokens")
+BALL = ("final", "equal", "longest", "ball")
 
 # The same on images, with the settings of the paper's notebook but for a quarter of its steps
 IMAGE_CAPS = [1.0, 2.0, 4.0, 8.0]
@@ -120,7 +123,7 @@ def complete(part, options):
 def run(part, options, threads):
     """
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
-    run diverged. Tuning runs, of parts "lr", "short" and "long", are not measured: their training loss is all that is wanted.
+    run diverged.
     """
     path, options = complete(part, options)
     with lock:
@@ -157,9 +160,8 @@ def run(part, options, threads):
             record |= {name: value for name, value in log[-1].items() if name.startswith(named)}
             if part == "cifar-pairs":
                 record["attacked"] = attack_curve(out / "ckpt.pt")
-        elif part not in ("lr", "short", "long", "smoke", "wikitext"):
-            thorough = part in ("final", "equal", "tight", "robust", "longest", "books", "tokens")
-            record |= measurements(out / "ckpt.pt", thorough, ball=part in ("final", "equal", "longest", "ball"))
+        elif part not in LOGGED:
+            record |= measurements(out / "ckpt.pt", part in THOROUGH, part in BALL)
     with lock:
         path.with_suffix(".part").write_text("".join(to_json(r) + "\n" for r in read(path) + [record]))
         os.replace(path.with_suffix(".part"), path)
