@@ -542,7 +542,7 @@ WIKITEXT_RUNS = [FIRST, FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"h
 LONGER = NARROW | {"max_steps": 300, "eval_interval": 30, "eval_tokens": 2 ** 13 + 1}
 TOKENS_RUNS = [{"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.0, "embedding": "adam", "embedding_lr": 4.0},
                {"preset": "fineweb-w1"}, {"preset": "fineweb-w16"}, {"preset": "fineweb-w16", "method": "none"},
-               {"preset": "fineweb-w8"}]
+               {"preset": "fineweb-w8"}, {"preset": "fineweb-w4"}]
 
 BOOKS_PARTS = {"smoke": NARROW, "wikitext": WIKITEXT, "tokens": LONGER,  # what all runs of a part have
                "books": {"dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
