@@ -1746,6 +1746,7 @@ def test_what_no_machine_could_hold_is_refused_before_it_is_built(data, monkeypa
 def test_bad_values_of_the_other_scripts_are_one_line(data, monkeypatch, module, argv, names):
     monkeypatch.setattr(prepare, "download", lambda *_, **__: pytest.fail("asked the network"))
     monkeypatch.setattr(sweep, "ROOT", data)
+    monkeypatch.setattr(sweep, "RECORDS", data / "none.jsonl")
     assert run_main(train, monkeypatch, *flags(max_steps=1)) is None
     Path("a.txt").write_text("to be or not to be\n" * 50)
     for name in names:
@@ -2516,7 +2517,7 @@ def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage)
             path.unlink()
         ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
         for module, argv in ((train, tiny), (train, again), (constrain, ["out/ckpt.pt", "--steps=0"]),
-                             (model, ["out/ckpt.pt"])):
+                             (model, ["out/ckpt.pt", "--tokens=3"])):
             if path.parent.name == "out" and argv is tiny:
                 continue  # a fresh run reads neither
             message = run_main(module, monkeypatch, *argv)
@@ -2982,6 +2983,16 @@ def test_a_bad_sweep_is_refused(data, monkeypatch):
     one_line(run_main(plot, monkeypatch), "has no runs")
     Path("records.jsonl").write_text('{"part": "lr"')
     one_line(run_main(plot, monkeypatch, "--tables"), "records.jsonl is damaged")
+
+
+def test_figures_can_be_drawn():
+    """An extra for those who have matplotlib."""
+    pytest.importorskip("matplotlib").use("agg")
+    import matplotlib.pyplot as plt
+    for draw in plot.FIGURES:
+        draw(sweep.read(), plt).draw_without_rendering()
+        plt.close()
+        assert (plot.RESULTS / f"{draw.__name__}.png").exists()
 
 
 def test_tables_in_the_results_come_from_the_records():

@@ -580,6 +580,9 @@ def all_tables(records):
             *books_tables(read(BOOKS)), *speed_tables(read(RESULTS / "speed.jsonl")), *readme_tables(records)]
 
 
+FIGURES = (tradeoff, norms, headline, radius, tight, cifar, books, activations, speed)
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[1])
     parser.add_argument("--tables", action="store_true", help="print the tables and draw nothing")
@@ -595,7 +598,7 @@ def main():
                 import matplotlib.pyplot as plt
             except ImportError:
                 raise UserError("the figures need matplotlib: pip install matplotlib")
-            for draw in (tradeoff, norms, headline, radius, tight, cifar, books, activations, speed):
+            for draw in FIGURES:
                 draw(records, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 
