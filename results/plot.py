@@ -10,9 +10,9 @@ from statistics import mean
 
 import numpy as np
 
-from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOOKS, BOUNDS, CIFAR, LIMITS, METHODS, NARROW, OPTIMIZERS, PAPER, RESULTS, TIGHT,
-                   UserError, best_final, best_of, best_under, chosen_lr, complete, finals, frontier, image_strengths, pairs, read,
-                   same_but_seed, searched, strengths, tuning_loss)
+from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOOKS, BOUNDS, CIFAR, FIRST, LIMITS, METHODS, NARROW, OPTIMIZERS, PAPER,
+                   RESULTS, TIGHT, WIKITEXT, UserError, best_final, best_of, best_under, chosen_lr, complete, finals, frontier,
+                   image_strengths, pairs, read, same_but_seed, searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
 from constrain import RADII
 from prepare import Parser, one_line_errors, say  # sweep has made the folder above known
@@ -502,10 +502,6 @@ def readme_tables(records):
             [[f"{r['options']['w_max']:g}", f"{r['val_acc']:.2%}", power(r["log10_attack"]), power(r["log10_certified"]),
               power(ball["log10_certified_ball"]) if (ball := balls.get(r["options"]["w_max"])) else "?", power(r["log10_paper"])]
              for r in soft])
-    yield "WikiText-2", table(
-        ["layers", "step", "training loss since the row above", "validation loss", "accuracy", "largest activation"],
-        [[r["options"].get("n_layer", 12), r["step"], f"{r['train_loss']:.2f}", f"{r['val_loss']:.2f}", f"{r['val_acc']:.1%}",
-          f"{r['act_max']:,.0f}"] for r in read(RESULTS / "wikitext2.jsonl")])
 
 
 IMAGE_RADII = (36, 72, 108)  # in 255ths of a pixel's range
@@ -565,14 +561,14 @@ def books_tables(records):
             [[book_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
               f"{r['trace']['train_loss'][-1]:.3f}", f"{r['act_max']:.1f}", *(full(r) if r["part"] == "tokens" else 4 * [""])]
              for r in tokens])
-    if smoke := [r for r in records if r["part"] == "smoke"]:
-        yield "GPT-2 tokens, narrow", table(
+    for part, title, common in (("smoke", "GPT-2 tokens, narrow", NARROW), ("wikitext", "WikiText-2", WIKITEXT | FIRST)):
+        runs = [r for r in records if r["part"] == part]
+        steps = lambda values, form: ", ".join(f"{x:{form}}" for x in (values if len(values) < 6 else values[1::2]))
+        yield title, table(
             ["", "training loss", "validation loss", "largest norm over w_max", "largest activation", "log10 certified"],
-            [[", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in r["options"].items()
-                        if name == "preset" or name not in NARROW and name != "seed"),
-              *(", ".join(f"{x:.2f}" for x in r["trace"][name]) for name in ("train_loss", "val_loss")),
-              f"{r['trace']['norm_over_cap'][-1]:.2f}", ", ".join(f"{max(layers):.0f}" for layers in r["trace"]["act_max_layers"]),
-              f"{r['log10_certified']:.1f}"] for r in smoke])
+            [[settings({name: value for name, value in r["options"].items() if common.get(name) != value}) or "the first run",
+              *(steps(r["trace"][name], ".2f") for name in ("train_loss", "val_loss")), f"{r['trace']['norm_over_cap'][-1]:.2f}",
+              steps([max(layers) for layers in r["trace"]["act_max_layers"]], ",.0f"), f"{r['log10_certified']:.1f}"] for r in runs])
 
 
 def all_tables(records):
