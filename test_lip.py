@@ -106,10 +106,10 @@ def data(tmp_path, monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """
-    Begin the tests that ask for `folder`: they wait for processes, so they run in a thread beside the others,
-    one after the other, and when their turn comes only their result is waited for. A core is theirs.
+    Begin the tests that ask for `folder`: they wait for processes, so they run in threads beside the others,
+    and when their turn comes only their result is waited for.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for test in (item for item in request.session.items if "folder" in item.fixturenames):
             values = test.callspec.params if hasattr(test, "callspec") else {}
             begun = pool.submit(test.obj, small_data(tmp_path_factory.mktemp("beside")), **values)
@@ -2801,8 +2801,9 @@ def test_every_constraint_learns_digits(tmp_path, monkeypatch, optimizer):
     for method in METHODS:
         train.train(
             train.Config(dataset="digits", method=method, optimizer=optimizer, w_max=5.0, weight_decay=0.1,
-                         mlp_layers=3, activation="relu", batch_size=128, max_steps=60, eval_interval=60,
-                         dtype="float32", compile=False, device="cpu"))
+                         lr={"muon": 0.1, "adamw": 0.02}[optimizer], n_embd=64, mlp_layers=3,
+                         activation="relu", batch_size=128, max_steps=60, eval_interval=60, dtype="float32",
+                         compile=False, device="cpu"))
         line = log_lines("out/shakespeare")[-1]
         print(optimizer, method, line)
         assert line["val_acc"] > 0.85, method
