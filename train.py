@@ -48,6 +48,9 @@ from prepare import (Parser, Tokenizer, UserError, data_folder, ensured, locked,
 # ------------------------------------------------------------------------------------------------------------
 # Options
 
+COMPILE_STEPS = 1000  # on two CPU cores fewer do not bring back what compiling takes, see results/speed.md
+
+
 @dataclass
 class Config(GPTConfig):
     """The options of a run: the model's, which are in model.py, and these."""
@@ -92,7 +95,7 @@ class Config(GPTConfig):
     dtype: str | None = option(None, "of products: bfloat16 or float32; by default bfloat16 if the hardware "
                                "has it", choices=("bfloat16", "float32"))
     compile: bool | None = option(None, "use torch.compile; by default where that works, on a CPU from "
-                                  "1,000 steps on")
+                                  f"{COMPILE_STEPS:,} steps on")
     resume: bool = option(False, "go on from out_dir/ckpt.pt, with its options but for those given")
 
 
@@ -808,9 +811,6 @@ def memory(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-
-
-COMPILE_STEPS = 1000  # on two CPU cores fewer do not bring back what compiling takes, see results/speed.md
 
 
 def compiles(config, device):
