@@ -234,7 +234,7 @@ def book_name(run):
     options = run["options"]
     preset = options.get("preset", "")
     if run["part"] == "nanogpt":
-        return "nanoGPT"
+        return f"nanoGPT, lr {options['lr']:g}"
     if options.get("method") == "none":
         return "paper's, no constraint"
     if preset.startswith("fineweb"):
