@@ -106,10 +106,10 @@ def data(tmp_path, monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """
-    Begin the tests that ask for `folder`: they wait for processes, so they run in threads beside the others,
+    Begin the tests that ask for `folder`: they wait for processes, so they run in a thread beside the others,
     and when their turn comes only their result is waited for.
     """
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         for test in (item for item in request.session.items if "folder" in item.fixturenames):
             values = test.callspec.params if hasattr(test, "callspec") else {}
             begun = pool.submit(test.obj, small_data(tmp_path_factory.mktemp("beside")), **values)
