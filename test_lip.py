@@ -82,7 +82,7 @@ def flags(**options):
 def few_tokens(monkeypatch):
     """Short samples, and reports about few tokens, which take most of the time of a run as small as here."""
     monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
-    for name, few in (("ATTACKED", 32), ("LOCAL", 16), ("ALONE", 2)):
+    for name, few in (("ATTACKED", 64), ("LOCAL", 32), ("ALONE", 2)):
         monkeypatch.setattr(constrain, name, few)
 
 
@@ -3017,7 +3017,7 @@ def test_tables_in_the_results_come_from_the_records():
 
 @pytest.mark.skipif(not train.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("near, options", (
-    (1e-4, dict(max_steps=2, eval_interval=2)),
+    (1e-4, {}),
     (1e-2, dict(max_steps=2, eval_interval=2, n_head=1, n_embd=128, block_size=256, batch_size=2,
                 eval_tokens=300, dtype="bfloat16"))), ids=("float32", "wide heads in bfloat16"))
 def test_compiled_training_agrees_with_eager(folder, near, options):
@@ -3068,7 +3068,8 @@ def test_adding_the_readme_s_constraints_leaves_everything_working(folder):
     shutil.copytree(HERE / "results", folder / "results")
     source = (folder / "constrain.py").read_text()
     (folder / "constrain.py").write_text(source.replace("\ndef main", f"\n{example}\n\ndef main"))
-    run = lambda code: start(folder, sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": "."})
+    run = lambda code: start(folder, sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": "."},
+                             stderr=subprocess.PIPE)
     argv = f"sys.argv = ['train.py', *{flags(max_steps=2, eval_interval=2, w_max=0.5)}, '--method=' + method]"
     runs = run(f"""
 import sys, torch
@@ -3084,8 +3085,8 @@ bench.main()
 sys.argv = ["train.py", "--help"]
 train.main()
 """)
-    printed = runs.communicate()[0]
-    assert runs.returncode == 0 and "Traceback" not in printed, printed
+    printed, errors = runs.communicate()
+    assert runs.returncode == 0 and errors == "", errors
     assert all(printed.count(name) >= 3 for name in added) and len(log_lines(folder / "out")) == 1
     tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-k', "
                 "'methods_have or test_bench or hold_during_training']))")
@@ -3169,7 +3170,7 @@ def test_two_processes_train_as_one(folder):
     assert "saved half/ckpt.pt" in run.communicate()[0]
     assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
     run = start(folder, sys.executable, HERE / "train.py", "--resume", "--out_dir=half")
-    assert "resumed at step" in run.communicate()[0]
+    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
     one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
     assert half == pytest.approx(one, abs=1e-5)
 
