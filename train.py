@@ -15,6 +15,7 @@ of an earlier run there are kept once, as ckpt.old.pt and log.old.jsonl. Ctrl-C 
 """
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -900,7 +901,7 @@ def main():
     if "LOCAL_RANK" in os.environ:  # under torchrun
         # Imported later, as torch does on its own, it would keep the group as a default argument, beyond its
         # end: gloo's threads could then abort a process that is done (pytorch issue 190489)
-        import torch.distributed.nn
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with one_line_errors("train.py", "interrupted; go on from the last checkpoint with --resume"):
