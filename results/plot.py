@@ -390,11 +390,15 @@ def tables(records):
               spread([r["val_acc"] for r in runs]), spread([r["val_loss"] for r in runs], "{:.3f}"), median_radius(runs),
               settings(runs[0]["options"])] for runs in by_bound(equal)])
     of_optimizer = [[r for r in grid if r["options"]["optimizer"] == o] for o in OPTIMIZERS]
+
+    def reached(runs, bound, limit):
+        best = best_under(runs, bound, limit)
+        method = f", {LABELS[best['options']['method']]}" if best and runs is not first else ""
+        return f"{best['val_acc']:.1%}{method}" if best else "none"
+
     yield "tradeoff, in short", table(
         ["bound", "any shape and scales", "paper's, Muon", "paper's, AdamW"],
-        [[f"{bound[6:]} ≤ {limit:g}", *(f"{best['val_acc']:.1%}" + f", {LABELS[best['options']['method']]}" * (runs is not first)
-                                        if (best := best_under(runs, bound, limit)) else "none" for runs in (first, *of_optimizer))]
-         for bound, limit in ASKED])
+        [[f"{bound[6:]} ≤ {limit:g}", *(reached(runs, bound, limit) for runs in (first, *of_optimizer))] for bound, limit in ASKED])
     if long := [r for r in records if r["part"] in ("long", "longest")]:
         yield "headline, 65 million characters", table(
             ["heads", "lr", "steps", "accuracy on 4,096 characters", "of the whole split", "training loss", "paper without logit_scale",
@@ -561,9 +565,9 @@ def books_tables(records):
             [[book_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
               f"{r['trace']['train_loss'][-1]:.3f}", f"{r['act_max']:.1f}", *(full(r) if r["part"] == "tokens" else 4 * [""])]
              for r in tokens])
+    steps = lambda values, form: ", ".join(f"{x:{form}}" for x in (values if len(values) < 6 else values[1::2]))
     for part, title, common in (("smoke", "GPT-2 tokens, narrow", NARROW), ("wikitext", "WikiText-2", WIKITEXT | FIRST)):
         runs = [r for r in records if r["part"] == part]
-        steps = lambda values, form: ", ".join(f"{x:{form}}" for x in (values if len(values) < 6 else values[1::2]))
         yield title, table(
             ["", "training loss", "validation loss", "largest norm over w_max", "largest activation", "log10 certified"],
             [[settings({name: value for name, value in r["options"].items() if common.get(name) != value}) or "the first run",
