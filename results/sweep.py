@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from constrain import at_radii, attack, certificate, layer_norms, log10, log10_radii, margins, pgd
 from model import load_checkpoint
-from optim import has_bf16
+from optim import has_bf16, keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 from train import configure, evaluate, image_inputs
 
@@ -604,6 +604,7 @@ def main():
     args = parser.parse_args()
     threads = max(1, os.cpu_count() // args.jobs)
     torch.set_num_threads(threads)
+    keep_memory()
     pool = ThreadPoolExecutor(args.jobs)
     try:
         with one_line_errors("sweep.py", "stopped; the same command goes on"):
