@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GELU_SLOPE, GPT, GPTConfig, gelu, later, load_checkpoint, maxmin, onto_ball
-from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
+from optim import POLAR, UPDATE_NORM, keep_memory, orthogonalize, polar_steps
 from prepare import Parser, number, one_line_errors, open_data, say, to_json
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others
@@ -1216,6 +1216,7 @@ def main():
     parser.add_argument("--steps", type=number(int, 0, 10 ** 9), default=100,
                         help="of the attack's gradient ascent [100]")
     args = parser.parse_args()
+    keep_memory()
     with one_line_errors("constrain.py"):
         result, text = report(args.ckpt, args.steps)
         say(to_json(result) if args.json else text)

@@ -2949,6 +2949,24 @@ def test_float8_rounds_every_result():
     assert loss == F.cross_entropy(rounded.flatten(0, 1), idx.flatten())
 
 
+def test_float8_cuts_no_scores():
+    """
+    <q, k> of up to 6,400, scores of up to 100: the model scales before it multiplies, so that 448, float8's
+    largest number, does not make all large scores one.
+    """
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=16))
+    attn = net.blocks[0].attn
+    attn.qkv.weight.data[:2] = 10 * attn.qkv.weight.data[0]
+    torch.nn.init.orthogonal_(attn.proj.weight)
+    idx = torch.randint(65, (8, 16))
+    qk = (attn.qkv.weight.data[0] @ net.wte.weight[idx].mT).square().sum(dim=1)
+    assert qk.min() > 4000
+    exact, _ = net(idx)
+    rounded, _ = sweep.InFloat8(net)(idx, idx)
+    assert (rounded - exact).norm() / exact.norm() < 0.1
+
+
 def test_every_part_of_a_sweep_takes_a_job_and_threads():
     for jobs, run in sweep.PARTS.values():
         inspect.signature(run).bind("job", 1)

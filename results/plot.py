@@ -337,6 +337,11 @@ def unscaled(runs):
     return power(max(map(unscaled_bound, runs)))
 
 
+def float8(run):
+    """The points of accuracy that float8 costs."""
+    return f"{100 * run['float8_lost']:.2f}" if "float8_lost" in run else "not measured"
+
+
 def median_radius(runs):
     return f"{mean(10 ** r['log10_radii'][20] for r in runs):.2g}"
 
@@ -375,7 +380,7 @@ def tables(records):
             [[who(r["options"]), settings(r["options"]), spread([s["val_acc"] for s in same_but_seed(records, r["options"])]),
               f"{r['val_loss']:.3f}",
               f"{r['paper_protocol_acc']:.2%}", power(r["log10_certified"]), power(r["log10_paper"]), power(r["log10_attack"]),
-              f"{r['act_max']:.1f}, {r['act_rms']:.2f}", f"{100 * r['float8_lost']:.2f}"]
+              f"{r['act_max']:.1f}, {r['act_rms']:.2f}", float8(r)]
              for r in frontier(first, bound)])
         yield f"best accuracy under a {label}, every pair of the grid", table(
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
@@ -413,7 +418,7 @@ def tables(records):
     yield "activations and float8", table(
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
-          f"{100 * r['float8_lost']:.2f}"]
+          float8(r)]
          for m, o in pairs() for i in (2, -1) if (r := of_strength(grid, m, o, strengths(m, o)[i]))])
 
 
@@ -556,9 +561,9 @@ def books_tables(records):
              *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
             [[book_name(r), f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
               power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
-              left([r]), f"{r['act_max']:.1f}", f"{100 * r['float8_lost']:.2f}"] for r in long])
+              left([r]), f"{r['act_max']:.1f}", float8(r)] for r in long])
     if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
-        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), f"{100 * r['float8_lost']:.2f}"]
+        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), float8(r)]
         yield "GPT-2 tokens, longer", table(
             ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack",
              "median certified radius", "float8 loses"],
