@@ -693,7 +693,7 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     if tokens is not None and len(tokens) > n:
         ids = tokens[torch.randint(len(tokens) - n, (restarts // 2, 1), generator=g) + torch.arange(n)]
     X = torch.randn(restarts, n, model.config.n_embd, generator=g, dtype=torch.float64)
-    X = R * X / X.square().mean(dim=-1, keepdim=True).sqrt()
+    X = R * unit(X)
     X[:restarts // 2] = net.wte.weight[ids]
     return ascend(net.forward_embeddings, X, R, steps)
 
@@ -717,6 +717,15 @@ def pgd(model, x, y, eps, steps=20):
     return right
 
 
+def smallest_lead(W, z, y):
+    """
+    min_j (z_y - z_j) / |w_y - w_j|_2 over the labels j other than y (N,), of logits z (N, V) and rows w_j of
+    W (V, d): (N,). It is negative where another logit is larger.
+    """
+    leads = (z.gather(1, y[:, None]) - z) / rows_apart(W, y).clamp_min(1e-30)
+    return leads.scatter(1, y[:, None], math.inf).amin(dim=1)
+
+
 @torch.no_grad()
 def certified_radii(model, x, y, reach):
     """
@@ -724,11 +733,8 @@ def certified_radii(model, x, y, reach):
     wrong: (B,). `reach` is logit_reach(model, 1): a change of norm r moves the difference of logits i and j
     by at most r reach |w_i - w_j|, w_i being the last layer's rows.
     """
-    W, z = model.head.weight, model(x)[0]
-    distance = rows_apart(W, y)
-    margin = (z.gather(1, y[:, None]) - z) / distance.clamp_min(1e-30)
-    margin = margin.scatter(1, y[:, None], math.inf).amin(dim=1).clamp_min(0)
-    return torch.where(margin > 0, margin / reach, 0.0)  # reach may be 0
+    leads = smallest_lead(model.head.weight, model(x)[0], y)
+    return torch.where(leads > 0, leads / reach, 0.0)  # reach may be 0
 
 
 RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which accuracies are given
@@ -797,10 +803,7 @@ def predictions(model, X):
     """
     W, z = model.head.weight, model.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
     top = z.argmax(dim=-1)
-    distance = rows_apart(W, top)
-    bears = (z.gather(1, top[:, None]) - z) / distance.clamp_min(1e-30)
-    bears = bears.scatter(1, top[:, None], math.inf).amin(dim=-1)
-    return bears / (model.config.logit_scale * math.sqrt(W.shape[1])), top
+    return smallest_lead(W, z, top) / (model.config.logit_scale * math.sqrt(W.shape[1])), top
 
 
 def margins(model, tokens):
