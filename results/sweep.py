@@ -120,6 +120,11 @@ def complete(part, options):
     return path, {"seed": 0} | common | options
 
 
+def steps_done(out):
+    """The step of a run's last evaluation."""
+    return max((line["step"] for line in read(out / "log.jsonl")), default=0)
+
+
 def run(part, options, threads):
     """
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
@@ -135,10 +140,11 @@ def run(part, options, threads):
     if (out / "ckpt.pt").exists():
         args.append("--resume")
     out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with open(out / "output.txt", "a") as output:
-        code = subprocess.run([sys.executable, "train.py", *args, f"--out_dir={out}"], cwd=ROOT, env=environment,
-                              stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
+    environment, code = os.environ | {"OMP_NUM_THREADS": str(threads)}, 0
+    if steps_done(out) < configure(options).max_steps:  # else it was stopped while it was measured
+        with open(out / "output.txt", "a") as output:
+            code = subprocess.run([sys.executable, "train.py", *args, f"--out_dir={out}"], cwd=ROOT, env=environment,
+                                  stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
     said = (out / "output.txt").read_text().strip().split("\n")[-1]
     record = {"part": part, "options": options, "commit": version()}
     if torch.cuda.is_available():
@@ -148,9 +154,9 @@ def run(part, options, threads):
     elif code:
         raise UserError(f"train.py {' '.join(args)} failed: {said} (see {out / 'output.txt'})")
     else:
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
-        if not log or log[-1]["step"] < configure(options).max_steps:
+        if steps_done(out) < configure(options).max_steps:
             raise KeyboardInterrupt  # train.py saved and stopped
+        log = read(out / "log.jsonl")
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         traced = ("step", "train_loss", "norm_over_cap") + ("val_acc", ) * part.startswith("long")
         traced += ("val_acc", "val_loss", "act_max_layers", "act_rms_layers") * (path is BOOKS)
@@ -450,9 +456,8 @@ def long_runs():
 
 
 def longest_runs():
-    """As many characters in eight times as many steps."""
-    chosen = best_of("short")[0]["options"]
-    return [LONGEST | {name: chosen[name] for name in ("method", "n_head", "w_max", *CHOICES)}]
+    """The best two with as many characters in eight times as many steps."""
+    return [options | LONGEST for options in long_runs()[::2]]
 
 
 # The preset at several bounds: with all norms 1 the certified bound is logit_scale. Smaller ones want a larger learning rate.
@@ -519,11 +524,12 @@ CIFAR_RUNS = [{"preset": preset, **options, "seed": seed} for seed in (0, 1, 2) 
     ("cifar10", {}), ("cifar10", ADAMW), ("cifar10", ADAMW | {"max_steps": 4900, "eval_interval": 980}), ("cifar10-tight", {}))]
 
 
-# The same models on a hundred times the text, by character, one pass: 10 of 106 million characters, ten times Shakespeare. Needs
-# data/books-char, prepared by prepare.py from any long text.
-BOOKS_STEPS = 2560
-BOOKS_RUNS = [*({"position_bias": False} | change for change in ({"method": "none"}, {}, {"w_max": 2.0})),
-              {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT]
+# The same models on a hundred times the text, by character, one pass: 10 and 42 of 106 million characters, ten and forty times
+# Shakespeare. Needs data/books-char, prepared by prepare.py from any long text; the longer runs want a GPU.
+BOOKS_STEPS = 2560, 10_240
+BOOKS_RUNS = [{"max_steps": steps, "eval_interval": steps // 10, **options} for steps in BOOKS_STEPS for options in (
+    *({"position_bias": False} | change for change in ({"method": "none"}, {}, {"w_max": 2.0})),
+    {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT)]
 
 # The 145 M presets narrowed, on GPT-2 tokens of the same text (data/books): are they stable?
 NARROW = {"dataset": "books", "n_layer": 4, "n_head": 2, "n_embd": 256, "block_size": 256, "batch_size": 8, "accumulate": 1,
@@ -538,15 +544,15 @@ FIRST = {"preset": "fineweb-w16", "method": "soft_cap", "zero_head": False, "lr_
 WIKITEXT_RUNS = [FIRST, FIRST | {"softmax_scale": 128 ** 0.5 / 256}, FIRST | {"head_lr": 0.1},
                  FIRST | {"lr": 0.05, "embedding_lr": 0.26}]
 
-# and longer, beside none of the constraints, and a model built for its certificate: one layer whose scores are of distance alone
-LONGER = NARROW | {"max_steps": 300, "eval_interval": 30, "eval_tokens": 2 ** 13 + 1}
+# and longer, on a GPU, beside none of the constraints, and a model built for its certificate: one layer whose scores are of distance
+# alone. 16 of the 25 million tokens.
+LONGER = NARROW | {"batch_size": 32, "max_steps": 2000, "momentum_warmup": 300, "eval_interval": 200, "eval_tokens": 2 ** 15 + 1}
 TOKENS_RUNS = [{"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.0, "embedding": "adam", "embedding_lr": 4.0},
-               {"preset": "fineweb-w1"}, {"preset": "fineweb-w16"}, {"preset": "fineweb-w16", "method": "none"},
-               {"preset": "fineweb-w8"}, {"preset": "fineweb-w4"}]
+               {"preset": "fineweb-w1"}, {"preset": "fineweb-w8"}, {"preset": "fineweb-w16"},
+               {"preset": "fineweb-w16", "method": "none"}, {"preset": "fineweb-w4"}]
 
 BOOKS_PARTS = {"smoke": NARROW, "wikitext": WIKITEXT, "tokens": LONGER,  # what all runs of a part have
-               "books": {"dataset": "books-char", "max_steps": BOOKS_STEPS, "eval_interval": BOOKS_STEPS // 10,
-                         "eval_tokens": 2 ** 15 + 1}}
+               "books": {"dataset": "books-char", "eval_tokens": 2 ** 15 + 1}}
 
 
 def images(pair, strength, lr, steps, every):
