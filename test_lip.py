@@ -2051,6 +2051,24 @@ def test_constraints_hold_during_training(data):
                     assert largest > 1  # so the others had something to hold
 
 
+def test_a_head_that_looks_one_way_alone_finds_another():
+    """Scores of distance stay within MAX_BIAS, so that no head is where softmax has no gradient."""
+    torch.manual_seed(0)
+    config = tiny_config(position_bias=True, softmax_scale=0.0, lr=0.1)
+    net = gpt(H=1, d=16, vocab=8, T=16, c=0.0, position_bias=True, alpha=1.0)
+    bias = net.blocks[0].attn.bias
+    bias.data[0, 0] = 100.0
+    (opt,) = train.make_optimizers(net, config, torch.float32)
+    for step in range(40):
+        x = torch.randint(8, (8, 3)).repeat(1, 6)[:, :17]  # the next token is the one from two back
+        net(x[:, :-1], x[:, 1:])[1].backward()
+        opt.step()
+        opt.zero_grad()
+        train.constrain(net, config, config.lr)
+        assert bias.abs().max() <= model.MAX_BIAS
+    assert bias.argmax() == 2 and bias.max() == model.MAX_BIAS
+
+
 @pytest.mark.skipif(not train.has_bf16(torch.device("cpu")), reason="needs bf16 in hardware")
 def test_bfloat16_training_holds_the_caps(data):
     train.train(tiny_config(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3))

@@ -40,8 +40,8 @@ import prepare
 from constrain import (METHODS, PROMISE_W_MAX, RADII, after_step, certified_radii, layer_norms, lead,
                        lipschitz_bound, logit_reach, matrices, matrix_norms, pgd, rms_norm, svd_cap,
                        worst_case)
-from model import (GPT, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample, save,
-                   set_state)
+from model import (GPT, MAX_BIAS, MLP, GPTConfig, MLPConfig, get_state, load_checkpoint, onto_ball, sample,
+                   save, set_state)
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import (Parser, Tokenizer, UserError, data_folder, ensured, locked, one_line_errors, open_data,
                      option, say, to_json)
@@ -484,7 +484,10 @@ def constraint(config, lr):
 
 @torch.no_grad()
 def constrain(model, config, lr):
-    """Constrain all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1."""
+    """
+    Constrain all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1, scores
+    of distance stay within MAX_BIAS.
+    """
     owner, caps, rates = owners(model), relative_caps(model, config), relative_rates(model, config)
     for rate in sorted(set(rates.values())):
         weights = [W for W in caps if owner[W] == rank() and rates[W] == rate]
@@ -496,6 +499,9 @@ def constrain(model, config, lr):
             dist.broadcast(W, owner[W])
     if isinstance(model, GPT):
         model.wte.weight.copy_(onto_ball(model.wte.weight, 1.0))
+        for block in model.blocks:
+            if block.attn.bias is not None:
+                block.attn.bias.clamp_(-MAX_BIAS, MAX_BIAS)
 
 
 def project(model, config, above):
