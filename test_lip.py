@@ -30,6 +30,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks here are too small for more
+
 import numpy as np
 import pytest
 import torch
@@ -52,10 +54,6 @@ import bench
 import gpu
 import plot
 import sweep
-
-torch.set_num_threads(1)               # the networks here are too small for more
-os.environ["OMP_NUM_THREADS"] = "1"    # and those of processes that tests start
-
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -1872,18 +1870,20 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
     few_tokens(monkeypatch)
+    for name, few in (("ATTACKED", 8), ("LOCAL", 4), ("ALONE", 1)):  # each costs 50,304 logits
+        monkeypatch.setattr(constrain, name, few)
     one_line(run_main(train, monkeypatch, "--preset=fineweb-w16"), "data/fineweb holds no data set",
              "prepare.py fineweb --shards")
     Path("a.txt").write_text("to be or not to be, that is the question\n" * 200)
     prepare.write_shards(["a.txt"], "data/fineweb", 1000)
     small = [
         "--n_layer=2", "--n_embd=24", "--n_head=2", "--block_size=32", "--batch_size=4", "--accumulate=2",
-        "--max_steps=12", "--eval_interval=6", "--eval_tokens=500", "--device=cpu", "--dtype=float32",
+        "--max_steps=8", "--eval_interval=4", "--eval_tokens=200", "--device=cpu", "--dtype=float32",
         "--compile=false"
     ]
     assert run_main(train, monkeypatch, "--preset=fineweb-w4", *small) is None
     lines = log_lines("out/fineweb-w4")
-    assert [line["step"] for line in lines] == [6, 12]
+    assert [line["step"] for line in lines] == [4, 8]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(50304)
     ckpt = torch.load("out/fineweb-w4/ckpt.pt", weights_only=True)
     assert ckpt["model_config"]["vocab_size"] == 50304 and ckpt["config"]["w_max"] == 4
@@ -1892,7 +1892,7 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run_main(model, monkeypatch, "out/fineweb-w4/ckpt.pt", "--prompt=to be", "--tokens=9") is None
     assert run_main(constrain, monkeypatch, "out/fineweb-w4/ckpt.pt", "--steps=1", "--json") is None
-    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/fineweb-w4", "--max_steps=14") is None
+    assert run_main(train, monkeypatch, "--resume", "--out_dir=out/fineweb-w4", "--max_steps=10") is None
     one_line(run_main(train, monkeypatch, "--preset=cifar10", "--dataset=fineweb"),
              "--preset=cifar10 does not fit", "holds text")
     tokens = np.memmap("data/fineweb/train_000000.bin", dtype=np.uint16, mode="r+", offset=1024)
@@ -3018,6 +3018,8 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     monkeypatch.setattr(sweep, "subprocess", None)
     assert sweep.run("final", options, 1) == done == sweep.read()[0] and sweep.read()[1] == hot
     assert len(sweep.read()) == 2
+    sweep.RECORDS.unlink()  # as if stopped while it was measured: it is not trained again
+    assert sweep.run("short", options, 1)["trace"] == done["trace"]
 
 
 def test_a_bad_sweep_is_refused(data, monkeypatch):
@@ -3127,7 +3129,7 @@ train.main()
     printed, errors = runs.communicate()
     assert runs.returncode == 0 and errors == "", errors
     assert all(printed.count(name) >= 3 for name in added) and len(log_lines(folder / "out")) == 1
-    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', 'test_lip.py', '-k', "
+    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', '--assert=plain', 'test_lip.py', '-k', "
                 "'methods_have or test_bench or hold_during_training']))")
     printed = tests.communicate()[0]
     assert tests.returncode == 0, printed
@@ -3191,27 +3193,26 @@ def test_no_output_error_loses_a_run(folder, redirect):
 
 def test_two_processes_train_as_one(folder):
     """
-    The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were.
+    The same losses in float32, to 1e-5 over 50 steps; and a run that goes on does not care how many there were.
     """
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
     for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
         more = options | dict(embedding=embedding, method=method)
-        one, two = start_training(folder, out_dir="one", **more), torchrun(folder, 2, out_dir="two", **more)
+        outs = f"{method}1", f"{method}2"
+        one, two = start_training(folder, out_dir=outs[0], **more), torchrun(folder, 2, out_dir=outs[1], **more)
+        if method == "hard_cap":
+            wait_for_lines(folder / outs[1], 1, two)
+            two.send_signal(signal.SIGINT)  # torchrun hands it on
+            assert f"saved {outs[1]}/ckpt.pt" in two.communicate()[0]
+            assert 25 <= torch.load(folder / outs[1] / "ckpt.pt", weights_only=True)["step"] < 50
+            two = start(folder, sys.executable, HERE / "train.py", "--resume", f"--out_dir={outs[1]}")
         printed = two.communicate()[0]
         assert one.wait() == two.returncode == 0, printed
         assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
-        for a, b in zip(*map(log_lines, (folder / "one", folder / "two")), strict=True):
+        assert ("resumed at step" in printed) == (method == "hard_cap")
+        for a, b in zip(*(log_lines(folder / out) for out in outs), strict=True):
             for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
                 assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    run = torchrun(folder, 2, out_dir="half", **more)
-    wait_for_lines(folder / "half", 1, run)
-    run.send_signal(signal.SIGINT)  # torchrun hands it on
-    assert "saved half/ckpt.pt" in run.communicate()[0]
-    assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
-    run = start(folder, sys.executable, HERE / "train.py", "--resume", "--out_dir=half")
-    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
-    one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
-    assert half == pytest.approx(one, abs=1e-5)
 
 
 def test_failure_of_one_process_ends_all(folder):

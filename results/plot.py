@@ -123,13 +123,13 @@ def levels(tight, part="tight"):
 def headline(records, plt):
     """Accuracy over training of the paper's shape under a published bound of 2: 500 steps of 131,072 characters, and more of fewer."""
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    looks = iter(("-", "--", "-.", ":", (0, (5, 1))))
     for run in (r for r in records if r["part"] in ("long", "longest")):
         o = run["options"]
         millions = [step * o["batch_size"] * 256 / 1e6 for step in run["trace"]["step"]]
-        ax.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], linestyle=next(looks),
+        line = "--" if o["max_steps"] > 500 else "-" if o["lr"] > 0.03 else ":"
+        ax.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], linestyle=line,
                 color={32: "#0072B2", 64: "#D55E00"}[o["n_head"]],
-                label=f"{o['n_head']} heads, lr {o['lr']:g}: published {10 ** unscaled_bound(run):.2f}, "
+                label=f"{o['n_head']} heads, lr {o['lr']:g}, {o['max_steps']:,} steps: published {10 ** unscaled_bound(run):.2f}, "
                       f"certified {math_power(run['log10_certified'])}")
     ax.axhline(60, color="black", linewidth=0.8, linestyle="--")
     ax.annotate("the paper's 60 %, at a bound of 2", (5, 59.5), fontsize=9, va="top")
