@@ -2544,8 +2544,8 @@ def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage)
         ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
         for module, argv in ((train, tiny), (train, again), (constrain, ["out/ckpt.pt", "--steps=0"]),
                              (model, ["out/ckpt.pt", "--tokens=3"])):
-            if path.parent.name == "out" and argv is tiny:
-                continue  # a fresh run reads neither
+            if path.parent.name == "out" and argv is tiny or path.name == "log.jsonl" and module is not train:
+                continue  # it is not read
             message = run_main(module, monkeypatch, *argv)
             if message is not None:
                 one_line(message, f"{module.__name__}.py: ")
