@@ -80,7 +80,7 @@ def train(name, seconds, tiny, **options):
 def tests(tiny, minutes):
     """The tests that a GPU is for."""
     names = "test_options" if tiny else "test_gpu"
-    text = run("tests", 300, "-m", "pytest", "-q", "test_lip.py", "-k", names, "-p", "no:cacheprovider")
+    text = run("tests", 600, "-m", "pytest", "-q", "test_lip.py", "-k", names, "-p", "no:cacheprovider")
     return {"tests": text.strip().splitlines()[-1]}
 
 

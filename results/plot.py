@@ -485,7 +485,7 @@ def speed_tables(runs):
         [[r["seed"], f"{r['val_acc']:.2%}", f"{r['paper_protocol_acc']:.2%}", f"{r['log10_certified']:.2f}",
           f"{r['wall_seconds']:.0f}"] for r in of("default")])
     rows = []
-    for what in ("default", "default before", "tight", "tight-content"):
+    for what in ("default", "default that day", "default before", "tight", "tight-content"):
         if same := of(what):
             seconds = spread([r["wall_seconds"] for r in same], "{:.0f} s")
             rows.append([f"{what}, to the end", f"{seconds} for {mean(r['val_acc'] for r in same):.2%}", same[0]["command"]])
