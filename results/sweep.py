@@ -121,8 +121,8 @@ def complete(part, options):
 
 
 def steps_done(out):
-    """The step of a run's last evaluation."""
-    return max((line["step"] for line in read(out / "log.jsonl")), default=0)
+    """The step of a run's checkpoint, 0 without one; an evaluation is in the log before it is in that."""
+    return load_checkpoint(out / "ckpt.pt")[1]["step"] if (out / "ckpt.pt").exists() else 0
 
 
 def run(part, options, threads):
