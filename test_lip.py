@@ -77,10 +77,10 @@ def flags(**options):
     return [f"--{name}={value}" for name, value in (TINY | options).items()]
 
 
-def few_tokens(monkeypatch):
+def few_tokens(monkeypatch, attacked=64, local=32, alone=2):
     """Short samples, and reports about few tokens, which take most of the time of a run as small as here."""
     monkeypatch.setattr(train, "sample", partial(model.sample, n_tokens=3))
-    for name, few in (("ATTACKED", 64), ("LOCAL", 32), ("ALONE", 2)):
+    for name, few in (("ATTACKED", attacked), ("LOCAL", local), ("ALONE", alone)):
         monkeypatch.setattr(constrain, name, few)
 
 
@@ -1869,9 +1869,7 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
     samples.
     """
     monkeypatch.chdir(tmp_path)
-    few_tokens(monkeypatch)
-    for name, few in (("ATTACKED", 8), ("LOCAL", 4), ("ALONE", 1)):  # each costs 50,304 logits
-        monkeypatch.setattr(constrain, name, few)
+    few_tokens(monkeypatch, attacked=8, local=4, alone=1)  # each costs 50,304 logits
     one_line(run_main(train, monkeypatch, "--preset=fineweb-w16"), "data/fineweb holds no data set",
              "prepare.py fineweb --shards")
     Path("a.txt").write_text("to be or not to be, that is the question\n" * 200)
@@ -3193,26 +3191,27 @@ def test_no_output_error_loses_a_run(folder, redirect):
 
 def test_two_processes_train_as_one(folder):
     """
-    The same losses in float32, to 1e-5 over 50 steps; and a run that goes on does not care how many there were.
+    The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were.
     """
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
     for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
         more = options | dict(embedding=embedding, method=method)
-        outs = f"{method}1", f"{method}2"
-        one, two = start_training(folder, out_dir=outs[0], **more), torchrun(folder, 2, out_dir=outs[1], **more)
-        if method == "hard_cap":
-            wait_for_lines(folder / outs[1], 1, two)
-            two.send_signal(signal.SIGINT)  # torchrun hands it on
-            assert f"saved {outs[1]}/ckpt.pt" in two.communicate()[0]
-            assert 25 <= torch.load(folder / outs[1] / "ckpt.pt", weights_only=True)["step"] < 50
-            two = start(folder, sys.executable, HERE / "train.py", "--resume", f"--out_dir={outs[1]}")
+        one, two = start_training(folder, out_dir="one", **more), torchrun(folder, 2, out_dir="two", **more)
         printed = two.communicate()[0]
         assert one.wait() == two.returncode == 0, printed
         assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
-        assert ("resumed at step" in printed) == (method == "hard_cap")
-        for a, b in zip(*(log_lines(folder / out) for out in outs), strict=True):
+        for a, b in zip(*map(log_lines, (folder / "one", folder / "two")), strict=True):
             for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
                 assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    run = torchrun(folder, 2, out_dir="half", **more)
+    wait_for_lines(folder / "half", 1, run)
+    run.send_signal(signal.SIGINT)  # torchrun hands it on
+    assert "saved half/ckpt.pt" in run.communicate()[0]
+    assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
+    run = start(folder, sys.executable, HERE / "train.py", "--resume", "--out_dir=half")
+    assert "resumed at step" in run.communicate()[0] and run.returncode == 0
+    one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
+    assert half == pytest.approx(one, abs=1e-5)
 
 
 def test_failure_of_one_process_ends_all(folder):
