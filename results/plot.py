@@ -10,8 +10,8 @@ from statistics import mean
 
 import numpy as np
 
-from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOOKS, BOOKS_STEPS, BOUNDS, CIFAR, FIRST, LIMITS, METHODS, NARROW, OPTIMIZERS, PAPER,
-                   RESULTS, TIGHT, WIKITEXT, UserError, best_final, best_of, best_under, chosen_lr, complete, finals, frontier,
+from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOOKS, BOOKS_STEPS, BOUNDS, CIFAR, FIRST, LIMITS, METHODS, NARROW, OPTIMIZERS,
+                   PAPER, RESULTS, TIGHT, WIKITEXT, UserError, best_final, best_of, best_under, chosen_lr, complete, finals, frontier,
                    image_strengths, pairs, read, same_but_seed, searched, strengths, tuning_loss)
 from sweep import unscaled as unscaled_bound
 from constrain import RADII
@@ -246,9 +246,10 @@ def book_name(run):
 def activations(records, plt):
     """GPT-2 tokens: the largest entry and the largest RMS norm of a token's vector behind every block, over training."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    of_part = lambda part: [r for r in read(BOOKS) if r["part"] == part]
-    nanogpt = min(of_part("nanogpt"), key=lambda r: r["val_loss"])
-    for run, color in zip([*of_part("tokens"), nanogpt], COLORS.values()):
+    runs = read(BOOKS)
+    of_part = lambda part: [r for r in runs if r["part"] == part]
+    best_nanogpt = sorted(of_part("nanogpt"), key=lambda r: r["val_loss"])[:1]
+    for run, color in zip(of_part("tokens") + best_nanogpt, COLORS.values()):
         for ax, kind in zip(axes, ("act_max_layers", "act_rms_layers")):
             for i, layer in enumerate(zip(*run["trace"][kind])):
                 ax.plot(run["trace"]["step"], layer, color=color, linewidth=1 + 0.5 * i, label=None if i else book_name(run))
@@ -275,11 +276,15 @@ def speed(records, plt):
     return figure
 
 
+def longest_books(runs):
+    """The runs on the most of the books, by character."""
+    return [r for r in runs if r["part"] == "books" and r["options"]["max_steps"] == max(BOOKS_STEPS)]
+
+
 def books(records, plt):
     """On a hundred times Shakespeare's text: accuracy over the longest runs, and at their ends certified accuracy against the radius."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for run, color in zip((r for r in read(BOOKS) if r["part"] == "books" and r["options"]["max_steps"] == max(BOOKS_STEPS)),
-                          COLORS.values()):
+    for run, color in zip(longest_books(read(BOOKS)), COLORS.values()):
         name = f"{book_name(run)}: {math_power(run['log10_certified'])}"
         millions = [step * 16 * 256 / 1e6 for step in run["trace"]["step"]]
         left.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], color=color, label=name)
@@ -561,13 +566,14 @@ def books_tables(records):
         yield "books", table(
             ["", "steps", "accuracy", "loss", "training loss", "certified", "attack", "median certified radius",
              *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
-            [[book_name(r), f"{r['options']['max_steps']:,}", f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}", f"{r['trace']['train_loss'][-1]:.3f}",
-              power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), *(f"{at(r, radius):.1%}" for radius in RADII),
-              left([r]), f"{r['act_max']:.1f}", float8(r)] for r in sorted(long, key=lambda r: (book_name(r), r["options"]["max_steps"]))])
+            [[book_name(r), f"{r['options']['max_steps']:,}", f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
+              f"{r['trace']['train_loss'][-1]:.3f}", power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]),
+              *(f"{at(r, radius):.1%}" for radius in RADII), left([r]), f"{r['act_max']:.1f}", float8(r)]
+             for r in sorted(long, key=lambda r: (book_name(r), r["options"]["max_steps"]))])
         yield "books, in short", table(
             ["model", "accuracy", "certified bound", "certified at 0.03", "attack leaves at 0.03"],
             [[book_name(r), f"{r['val_acc']:.1%}", power(r["log10_certified"]), f"{at(r, 0.03):.1%}",
-              f"{r['radii']['0.03']['attack_first']:.1%}"] for r in long if r["options"]["max_steps"] == max(BOOKS_STEPS)])
+              f"{r['radii']['0.03']['attack_first']:.1%}"] for r in longest_books(long)])
     if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
         full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), float8(r)]
         yield "GPT-2 tokens, longer", table(

@@ -120,11 +120,6 @@ def complete(part, options):
     return path, {"seed": 0} | common | options
 
 
-def steps_done(out):
-    """The step of a run's checkpoint, 0 without one; an evaluation is in the log before it is in that."""
-    return load_checkpoint(out / "ckpt.pt")[1]["step"] if (out / "ckpt.pt").exists() else 0
-
-
 def run(part, options, threads):
     """
     The record of train.py with options, from the part's file if it is there, else by running it. It has an "error" if the
@@ -137,11 +132,13 @@ def run(part, options, threads):
                 return record
     args = [f"--{name}={value}" for name, value in options.items()]
     out = RUNS / sha256(" ".join(args).encode()).hexdigest()[:12]
+    step, last, code = 0, configure(options).max_steps, 0
     if (out / "ckpt.pt").exists():
         args.append("--resume")
+        step = load_checkpoint(out / "ckpt.pt")[1]["step"]
     out.mkdir(parents=True, exist_ok=True)
-    environment, code = os.environ | {"OMP_NUM_THREADS": str(threads)}, 0
-    if steps_done(out) < configure(options).max_steps:  # else it was stopped while it was measured
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if step < last:  # else it was stopped while it was measured
         with open(out / "output.txt", "a") as output:
             code = subprocess.run([sys.executable, "train.py", *args, f"--out_dir={out}"], cwd=ROOT, env=environment,
                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
@@ -154,9 +151,9 @@ def run(part, options, threads):
     elif code:
         raise UserError(f"train.py {' '.join(args)} failed: {said} (see {out / 'output.txt'})")
     else:
-        if steps_done(out) < configure(options).max_steps:
-            raise KeyboardInterrupt  # train.py saved and stopped
         log = read(out / "log.jsonl")
+        if not log or log[-1]["step"] < last:
+            raise KeyboardInterrupt  # train.py saved and stopped
         record |= {name: log[-1][name] for name in ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")}
         traced = ("step", "train_loss", "norm_over_cap") + ("val_acc", ) * part.startswith("long")
         traced += ("val_acc", "val_loss", "act_max_layers", "act_rms_layers") * (path is BOOKS)
