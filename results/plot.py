@@ -276,15 +276,15 @@ def speed(records, plt):
     return figure
 
 
-def longest_books(runs):
-    """The runs on the most of the books, by character."""
-    return [r for r in runs if r["part"] == "books" and r["options"]["max_steps"] == max(BOOKS_STEPS)]
+def longest_books(records):
+    """The runs on the most of the books, by character, a list of the seeds of each model."""
+    return [runs for runs in seeds(records, "books") if runs[0]["options"]["max_steps"] == max(BOOKS_STEPS)]
 
 
 def books(records, plt):
     """On a hundred times Shakespeare's text: accuracy over the longest runs, and at their ends certified accuracy against the radius."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for run, color in zip(longest_books(read(BOOKS)), COLORS.values()):
+    for (run, *_), color in zip(longest_books(read(BOOKS)), COLORS.values()):
         name = f"{book_name(run)}: {math_power(run['log10_certified'])}"
         millions = [step * 16 * 256 / 1e6 for step in run["trace"]["step"]]
         left.plot(millions, [100 * accuracy for accuracy in run["trace"]["val_acc"]], color=color, label=name)
@@ -344,9 +344,9 @@ def unscaled(runs):
     return power(max(map(unscaled_bound, runs)))
 
 
-def float8(run):
+def float8(runs):
     """The points of accuracy that float8 costs."""
-    return f"{100 * run['float8_lost']:.2f}" if "float8_lost" in run else "not measured"
+    return f"{100 * mean(r['float8_lost'] for r in runs):.2f}" if "float8_lost" in runs[0] else "not measured"
 
 
 def median_radius(runs):
@@ -387,7 +387,7 @@ def tables(records):
             [[who(r["options"]), settings(r["options"]), spread([s["val_acc"] for s in same_but_seed(records, r["options"])]),
               f"{r['val_loss']:.3f}",
               f"{r['paper_protocol_acc']:.2%}", power(r["log10_certified"]), power(r["log10_paper"]), power(r["log10_attack"]),
-              f"{r['act_max']:.1f}, {r['act_rms']:.2f}", float8(r)]
+              f"{r['act_max']:.1f}, {r['act_rms']:.2f}", float8([r])]
              for r in frontier(first, bound)])
         yield f"best accuracy under a {label}, every pair of the grid", table(
             ["", *(f"≤ {limit:g}" for limit in LIMITS)],
@@ -425,7 +425,7 @@ def tables(records):
     yield "activations and float8", table(
         ["", "options", "largest entry", "largest RMS norm", "accuracy", "float8 loses"],
         [[who(r["options"]), settings(r["options"]), f"{r['act_max']:.1f}", f"{r['act_rms']:.2f}", f"{r['val_acc']:.2%}",
-          float8(r)]
+          float8([r])]
          for m, o in pairs() for i in (2, -1) if (r := of_strength(grid, m, o, strengths(m, o)[i]))])
 
 
@@ -441,7 +441,7 @@ def tight_tables(records, papers):
         ["preset", "accuracy", "loss", "paper protocol", "certified", "attack", "median certified radius", "float8 loses"],
         [[options[i], accuracy[i], spread([r["val_loss"] for r in runs], "{:.3f}"),
           spread([r["paper_protocol_acc"] for r in runs]), certified[i], attacked[i], radii[i],
-          f"{100 * mean(r['float8_lost'] for r in runs):.2f}"]
+          float8(runs)]
          for i, runs in enumerate(presets)])
     robust = levels(records, "robust")
     if robust:
@@ -562,20 +562,22 @@ def image_cell(r):
 
 
 def books_tables(records):
-    if long := [r for r in records if r["part"] == "books"]:
+    if long := seeds(records, "books"):
         yield "books", table(
             ["", "steps", "accuracy", "loss", "training loss", "certified", "attack", "median certified radius",
              *(f"certified at {r}" for r in RADII), "attack leaves", "largest activation", "float8 loses"],
-            [[book_name(r), f"{r['options']['max_steps']:,}", f"{r['val_acc']:.2%}", f"{r['val_loss']:.3f}",
-              f"{r['trace']['train_loss'][-1]:.3f}", power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]),
-              *(f"{at(r, radius):.1%}" for radius in RADII), left([r]), f"{r['act_max']:.1f}", float8(r)]
-             for r in sorted(long, key=lambda r: (book_name(r), r["options"]["max_steps"]))])
+            [[book_name(runs[0]), f"{runs[0]['options']['max_steps']:,}", spread([r["val_acc"] for r in runs]),
+              spread([r["val_loss"] for r in runs], "{:.3f}"), f"{mean(r['trace']['train_loss'][-1] for r in runs):.3f}",
+              *(power(max(r[bound] for r in runs)) for bound in ("log10_certified", "log10_attack")), median_radius(runs),
+              *(f"{mean(at(r, radius) for r in runs):.1%}" for radius in RADII), left(runs),
+              f"{max(r['act_max'] for r in runs):.1f}", float8(runs)]
+             for runs in sorted(long, key=lambda runs: (book_name(runs[0]), runs[0]["options"]["max_steps"]))])
         yield "books, in short", table(
             ["model", "accuracy", "certified bound", "certified at 0.03", "attack leaves at 0.03"],
-            [[book_name(r), f"{r['val_acc']:.1%}", power(r["log10_certified"]), f"{at(r, 0.03):.1%}",
-              f"{r['radii']['0.03']['attack_first']:.1%}"] for r in longest_books(long)])
+            [[book_name(runs[0]), spread([r["val_acc"] for r in runs], "{:.1%}"), power(max(r["log10_certified"] for r in runs)),
+              f"{mean(at(r, 0.03) for r in runs):.1%}", f"{mean(r['radii']['0.03']['attack_first'] for r in runs):.1%}"] for runs in longest_books(records)])
     if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
-        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), float8(r)]
+        full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), float8([r])]
         yield "GPT-2 tokens, longer", table(
             ["", "accuracy", "loss", "training loss", "largest activation", "certified", "attack",
              "median certified radius", "float8 loses"],
