@@ -451,6 +451,11 @@ def tight_tables(records, papers):
               *(spread([at(r, radius) for r in runs], "{:.1%}") for radius in RADII), left(runs),
               f"{mean(r['val_loss'] for r in runs):.3f}", power(max(r["log10_certified"] for r in runs))]
              for runs in [*presets, *robust]])
+    if caps := [r for r in records if r["part"] == "max_bias"]:
+        yield "tight, scores of distance", table(
+            ["within", "accuracy", *(f"certified at {r}" for r in RADII), "loss", "worst-case loss, training", "validation"],
+            [[r["max_bias"] or "no cap", f"{r['val_acc']:.1%}", *(f"{r[f'certified_acc_{radius}']:.1%}" for radius in RADII),
+              f"{r['val_loss']:.3f}", f"{r['train_loss']:.2f}", f"{r['worst_loss']:.2f}"] for r in caps])
     if search := [r for r in records if r["part"] == "radius"]:
         yield "tight, search for a radius", table(
             ["", "accuracy", *(f"certified at {r}" for r in RADII), "worst-case loss, training", "validation"],
