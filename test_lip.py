@@ -34,6 +34,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks here are too small for more
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to look for a GPU does not spoil it for forks
 
 import numpy as np
 import pytest
