@@ -8,8 +8,6 @@ import math
 import re
 from statistics import mean
 
-import numpy as np
-
 from sweep import (ABLATION_RUNS, ABLATIONS, ASKED, BOOKS, BOOKS_STEPS, BOUNDS, CIFAR, FIRST, LIMITS, METHODS, NARROW, OPTIMIZERS,
                    PAPER, RESULTS, TIGHT, WIKITEXT, UserError, best_final, best_of, best_under, chosen_lr, complete, finals, frontier,
                    image_strengths, pairs, read, same_but_seed, searched, strengths, tuning_loss)
@@ -354,17 +352,12 @@ def median_radius(runs):
 
 
 def at(run, radius):
-    """Certified accuracy at a radius: measured, or of older runs, to half a point, from the quantiles of the radii."""
-    if "radii" in run:
-        return run["radii"][str(radius)]["certified"]
-    radii, shares = certified_curve(run)
-    return float(np.interp(radius, radii, shares)) / 100
+    """Certified accuracy at a radius."""
+    return run["radii"][str(radius)]["certified"]
 
 
 def left(runs):
-    """Of runs that have been attacked, what that leaves beside what is certified, on the same tokens."""
-    if "radii" not in runs[0]:
-        return ""
+    """What an attack leaves beside what is certified, on the same tokens."""
     both = [[mean(r["radii"][str(radius)][name] for r in runs) for name in ("certified_first", "attack_first")] for radius in RADII]
     return ", ".join(f"{100 * attack:.1f} ({100 * certified:.1f})" for certified, attack in both)
 
