@@ -2121,7 +2121,7 @@ def test_a_head_that_looks_one_way_alone_finds_another():
     bias = net.blocks[0].attn.bias
     bias.data[0, 0] = 100.0
     (opt,) = train.make_optimizers(net, config, torch.float32)
-    for step in range(40):
+    for step in range(100):
         x = torch.randint(8, (8, 3)).repeat(1, 6)[:, :17]  # the next token is the one from two back
         net(x[:, :-1], x[:, 1:])[1].backward()
         opt.step()
