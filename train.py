@@ -1,7 +1,7 @@
 """
 Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
 
-    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 70 to 100 s on 2 CPU cores
+    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 70 to 110 s on 2 CPU cores
 
     python train.py --help                                              # all options, such as
     python train.py --method=hard_cap --optimizer=adamw --w_max=2
