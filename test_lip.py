@@ -23,6 +23,7 @@ import ssl
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -212,7 +213,7 @@ class Forked:
     Popen's methods that are used here.
     """
     def __init__(self, folder, argv, environment):
-        self.printed = open(folder / f"printed{time.monotonic_ns()}.txt", "w+")
+        self.printed = tempfile.TemporaryFile("w+")
         self.process = fork.Process(target=self.run, args=(folder, argv, environment))
         self.process.start()
         self.pid = self.process.pid
@@ -238,6 +239,9 @@ class Forked:
 
     def communicate(self, timeout=None):
         self.process.join(timeout)
+        if self.returncode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired("train.py", timeout)
         self.printed.seek(0)
         return self.printed.read(), None
 
@@ -3281,7 +3285,8 @@ def test_two_processes_train_as_one(folder):
 def test_failure_of_one_process_ends_all(folder):
     two = start_two(folder, batch_size=5)
     printed = "".join(run.communicate(timeout=60)[0] for run in two)
-    assert all(run.returncode for run in two) and "--batch_size=5 must be a multiple of --accumulate=1" in printed
+    assert all(run.returncode for run in two)
+    assert "--batch_size=5 must be a multiple of --accumulate=1" in printed
     assert "times the number of processes, 2" in printed
     run = torchrun(folder, 2, max_steps=100_000, eval_interval=10)
     wait_for_lines(folder / "out", 1, run)
