@@ -573,7 +573,8 @@ def books_tables(records):
         yield "books, in short", table(
             ["model", "accuracy", "certified bound", "certified at 0.03", "attack leaves at 0.03"],
             [[book_name(runs[0]), spread([r["val_acc"] for r in runs], "{:.1%}"), power(max(r["log10_certified"] for r in runs)),
-              f"{mean(at(r, 0.03) for r in runs):.1%}", f"{mean(r['radii']['0.03']['attack_first'] for r in runs):.1%}"] for runs in longest_books(records)])
+              f"{mean(at(r, 0.03) for r in runs):.1%}", f"{mean(r['radii']['0.03']['attack_first'] for r in runs):.1%}"]
+             for runs in longest_books(records)])
     if tokens := [r for r in records if r["part"] in ("tokens", "nanogpt")]:
         full = lambda r: [power(r["log10_certified"]), power(r["log10_attack"]), median_radius([r]), float8([r])]
         yield "GPT-2 tokens, longer", table(
