@@ -1,5 +1,5 @@
 """
-The norm-free transformer and the MLP whose weights constrain.py bounds.
+The norm-free transformer whose weights constrain.py bounds.
 
     python model.py out/shakespeare/ckpt.pt --prompt "ROMEO:"     # write text with a trained model
 
@@ -7,13 +7,15 @@ There is no layer norm, no QK norm, no bias and no logit softcap. What keeps act
 parametrization of Modula (Large et al., arXiv 2405.14813), in which every part is about 1-Lipschitz in the
 RMS norm |v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm 1. An (m, n) matrix, m
 outputs and n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant
-of the whole is the one that constrain.lipschitz_bound computes.
+of the whole is the one that constrain.lipschitz_bound computes. That is proved for the function which
+constrain.proved_function writes down in 30 lines: an edit here that changes the function has to be proved and
+made there too, or the model trains without a certificate.
 """
 import math
-import os
 import pickle
 import warnings
 from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,7 +32,7 @@ GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 
 
 def gelu(x):
-    """GELU / GELU_SLOPE, whose slope lies in [1/GELU_SLOPE - 1, 1]."""
+    """GELU / GELU_SLOPE, whose slope lies in [1/GELU_SLOPE - 1, 1], as GELU'(-z) = 1 - GELU'(z)."""
     return F.gelu(x) / GELU_SLOPE
 
 
@@ -40,7 +42,26 @@ def maxmin(x):
     return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)
 
 
-ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin, "relu": F.relu}
+class Activation(NamedTuple):
+    """
+    A function, and what the certificate may assume of it: that it sorts pairs as maxmin does, or works on
+    each entry z by itself with f'(z) in `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink
+    at 0. With neither a model trains and is not certified. constrain.refused tries the claims on a grid.
+    """
+    f: Callable
+    sorts_pairs: bool = False
+    slope: tuple | None = None
+    ratio: tuple | None = None
+    curvature: float = math.inf
+    kink: bool = False
+
+
+ACTIVATIONS = {  # GELU'' is largest at 0, where it is 2 phi(0)
+    "gelu": Activation(gelu, slope=(1 / GELU_SLOPE - 1, 1), ratio=(0, 1 / GELU_SLOPE),
+                       curvature=2 / math.sqrt(2 * math.pi) / GELU_SLOPE),
+    "maxmin": Activation(maxmin, sorts_pairs=True),
+    "relu": Activation(F.relu, slope=(0, 1), ratio=(0, 1), curvature=0, kink=True),
+}
 
 
 def onto_ball(x, radius):
@@ -70,8 +91,7 @@ class GPTConfig:
     attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
     alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
                                  "1: no residual", 1e-9, 1)
-    activation: str = option("gelu", "gelu, over its largest slope, maxmin or relu",
-                             choices=tuple(ACTIVATIONS))
+    activation: str = option("gelu", "of the MLPs, a line of ACTIVATIONS", choices=ACTIVATIONS)
     mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
     mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)
     ball: float | None = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
@@ -202,10 +222,10 @@ def attend(q, k, v, scale, bias):
 
 
 def rotary_tables(block_size, d_head, base=10000.0):
-    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), each (block_size, 1, d_head/2)."""
+    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), each float64 (block_size, 1, d_head/2)."""
     freq = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
     angle = torch.outer(torch.arange(block_size, dtype=torch.float64), freq)[:, None]
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
@@ -224,7 +244,7 @@ class FeedForward(nn.Module):
         self.fc = Linear(config.n_embd, width)
         self.mid = nn.ModuleList(Linear(width, width) for _ in range(config.mlp_layers - 2))
         self.proj = Linear(width, config.n_embd, zero=config.residual_weight < 1)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation].f
 
     def forward(self, x):
         for layer in (self.fc, *self.mid):
@@ -255,8 +275,8 @@ class GPT(nn.Module):
         rms = self.wte.weight.data.square().mean(dim=1, keepdim=True).sqrt()
         self.wte.weight.data /= rms  # rows of RMS norm 1
         cos, sin = rotary_tables(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", cos.float(), persistent=False)
+        self.register_buffer("sin", sin.float(), persistent=False)
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats."""
@@ -277,7 +297,12 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Append max_new_tokens sampled tokens to idx (B, T); temperature 0 takes the likeliest one."""
+        """
+        Append max_new_tokens sampled tokens to idx (B, T), T at least 1; temperature 0 takes the likeliest
+        one, top_k samples among so many.
+        """
+        if idx.shape[1] == 0 or (top_k is not None and top_k < 1):
+            raise ValueError("generate needs at least one token to go on from, and top_k=None or at least 1")
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1].float()  # (B, vocab_size)
             if top_k is not None:
@@ -292,40 +317,6 @@ class GPT(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The MLP
-
-@dataclass
-class MLPConfig:
-    n_in: int = 3072             # a 32 x 32 x 3 image
-    n_hidden: int = 256
-    n_out: int = 10
-    mlp_layers: int = 3
-    activation: str = "relu"
-    logit_scale: float = 1.0
-
-
-class MLP(nn.Module):
-    """Linear layers for images (B, ...) of n_in entries; the paper's has three, with ReLU between."""
-    def __init__(self, config=MLPConfig()):
-        super().__init__()
-        self.config, self.activation = config, ACTIVATIONS[config.activation]
-        widths = (config.n_in, *[config.n_hidden] * (config.mlp_layers - 1), config.n_out)
-        self.layers = nn.ModuleList(Linear(n, m) for n, m in zip(widths, widths[1:]))
-
-    @property
-    def head(self):
-        return self.layers[-1]
-
-    def forward(self, x, targets=None):
-        """Images (B, ...) -> logits (B, n_out) and, given labels (B,), the mean cross entropy in nats."""
-        x = x.flatten(1)
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        logits = self.config.logit_scale * self.head(x)
-        return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def load_checkpoint(path, device="cpu"):
@@ -334,8 +325,9 @@ def load_checkpoint(path, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that damaged files seem to have
             ckpt = torch.load(path, map_location=device, weights_only=True)
-        sizes = ckpt["model_config"]
-        model = (MLP(MLPConfig(**sizes)) if "n_hidden" in sizes else GPT(GPTConfig(**sizes))).to(device)
+        if "n_hidden" in ckpt["model_config"]:
+            raise ValueError("it is an image model of an older train.py")
+        model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
         model.load_state_dict(ckpt["model"])
         for key in ("config", "meta", "step"):
             ckpt[key]
@@ -351,45 +343,8 @@ def load_checkpoint(path, device="cpu"):
     return model, ckpt
 
 
-def save(path, checkpoint):
-    """Write a checkpoint so that path is always a whole one: under another name first, then renamed."""
-    tmp = path.with_name(path.name + ".part")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
-
-
-def get_state(model, optimizers):
-    """
-    What a checkpoint keeps of weights and optimizers: of the latter what they have learned, by the
-    parameters' names. Learning rates and the like are the options', which may change when a run goes on.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    learned = [{names[p]: state for p, state in optimizer.state.items()} for optimizer in optimizers]
-    return {"model": model.state_dict(), "optimizers": learned, "rng": torch.get_rng_state()}
-
-
-def set_state(model, optimizers, ckpt):
-    """Take back what get_state kept."""
-    names = {p: name for name, p in model.named_parameters()}
-    model.load_state_dict(ckpt["model"])
-    for optimizer, states in zip(optimizers, ckpt["optimizers"], strict=True):
-        if "param_groups" in states:
-            raise UserError("the checkpoint is of an older train.py, from which this one cannot go on")
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        learned = {i: states[names[p]] for i, p in enumerate(params) if names[p] in states}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
-    torch.set_rng_state(ckpt["rng"])
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Samples, and the command line
+# Text, and the command line
 
 def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=None):
     """A prompt and what the model writes after it; without one it begins a document, or a line."""
@@ -416,9 +371,6 @@ def main():
         if args.prompt == "":
             raise UserError("the prompt is empty; leave --prompt out to begin anywhere")
         model, ckpt = load_checkpoint(args.ckpt)
-        if not isinstance(model, GPT):
-            raise UserError(f"{args.ckpt} is an image model, which writes no text; see python constrain.py "
-                            f"{args.ckpt}")
         torch.manual_seed(args.seed)
         say(sample(model, Tokenizer(ckpt["meta"]), args.prompt, args.tokens, args.temperature, args.top_k))
 

@@ -2,7 +2,8 @@
 Muon: momentum whose update is orthogonalized, so that a step moves every matrix by the RMS->RMS norm lr.
 
 A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max +
-lr, whatever the gradient was (constrain.soft_cap_coupling). For AdamW use torch.optim.AdamW.
+lr, whatever the gradient was (constrain.soft_cap_coupling). It is not for vectors; AdamW is in torch.optim.
+This file imports nothing of ours, so that it can be copied.
 
     python optim.py     # what orthogonalize does to singular values
 """
@@ -13,8 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
-from prepare import say
 
 # ------------------------------------------------------------------------------------------------------------
 # The machine
@@ -137,15 +136,20 @@ class Muon(torch.optim.Optimizer):
     """
     def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, embedding=False,
                  coefficients=POLAR, dtype=torch.float32, mine=None):
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(f"Muon needs lr >= 0, weight_decay >= 0 and 0 <= momentum < 1, "
-                             f"not {lr}, {weight_decay} and {momentum}")
+        self.mine = None if mine is None else set(mine)
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       embedding=embedding, coefficients=coefficients, dtype=dtype))
-        self.mine = None if mine is None else set(mine)
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.ndim < 2:
-                raise ValueError(f"Muon is for matrices (..., m, n), not for shape {tuple(p.shape)}")
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+        if not (0 <= lr < math.inf and 0 <= decay < math.inf and 0 <= momentum < 1):
+            raise ValueError("Muon needs finite lr >= 0 and weight_decay >= 0, and 0 <= momentum < 1, not "
+                             f"{lr}, {decay} and {momentum}")
+        for p in group["params"]:
+            if p.ndim < 2 or p.numel() == 0 or not p.is_floating_point():
+                raise ValueError(f"Muon is for real matrices (..., m, n), not for {p.dtype} {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -177,20 +181,13 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-
-def main():
+if __name__ == "__main__":
     torch.manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(64, 256), full_matrices=False)
     s = torch.logspace(0, -4, 64)
     s /= s.norm()
     exact, rounded = (torch.linalg.svdvals(orthogonalize(U * s @ Vh, dtype=dtype))
                       for dtype in (torch.float32, torch.bfloat16))
-    say("singular value over the Frobenius norm -> after orthogonalize, in float32 and in bfloat16")
+    print("singular value over the Frobenius norm -> after orthogonalize, in float32 and in bfloat16")
     for i in range(0, 64, 7):
-        say(f"  {s[i]:.5f} -> {exact[i]:.5f} {rounded[i]:.5f}")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"  {s[i]:.5f} -> {exact[i]:.5f} {rounded[i]:.5f}")

@@ -1,13 +1,11 @@
 """
 Where the time goes: of a training step, of every constraint, of Muon's orthogonalization.
 
-    python results/bench.py step --batch_size=64    # a step against its matrix products; options are
-    train.py's
+    python results/bench.py step --batch_size=64    # a step against its matrix products; options of train.py
     python results/bench.py methods                 # every constraint against an exact SVD: time and error
-    python results/bench.py polar                   # orthogonalize: time and the singular values that it
-    returns
+    python results/bench.py polar                   # orthogonalize: time and what singular values it returns
 
-These machines are noisy, so all is relative to something measured in the same run. What `step` printed last
+These machines are noisy, so all is relative to something measured in the same run. What `step` prints last
 is JSON.
 """
 import math
@@ -15,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -25,14 +24,8 @@ from constrain import METHODS, after_step, matrices, rms_norm, soft_cap_coupling
 from optim import UPDATE_NORM, has_bf16, keep_memory, orthogonalize
 from prepare import UserError, one_line_errors, say, to_json
 
-SHAPES = (
-    (12, 256, 256),
-    (3, 1024, 256),
-    (3, 256, 1024),
-    (1, 65, 256),  # the 2 M model's
-    (4, 768, 768),
-    (1, 3072, 768),
-    (1, 768, 3072))  # matrices of a layer of the 145 M model
+SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
+          (4, 768, 768), (1, 3072, 768), (1, 768, 3072))  # matrices of a layer of the 145 M model
 
 
 def seconds(f, device=torch.device("cpu")):
@@ -59,8 +52,8 @@ def products(model, config, batch):
     for W in matrices(model).values():
         m, n = W.flatten(0, -2).shape
         shapes += [(1, batch * T, n, m), (1, batch * T, m, n), (1, m, batch * T, n)]
-    return shapes + config.n_layer * (3 * [(batch * H, T, d_head, T // 2)] +
-                                      3 * [(batch * H, T, T // 2, d_head)])
+    attention = 3 * [(batch * H, T, d_head, T // 2)] + 3 * [(batch * H, T, T // 2, d_head)]
+    return shapes + config.n_layer * attention
 
 
 def step(argv):
@@ -70,19 +63,17 @@ def step(argv):
     machine's best matmul rate that it reaches.
     """
     config = train.configure(train.parse(argv))
-    if config.dataset == "cifar10" or config.resume:
-        raise UserError("a step is that of a fresh transformer; leave --preset=cifar10 and --resume out")
-    device = train.find_device(config)
-    train.settle(config, device)
-    dtype, batch, T = getattr(torch, config.dtype), config.batch_size // config.accumulate, config.block_size
-    amp = train.autocast(config, device)
+    if config.resume:
+        raise UserError("a step is that of a fresh transformer; leave --resume out")
+    device, dtype, amp = train.machine(config)
+    batch, T = config.batch_size // config.accumulate, config.block_size
     vocab_size, padded = (50257, 50304) if str(config.preset).startswith("fineweb") else (65, 65)
     torch.manual_seed(config.seed)
-    model = train.new_gpt(config, padded, device)
+    meta = {"vocab_size": padded, "tokenizer": "char"}
+    model = train.new_model(config, SimpleNamespace(meta=meta), device)
     optimizers = train.make_optimizers(model, config, dtype)
     ids = torch.randint(vocab_size, (batch, T + 1), device=device)
-    if train.compiles(config, device):
-        train.compile_blocks(model, config, (ids[:, :-1], ids[:, 1:]), amp)
+    train.compile_blocks(model, config, device)
 
     def gradients():
         with amp:
@@ -95,7 +86,7 @@ def step(argv):
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        train.constrain(model, config, config.lr)
+        train.constrain(model, optimizers, config, dtype)
 
     def without():
         gradients()
@@ -103,8 +94,8 @@ def step(argv):
 
     def product(shape, repeats):
         b, m, k, n = shape
-        x, y = torch.randn(b, m, k, device=device, dtype=dtype), torch.randn(b, k, n, device=device,
-                                                                             dtype=dtype)
+        x = torch.randn(b, m, k, device=device, dtype=dtype)
+        y = torch.randn(b, k, n, device=device, dtype=dtype)
         return median(lambda: torch.bmm(x, y), repeats, device)
 
     for _ in range(3):

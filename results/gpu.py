@@ -22,8 +22,8 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from prepare import Parser, UserError, number, one_line_errors, say, to_json
-from sweep import read, version
+from prepare import (Parser, UserError, append_line, commit, number, one_line_errors, read_lines, say,
+                     to_json)
 
 OUT = ROOT / "out" / "gpu"
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "accumulate": 1,
@@ -67,7 +67,7 @@ def train(name, seconds, tiny, **options):
         raise Failed("there is no data/books")
     given = [f"--{key}={value}" for key, value in options.items()]
     run(name, seconds, "train.py", f"--out_dir={out}", *given)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [line for line in read_lines(out / "log.jsonl") if "val_loss" in line]
     if not log:
         raise Failed(f"stopped after {seconds} s, before its first evaluation")
     traced = ("step", "train_loss", "val_loss", "val_acc", "log10_certified", "act_max", "act_rms", "seconds")
@@ -102,7 +102,7 @@ def bench(tiny, minutes):
 def fineweb(w_max):
     """A job: the 145 M model on books for some minutes, at the rate that bench has found."""
     def job(tiny, minutes):
-        found = [r for r in read(record_path(tiny)) if r["job"] == "bench" and "error" not in r]
+        found = [r for r in read_lines(record_path(tiny)) if r["job"] == "bench" and "error" not in r]
         if not found:
             raise Failed("bench, which says how large a batch fits and how many steps, is missing")
         batch, rate = found[-1]["batch_size"], found[-1]["tokens_per_second"]
@@ -143,10 +143,9 @@ def main(args):
             result = JOBS[name](args.tiny, args.minutes)
         except Failed as e:
             result = {"error": str(e)}
-        record = {"job": name, "device": device, "torch": torch.__version__, "commit": version(),
+        record = {"job": name, "device": device, "torch": torch.__version__, "commit": commit(),
                   "job_seconds": time.perf_counter() - start, **result}
-        with open(record_path(args.tiny), "a") as f:
-            f.write(to_json(record) + "\n")
+        append_line(record_path(args.tiny), record)
         say(to_json({key: value for key, value in record.items() if key not in ("trace", "options")}))
 
 

@@ -1,0 +1,649 @@
+"""
+Attack the certificate of a checkpoint, and certify its predictions.
+
+    python results/certify.py out/shakespeare/ckpt.pt            # norms, bounds, an attack, certified radii
+    python results/certify.py out/shakespeare/ckpt.pt --json     # the same for programs
+
+An attack from below and the certificate of constrain.py from above say where the Lipschitz constant is. An
+attack above a certificate would be a fault of one of them: it is said in capitals, what was certified is
+null in JSON, and the exit code is 1. All is in float64 on the CPU.
+"""
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from constrain import (RADII, ROUNDING, body_bound, bound_table, certificate, distances, embedding_norm, exact,
+                       exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound, refused,
+                       rms_norm, rows_apart, sigma)
+from model import ACTIVATIONS, later, load_checkpoint, onto_ball
+from optim import keep_memory
+from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
+
+# ------------------------------------------------------------------------------------------------------------
+# The attack on the Lipschitz constant
+
+def rms(x):
+    """RMS norms of vectors (..., n): (..., 1)."""
+    return x.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+def unit(x):
+    """Vectors (..., n) scaled to RMS norm 1, zeros left."""
+    return x / rms(x).clamp_min(1e-30)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def ascend(f, X, R, steps=100):
+    """
+    The largest gain |df_T|_rms / max_t |dx_t|_rms, T the last token, found by gradient ascent over X and the
+    direction dX.
+
+    f maps (B, T, n) to (B, T, m), each of the B sequences by itself; X (B, T, n) are B starting points, which
+    stay in the ball {|x_t|_rms <= R}. Given the direction u in which the output moves, the best dX is J^T u
+    with every token scaled to norm 1, by duality; given dX, u is that of J dX. These two take turns, while X
+    climbs u^T J(X) dX.
+    """
+    X, best = onto_ball(X.clone(), R).requires_grad_(), 0.0
+    optimizer = torch.optim.Adam([X], maximize=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
+        for step in range(steps + 1):
+            optimizer.param_groups[0]["lr"] = 0.1 * R * (1 - step / (steps + 1))
+            Y = f(X)[:, -1]  # (B, m): with causal attention it sees all tokens
+            if step == 0:
+                u = unit(torch.randn(Y.shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype))
+            v = torch.zeros_like(Y).requires_grad_()
+            pulled, = torch.autograd.grad(Y, X, v, create_graph=True)  # J^T v, whose derivative by v is J
+            for _ in range(5 if step == 0 else 1):
+                dX = unit(torch.autograd.grad(Y, X, u, retain_graph=True)[0])
+                dY, = torch.autograd.grad(pulled, v, dX, retain_graph=True)
+                u = unit(dY)
+            best = max(best, (rms(dY) / rms(dX).amax(dim=1).clamp_min(1e-30)).max().item())
+            gain = (torch.autograd.grad(Y, X, u, create_graph=True)[0] * dX).sum(dim=(1, 2))  # u^T J dX
+            height = gain.clamp_min(1e-30).log().sum() + 0 * X.sum()  # J of a linear map does not depend on X
+            X.grad, = torch.autograd.grad(height, X)
+            optimizer.step()
+            X.data = onto_ball(X.data, R)
+    return best
+
+
+def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
+    """
+    A lower bound on the Lipschitz constant that the certificate bounds from above: the largest gain that
+    `ascend` finds on sequences of block_size tokens in the same ball, in float64. Half of the restarts begin
+    at embeddings of text, cut from tokens (N,) or else of random ids, half at random points.
+    """
+    net, g = exact_model(model), torch.Generator().manual_seed(0)
+    n, R = min(block_size, net.config.block_size), embedding_norm(net)
+    ids = torch.randint(net.config.vocab_size, (restarts // 2, n), generator=g)
+    if tokens is not None and len(tokens) > n:
+        ids = tokens[torch.randint(len(tokens) - n, (restarts // 2, 1), generator=g) + torch.arange(n)]
+    X = torch.randn(restarts, n, net.config.n_embd, generator=g, dtype=torch.float64)
+    X = R * unit(X)
+    X[:restarts // 2] = net.wte.weight[ids]
+    return ascend(net.forward_embeddings, X, R, steps)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Certified predictions, by the constant; and the attack on predictions
+
+def whole_windows(model, tokens, most=16):
+    """
+    Inputs (B, n) and targets (B n,) that predict every token of (N,) but the first once, in order: at most so
+    many windows of block_size at a time, and at the end of the text a shorter one.
+    """
+    T = model.config.block_size
+    n = (len(tokens) - 1) // T * T
+    B = max(1, min(most, 2 ** 26 // (T * model.config.vocab_size)))
+    edges = sorted({*range(0, n, B * T), n, len(tokens) - 1})
+    for a, b in zip(edges, edges[1:]):
+        yield tokens[a:b].view(-1, min(T, b - a)), tokens[a + 1:b + 1]
+
+
+def smallest_lead(W, z, y):
+    """
+    min_j (z_y - z_j) / |w_y - w_j|_2 over the labels j other than y (N,), of logits z (N, V) and rows w_j of
+    W (V, d): (N,). It is negative where another logit is larger.
+    """
+    leads = (z.gather(1, y[:, None]) - z) / rows_apart(W, y).clamp_min(1e-300)
+    return leads.scatter(1, y[:, None], math.inf).amin(dim=1)
+
+
+@torch.no_grad()
+def predictions(net, X):
+    """
+    What each prediction at embeddings X (B, T, d) can bear, and the prediction: (B T,) both.
+
+    If the head's input h moves by |dh|_rms <= delta, the difference of logits i and j moves by at most
+    logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up
+    to min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
+    """
+    W, z = net.head.weight, net.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
+    top = z.argmax(dim=-1)
+    return smallest_lead(W, z, top) / (net.config.logit_scale * math.sqrt(W.shape[1])), top
+
+
+def margins(model, tokens):
+    """
+    What each prediction of tokens (N,) can bear, and whether it is right, in float64: two tensors (N - 1,),
+    every token but the first predicted once in windows of block_size.
+    """
+    net, tokens = exact_model(model), tokens.cpu()
+    found = [(*predictions(net, net.wte(x)), y) for x, y in whole_windows(net, tokens)]
+    return torch.cat([bears for bears, _, _ in found]), torch.cat([top == y for _, top, y in found])
+
+
+def log10_radii(model, bears, layers):
+    """
+    log10 of the certified radius of predictions that bear a change `bears` (N,) of the head's input: no
+    change of the embeddings with max_t |dx_t|_rms below the radius alters them. The ball grows by the radius,
+    and the bound K with it: the radius is the largest r with r K(R_0 + r) <= bears, K without the head; found
+    on a grid of 1 %, rounded down.
+    """
+    R, bears = embedding_norm(model), torch.where(bears > 0, bears, 0.0)  # what is unknown bears nothing
+    reached = lambda x: x + body_bound(layers, R + 10 ** x)[0]  # log10 of r K(R_0 + r) at r = 10^x
+    K, wanted = body_bound(layers, R)[0], bears.clamp(1e-30, 1e30).log10()
+    if not math.isfinite(K):
+        return torch.where(bears > 0, -K, -math.inf)  # any change is borne, or none
+    low, high = wanted.min().item() - K, wanted.max().item() - K  # r K(R_0) <= bears up to here
+    while reached(low) > wanted.min():
+        low -= 1
+    grid = torch.arange(low, high + 0.0043, 0.0043, dtype=torch.float64)
+    at_grid = torch.tensor([reached(x) for x in grid.tolist()], dtype=torch.float64)
+    radii = grid[torch.searchsorted(at_grid, wanted, right=True) - 1]
+    return torch.where(bears >= 1e-30, radii, -math.inf)  # a tie bears nothing
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def stays_largest(model, X, y, radius, steps=20):
+    """
+    Which labels y (B, n) have the largest logits at the last n of embeddings X (B, T, d), and keep them under
+    projected gradient ascent (Madry et al. 2018) on X, all tokens of a sequence changed at once, each within
+    RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the largest
+    wrong logit, over the labels not yet turned over.
+    """
+    change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
+    for _ in range(steps + 1):  # looks at X itself and after every step
+        change.requires_grad_()
+        z = model.forward_embeddings(X + change)[:, -y.shape[1]:]  # (B, n, V)
+        leads = lead(z, y)
+        right &= leads > 0
+        gradient, = torch.autograd.grad((leads * right).sum(), change)
+        change = onto_ball(change.detach() - 2.5 * radius / steps * unit(gradient), radius)
+    return right
+
+
+def attacked(model, tokens, radius):
+    """Which predictions of tokens (N,) are right and stay so under an attack: (N - 1,), bool."""
+    windows = whole_windows(model, tokens)
+    stay = [stays_largest(model, model.wte(x).detach(), y.view_as(x), radius) for x, y in windows]
+    return torch.cat([right.flatten() for right in stay]).cpu()
+
+
+def attack_radii(model, X, halvings=10):
+    """
+    log10 of radii within which an attack alters the last prediction at embeddings X (B, T, d), to within one
+    of 2^halvings parts of [-9, 1], inf where none does: (B,). No certified radius can be larger.
+    """
+    top = model.forward_embeddings(X)[:, -1:].argmax(dim=-1)
+    low, high = (torch.full((len(X), 1, 1), x, dtype=X.dtype) for x in (-9.0, 1.0))
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        stays = stays_largest(model, X, top, 10 ** middle, steps=10)[..., None]
+        low, high = torch.where(stays, middle, low), torch.where(stays, high, middle)
+    return torch.where(high < 1, high, math.inf)[:, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Radii at one text: what its tokens' changes can do at the attention that is there. Token by token, delta
+# (B, T) bounds the L2 norm of the change of a token's vector; each function below is one bound of the proof.
+
+def local_radii(net, X, layers, norms, bears):
+    """
+    log10 of the certified radii of the predictions at embeddings X (B, T, d) that bear `bears` (B T,), by
+    log10_radii and by bounds at this text, two tensors (B, T): the second is never smaller, and many times
+    larger where attention looks at content. `net` is in float64, layers are its layer_norms, norms its
+    block_norms. A grid of 0.1 is searched upwards; what is certified at a radius is so at all smaller ones.
+    """
+    by_constant = log10_radii(net, bears, layers)
+    radii, facts = by_constant.clone(), facts_at(net, X)
+    known = radii[radii.isfinite()]
+    log10_r = known.median().item() - 0.5 if len(known) else 0.0
+    while log10_r < 9 and (holding := certified_at(net, norms, facts, 10 ** log10_r)).any():
+        radii[holding] = radii[holding].clamp_min(log10_r)
+        log10_r += 0.1
+    return by_constant.view(X.shape[:2]), radii.view(X.shape[:2])
+
+
+def block_norms(net, layers):
+    """Of each block the spectral norms that the bounds need, by name; those of heads are (H,)."""
+    found = []
+    for block, layer in zip(net.blocks, layers):
+        attn, H, dh = block.attn, block.attn.n_head, block.attn.d_head
+        *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)     # each (H, d_head, d)
+        Wo = exact(attn.proj.weight)
+        Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                 # (H, d, d_head)
+        OV = Wo_h @ Wv                                                # (H, d, d)
+        found.append({"v": sigma(Wv), "o": sigma(Wo), "o_h": sigma(Wo_h), "ov_h": sigma(OV),
+                      "ov": sigma(OV.transpose(0, 1).flatten(1)), "fc": sigma(exact(block.mlp.fc.weight)),
+                      "mlp": layer.mlp_gain, **dict(zip("qk", map(sigma, Wqk)))})
+    return found
+
+
+@torch.no_grad()
+def facts_at(net, X):
+    """
+    What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: for each block its
+    input x and that with attention, mid, (B, T, d), and for every head attention p (B, H, T, T) of queries t
+    to keys s and, unless scores are free of content, |q_t|, |k_s|, |v_s - o_t| and |Cov_p(v, k)|_F.
+    """
+    T, x, facts = X.shape[1], X, []
+    cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
+    for block in net.blocks:
+        qk, v, bias = block.attn.heads(x, cos, sin)
+        scores = block.attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
+        p = (scores if bias is None else scores + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
+        mid = (1 - block.alpha) * x + block.alpha * block.attn(x, cos, sin)
+        fact = {"x": x, "mid": mid, "p": p, "seen": seen}
+        if qk:
+            q, k = qk
+            o = p @ v
+            pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
+            cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
+            apart = distances(o, v)
+            fact |= {"q": q.norm(dim=-1)[..., :, None], "k": k.norm(dim=-1)[..., None, :], "apart": apart,
+                     "cov": cov.norm(dim=-1), "farthest": apart.masked_fill(~seen, 0.0).amax(-1)}
+        facts.append(fact)
+        x = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
+        x = x if block.ball is None else onto_ball(x, block.ball)
+    return facts
+
+
+@torch.no_grad()
+def certified_at(net, norms, facts, r):
+    """
+    Which predictions no change of the embeddings by at most r in RMS norm, of all tokens at once, alters:
+    (B T,), at the text of facts_at, with the norms of block_norms.
+
+    Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
+    half to its global gain times delta. A ball takes it to ball_change; behind the last block it multiplies
+    all logits of a token by one positive number, which changes no prediction, so it is left out there.
+    """
+    delta = torch.full(facts[0]["x"].shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
+    for i, (block, norm, fact) in enumerate(zip(net.blocks, norms, facts)):
+        change = attention_change(block.attn, norm, fact, delta)
+        delta = (1 - block.alpha) * delta + block.alpha * change
+        if i == len(norms) - 1:
+            x, activation = fact["mid"].flatten(0, 1), ACTIVATIONS[net.config.activation]
+            return leads_hold(block, activation, norm, net.head.weight, x, delta.flatten())
+        delta = norm["mlp"] * delta
+        if block.ball is not None:
+            delta = ball_change(block, fact["mid"], delta)
+
+
+def ball_change(block, mid, delta):
+    """
+    Behind the ball, of L2 radius rho: delta or, where the token and all within delta of it are longer than
+    m >= rho, delta rho / m, as x rho / |x| has the derivative (I - x x^T / |x|^2) rho / |x|.
+    """
+    y = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
+    rho = block.ball * math.sqrt(y.shape[-1])
+    return delta * (rho / (y.norm(dim=-1) - delta).clamp_min(rho))
+
+
+def attention_change(attn, norm, fact, delta):
+    """
+    A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input. In one head
+
+      o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
+
+    The first sum is W_v times a vector of norm <= value_input, the second of norm <= score_output. Over
+    heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h, sigma([W_o^1 W_v^1 ...]) |c|
+    and sigma(W_o) |sigma_v c|, and S_h of the second each of sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
+    """
+    inputs, outputs = (fact["p"] * delta[:, None, None, :]).sum(-1), torch.zeros(())   # (B, H, T)
+    if "q" in fact:
+        by_q, by_k = score_change(attn, norm, fact, delta)
+        inputs = value_input(fact, by_q + by_k, delta)
+        outputs = score_output(attn, norm, fact, by_q, by_k, delta)
+    outputs = outputs.expand_as(inputs)
+    across = lambda c: c.square().sum(1).sqrt()
+    total = lambda name, c: (norm[name][:, None] * c).sum(1)
+    value = torch.minimum(torch.minimum(total("ov_h", inputs), norm["ov"] * across(inputs)),
+                          norm["o"] * across(norm["v"][:, None] * inputs))
+    return attn.out_scale * (value + torch.minimum(total("o_h", outputs), norm["o"] * across(outputs)))
+
+
+def score_change(attn, norm, fact, delta):
+    """
+    Bounds (B, H, T, T) on the change of the scores b <q_t, k_s>, b = softmax_scale / d_head, by dq_t at k_s
+    and by dk_s at q_t + dq_t: b sigma_q delta_t |k_s| and b (|q_t| + sigma_q delta_t) sigma_k delta_s. RoPE
+    and the bias, which depend on positions alone, change none of that.
+    """
+    sigma_q, sigma_k = norm["q"][:, None, None], norm["k"][:, None, None]
+    delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
+    by_q = attn.scale * sigma_q * delta_t * fact["k"]
+    by_k = attn.scale * sigma_k * delta_s * (fact["q"] + sigma_q * delta_t)
+    return by_q, by_k
+
+
+LARGEST = 300.0  # a change of a score by more says nothing, and its exponential would overflow
+
+
+def mean(fact, f):
+    """The mean of f (B, H, T, T) over keys under attention: (B, H, T, 1)."""
+    return (fact["p"] * f).sum(-1, keepdim=True)
+
+
+def beyond(fact, e):
+    """Infinite for queries (B, H, T) that see a score which may change by LARGEST or more, else 0."""
+    return torch.where((fact["seen"] & ~(e < LARGEST)).any(-1), math.inf, 0.0)
+
+
+def probability_ratio(fact, e):
+    """
+    Bounds on p'_s / p_s from above and below, if scores change by at most e: p'_s = p_s exp(da_s) / E exp(da)
+    lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), E being the mean under p.
+    """
+    up, down = e.clamp_max(LARGEST).exp(), (-e.clamp_max(LARGEST)).exp()
+    return up / mean(fact, down), down / mean(fact, up)
+
+
+def value_input(fact, e, delta):
+    """A bound (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, and no more than the largest."""
+    most, _ = probability_ratio(fact, e)
+    weighed = mean(fact, most * delta[:, None, None, :])[..., 0] + beyond(fact, e)
+    return torch.minimum(weighed, delta.cummax(dim=1).values[:, None])
+
+
+def score_output(attn, norm, fact, by_q, by_k, delta):
+    """
+    A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
+    - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
+    - sum_s |p'_s - p_s| |v_s - o|, by probability_ratio;
+    - with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o): of da_s, b <dq, k_s>
+      gives b Cov_p(v, k) dq, at most b |Cov_p(v, k)|_F sigma_q delta_t, and the rest is at most by_k; and
+      |rem_s| <= exp(e_s) / (2 - E exp(e)) - 1 - e_s - E e while E exp(e) < 2, as the power series of
+      exp(a_s) / (1 - E(exp(a) - 1)) without its terms of order 0 and 1 is, with plus for all signs and e for
+      |a|, that of the right side.
+    """
+    e = (by_q + by_k).clamp_max(LARGEST)
+    most, least = probability_ratio(fact, e)
+    shares = mean(fact, torch.maximum(most - 1, 1 - least) * fact["apart"])[..., 0]
+    up = e.exp()
+    rest = torch.where(mean(fact, up) < 2, up / (2 - mean(fact, up)) - 1 - e - mean(fact, e), 1e300)
+    covariance = attn.scale * fact["cov"] * (norm["q"][:, None] * delta[:, None])
+    series = covariance + mean(fact, (by_k + rest) * fact["apart"])[..., 0]
+    return torch.minimum(fact["farthest"], torch.minimum(shares, series) + beyond(fact, by_q + by_k))
+
+
+def leads_hold(block, activation, norm, W, x, delta):
+    """
+    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,) in
+    L2 norm of x (N, d), for the head's rows w_j of W: (N,).
+
+    The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
+    the norm of its gradient, which is |w_i - w_j| times the MLP half's gain or less; and for an MLP of two
+    layers less than lead_gradient. Rivals that the first of both settles are not looked at again.
+    """
+    y = (1 - block.alpha) * x + block.alpha * block.mlp(x)
+    z = y @ W.T
+    top = z.argmax(dim=-1)
+    leads, apart = z.gather(1, top[:, None]) - z, rows_apart(W, top)         # (N, V)
+    enough = lambda lead, change: lead > (1 + ROUNDING) * change             # false for NaN
+    open_ = ~enough(leads, norm["mlp"] * apart * delta[:, None])
+    open_.scatter_(1, top[:, None], False)
+    if block.mlp.mid:
+        return ~open_.any(dim=1)
+    nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top[:, None], math.inf).argmin(dim=1)
+    first = torch.zeros_like(open_).scatter_(1, nearest[:, None], True) & open_
+    lost = torch.zeros_like(top, dtype=torch.bool)                           # to the nearest rival: enough
+    for n, j in (part.unbind(1) for which in (first, open_ & ~first) for part in which.nonzero().split(4096)):
+        n, j = n[~lost[n]], j[~lost[n]]                                      # predictions, and rivals
+        gradient = lead_gradient(block, activation, norm, W[top[n]] - W[j], x[n], delta[n, None])
+        lost[n[~enough(leads[n, j], gradient * delta[n])]] = True
+    return ~lost
+
+
+def lead_gradient(block, activation, norm, w, x, delta):
+    """
+    A bound (N,) on the gradient of <w, y>, y = (1 - alpha) x + alpha W_out f(W_in x), everywhere within delta
+    (N, 1) of x (N, d): (1 - alpha) w + alpha W_in^T D^T u with u = W_out^T w, D the derivative of f, of which
+    D^T u is known but for a part that counts with its norm, times sigma(W_in).
+    """
+    mlp, alpha = block.mlp, block.alpha
+    derivative = paired_derivative if activation.sorts_pairs else entry_derivative
+    known, unknown = derivative(activation, mlp.fc(x), w @ mlp.proj.weight, mlp.fc.weight, delta)
+    return ((1 - alpha) * w + alpha * known @ mlp.fc.weight).norm(dim=1) + alpha * norm["fc"] * unknown
+
+
+def entry_derivative(activation, z, u, rows, delta):
+    """
+    (D^T u, a bound on what it is off) for an activation of each entry by itself: f' is within curvature times
+    delta |row| of f'(z), and in its interval of slopes, of which no more is known where a kink may be passed.
+    """
+    reach, (low, high) = rows.norm(dim=1) * delta, activation.slope          # (N, hidden)
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        slope, = torch.autograd.grad(activation.f(at).sum(), at)
+    bend = activation.curvature * reach
+    if activation.kink:
+        bend = torch.where(z.abs() > reach, bend, math.inf)
+    least, most = (slope - bend).clamp_min(low), (slope + bend).clamp_max(high)
+    return (least + most) / 2 * u, ((most - least) / 2 * u).norm(dim=1)
+
+
+def paired_derivative(activation, z, u, rows, delta):
+    """
+    (D^T u, a bound on what it is off) for sorted pairs: D is known for a pair whose difference cannot change
+    its sign; else D^T u lies between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from its middle.
+    """
+    (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
+    sure = (z1 - z2).abs() > (r1 - r2).norm(dim=1) * delta
+    middle = (u1 + u2) / 2
+    first, second = torch.where(z1 > z2, u1, u2), torch.where(z1 > z2, u2, u1)
+    known = torch.cat((torch.where(sure, first, middle), torch.where(sure, second, middle)), dim=1)
+    return known, torch.where(sure, 0.0, u1 - u2).norm(dim=1) / math.sqrt(2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report: every number once, in a dict; its text is made from that
+
+ATTACKED = 2048             # tokens, at once
+LOCAL = 512                 # tokens, with radii at the text
+ALONE, CONTEXT = 24, 32     # predictions attacked one by one, each the last of so many tokens
+
+
+def at_most(n, model):
+    """n, or fewer predictions if the vocabulary is large."""
+    return min(n, max(2, 2 ** 23 // model.config.vocab_size))
+
+
+def share(which):
+    """The share of true ones in a tensor of bool."""
+    return which.double().mean().item()
+
+
+def at_radii(net, text, right, log10_radii):
+    """
+    {radius: accuracies} at each of RADII: certified on all of text (N,), and of its first ATTACKED tokens what
+    is certified, what an attack leaves, the plain one, and how many the attack altered that were certified.
+    """
+    n, found = at_most(ATTACKED, net), {}
+    few, first = right[:n - 1], log10_radii[:n - 1]
+    for r in RADII:
+        certified, left = few & (first > math.log10(r)), attacked(net, text[:n], r)
+        found[f"{r:g}"] = {"certified": share(right & (log10_radii > math.log10(r))),
+                           "certified_first": share(certified), "attack_first": share(left),
+                           "plain_first": share(few), "broken": (certified & ~left).sum().item()}
+    return found
+
+
+def at_text(net, layers, text):
+    """
+    Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions;
+    and of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
+    """
+    norms, median, found = block_norms(net, layers), lambda x: x.median().item(), []
+    for x, y in whole_windows(net, text[:at_most(LOCAL, net) + 1], 1):
+        bears, top = predictions(net, net.wte(x))
+        found.append((*local_radii(net, net.wte(x), layers, norms, bears), top == y))
+    by_constant, local, right = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
+    n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
+    starts = torch.linspace(0, len(text) - n, max(1, count)).long()
+    X = net.wte(torch.stack([text[i:i + n] for i in starts]))
+    alone = [radii[:, -1] for radii in local_radii(net, X, layers, norms, predictions(net, X)[0])]
+    alone.append(attack_radii(net, X))
+    names = ("constant", "local", "attack")
+    at = lambda x: [share(right & (radii > x)) for radii in (by_constant, local)]
+    medians = [median(radii[right]) for radii in (by_constant, local)] if right.any() else [-math.inf] * 2
+    return {"log10_median": dict(zip(names, medians)), "certified_accuracy": {f"1e{x}": at(x) for x in range(-5, 0)},
+            "log10_median_alone": {name: median(radii) for name, radii in zip(names, alone)},
+            "alone": [dict(zip(names, radii)) for radii in zip(*(radii.tolist() for radii in alone))]}
+
+
+@torch.inference_mode()
+def rounding(model, net, text):
+    """
+    How far float32 and bfloat16 move a logit of the first LOCAL predictions of text (N,), at most, and the
+    median lead of the largest logit: the bounds are about real numbers.
+    """
+    leads, off = [], {"float32": 0.0, "bfloat16": 0.0}
+    for x, _ in whole_windows(net, text[:at_most(LOCAL, net) + 1]):
+        z = net(x)[0]
+        leads.append(lead(z, z.argmax(dim=-1)).flatten())
+        for dtype in off:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                off[dtype] = max(off[dtype], (model(x)[0].double() - z).abs().max().item())
+    return off | {"median_lead": torch.cat(leads).median().item()}
+
+
+def certified_predictions(model, text):
+    """
+    Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack; and
+    the first 256 radii.
+    """
+    net, layers = exact_model(model), layer_norms(model)
+    bears, right = margins(net, text)
+    radii = log10_radii(net, bears, layers)
+    median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
+    middle = round(median) if median > -math.inf else 0
+    certified = {f"1e{x}": share(right & (radii > x)) for x in range(middle - 2, middle + 2)}
+    characters = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
+    return {"tokens": len(text), "val_acc": share(right), "certified_accuracy": certified,
+            "radii": at_radii(net, text, right, radii), "local": at_text(net, layers, text),
+            "rounding": rounding(model, net, text),
+            "log10_median_radius": median if median > -math.inf else None,
+            "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in characters]}
+
+
+def alarms(result):
+    """Lines about attacks that found more than a certificate allows."""
+    found, certified = result["log10_attack"], result["log10_certified"]
+    if certified is not None and not found <= certified:
+        yield f"THE ATTACK, 10^{found:.4f}, IS ABOVE THE CERTIFICATE, 10^{certified:.4f}"
+    for r, accuracy in result.get("radii", {}).items():
+        if accuracy["broken"]:
+            yield f"AN ATTACK ALTERED {accuracy['broken']} PREDICTIONS THAT WERE CERTIFIED AT RADIUS {r}"
+    for radii in result.get("local", {}).get("alone", ()):
+        certified = max(radii["constant"], radii["local"])
+        if not radii["attack"] >= certified:
+            yield f"AN ATTACK AT 10^{radii['attack']:.4f} ALTERED A PREDICTION CERTIFIED AT 10^{certified:.4f}"
+
+
+CERTIFIED = ("log10_certified", "log10_layers", "certified_accuracy", "radii", "local", "log10_median_radius",
+             "characters")  # what a report does not claim after an alarm
+
+
+def report(model, ckpt, text, steps=100):
+    """
+    The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
+    None, certified predictions. "refused" says why there is no certificate, "alarms" what broke it.
+    """
+    why, paper = refused(model), paper_bound(model)
+    certified, parts = (None, []) if why else certificate(model)
+    result = {"step": ckpt["step"], "method": ckpt["config"]["method"], "w_max": ckpt["config"]["w_max"],
+              "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()},
+              "embedding": embedding_norm(model), "log10_layers": parts, "refused": why,
+              "log10_attack": log10(attack(model, steps=steps, tokens=text)), "log10_certified": certified,
+              "log10_paper": paper}
+    if paper is not None:  # the authors' networks are scaled too, but their formula does not count it
+        result["log10_paper_unscaled"] = paper - log10(model.config.logit_scale)
+    result["paper_broken"] = paper is not None and result["log10_attack"] > paper
+    if text is not None and not why:
+        result |= certified_predictions(model, text)
+    result["alarms"] = list(alarms(result))
+    if result["alarms"]:
+        result |= {name: None for name in CERTIFIED if name in result}
+    return result
+
+
+def words(model, result):
+    """The lines of a report."""
+    yield from norm_table(model)
+    yield f"embedding {result['embedding']:.4f}, logit_scale {model.config.logit_scale:g}\n"
+    yield from result["alarms"] or bound_table(model)
+    yield f"attack {result['log10_attack']:.4f}" + ", above the published formula" * result["paper_broken"]
+    if result.get("radii") is None:
+        return
+    yield f"\naccuracy on {result['tokens']:,} tokens of the validation split: {result['val_acc']:.2%}"
+    if result["log10_median_radius"] is not None:
+        yield f"median certified radius of a right prediction: {10 ** result['log10_median_radius']:.1e}"
+    at = ", ".join(f"{radius}: {share:.2%}" for radius, share in result["certified_accuracy"].items())
+    yield f"certified accuracy at radius {at}"
+    yield f"\naccuracy at radius  certified   of the first {at_most(ATTACKED, model):,}: certified, attack, plain"
+    for radius, accuracy in result["radii"].items():
+        first = ", ".join(f"{accuracy[f'{kind}_first']:.2%}" for kind in ("certified", "attack", "plain"))
+        yield f"{radius:>18}  {accuracy['certified']:9.2%}   {first}"
+    local = result["local"]
+    medians = " -> ".join(f"{10 ** x:.1e}" for x in local["log10_median"].values())
+    at = ", ".join(f"{r}: {a:.1%} -> {b:.1%}" for r, (a, b) in local["certified_accuracy"].items())
+    yield f"\nradii of the first {at_most(LOCAL, model):,} by the constant -> at the text: median {medians}"
+    yield f"certified accuracy at {at}"
+    yield (f"medians of {len(local['alone'])} predictions attacked one by one: " +
+           ", ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))
+    yield ("rounding moves a logit by up to {float32:.1e} in float32, {bfloat16:.1e} in bfloat16; the largest "
+           "logit leads by {median_lead:.2f} in the median".format(**result["rounding"]))
+
+
+def validation_text(ckpt, vocab_size):
+    """(tokens (N,) of the checkpoint's validation split, None) or (None, why there are none)."""
+    try:
+        _, _, val = open_data(Path("data") / ckpt["config"]["dataset"], like=ckpt["meta"])
+    except UserError as e:
+        return None, f"no predictions were certified, and the attack began at random tokens: {e}"
+    n = max(4096, 2 ** 23 // vocab_size)  # all of Shakespeare's
+    return torch.from_numpy(val[:n].astype(np.int64)), None
+
+
+def main():
+    parser = Parser(description="Attack and certify a checkpoint.")
+    parser.add_argument("ckpt", help="checkpoint written by train.py")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--steps", type=number(int, 0, 10 ** 9), default=100,
+                        help="of the attack's gradient ascent [100]")
+    args = parser.parse_args()
+    keep_memory()
+    with one_line_errors("certify.py"):
+        model, ckpt = load_checkpoint(args.ckpt)
+        text, without = validation_text(ckpt, model.config.vocab_size)
+        result = {"checkpoint": args.ckpt, "without_text": without} | report(model, ckpt, text, args.steps)
+        if args.json:
+            say(to_json(result))
+        else:
+            say(f"{args.ckpt} at step {result['step']}, method {result['method']}, w_max {result['w_max']:g}\n")
+            for line in (*words(model, result), *filter(None, [without])):
+                say(line)
+        if result["alarms"]:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
