@@ -3,10 +3,9 @@ Weight constraints, and the Lipschitz bound that they give to the network.
 
     python constrain.py out/shakespeare/ckpt.pt     # norms and bounds, layer by layer
 
-In a training loop of your own, after optimizer.step(), with constrain.project(W, w_max) once before the first:
+In a training loop of your own, with Muon, once W.copy_(project(W, w_max)), and after every step, at its lr:
 
-    step = constrain.after_step("soft_cap", w_max, lr, decay=0, update_norm=lr * UPDATE_NORM)
-    W.copy_(step(W))
+    W.copy_(after_step("soft_cap", w_max, lr, decay=0, update_norm=lr * UPDATE_NORM)(W))
 
 Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of
 matrices are RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm
@@ -72,11 +71,6 @@ def matrices(model):
     """{name: weight (..., m, n)} of what is constrained: all but the embedding table and position biases."""
     return {name.removesuffix(".weight"): p for name, p in model.named_parameters()
             if p.ndim >= 2 and not name.endswith(("wte.weight", "bias"))}
-
-
-def matrix_norms(model):
-    """{matrix: RMS->RMS norms} of all that is constrained, of each matrix of a stack one."""
-    return {W: rms_norm(W) for W in matrices(model).values()}
 
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
@@ -493,8 +487,8 @@ def lipschitz_bound(model, kind):
     forward_embeddings, from the largest RMS norm over tokens at the input to that at the logits.
 
     `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see
-    body_bound), and infinite for a model that is `refused`. `paper` is the formula of the authors' code, whose
-    value can lie below the true constant, and None for a model that is not of their kind (see paper_bound).
+    body_bound), and infinite for a model that is `refused`. `paper` is the formula of the authors' code,
+    whose value can lie below the true constant, and None for a model not of their kind (see paper_bound).
     """
     if kind not in ("paper", "certified"):
         raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
@@ -502,7 +496,7 @@ def lipschitz_bound(model, kind):
 
 
 def lipschitz_bounds(model):
-    """{"certified": log10, "paper": log10 or None} of lipschitz_bound, after one look at what the model is."""
+    """{"certified": log10, "paper": log10 or None}, after one look at what the model is."""
     if refused(model):
         return {"certified": math.inf, "paper": None}
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -511,9 +505,9 @@ def lipschitz_bounds(model):
 
 def certificate(model):
     """
-    (log10 of the certified bound, its parts layer by layer) of a GPT that is not `refused`: K with
-    max_t |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's. That
-    is the bound of all blocks times the norm of the output matrix times logit_scale.
+    (log10 of the certified bound, its parts layer by layer) of a GPT that is not `refused`: K with max_t
+    |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's. That is
+    the bound of all blocks times the norm of the output matrix times logit_scale.
     """
     body, parts = body_bound(layer_norms(model), embedding_norm(model))
     return body + log10(model.config.logit_scale * rms_norm(model.head.weight).item()), parts
@@ -653,8 +647,8 @@ def mlp_norms(block, activation):
     (gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: |J|, |J W_o| over
     |W_o| for attention's output matrix W_o, and the norm of its output over its input's.
 
-    Between two linear layers an activation has derivatives of norm <= its largest |slope|, and lengthens by at
-    most its largest |ratio|; one that sorts pairs does neither, and both count as 1. So all three are at most
+    Between two linear layers an activation has derivatives of norm <= its largest |slope|, and lengthens by
+    at most its largest |ratio|; for one that sorts pairs both are 1. So all three are at most
     (1 - alpha) + alpha times the product of those and the layers' norms. With two layers they are less, as
     J = A + U E V with a diagonal E, |E| <= 1 (see uncertain_norm):
 
@@ -673,13 +667,14 @@ def mlp_norms(block, activation):
     if mlp.mid or len(Wo) > 512:  # beyond, it takes long
         return gain, gain, growth
     W_out, W_in = exact(mlp.proj.weight), exact(mlp.fc.weight)
-    A, V = (1 - alpha) * torch.eye(len(Wo), dtype=torch.float64), W_in
+    A = (1 - alpha) * torch.eye(len(Wo), dtype=torch.float64)
     if activation.sorts_pairs:
         (out_1, out_2), (in_1, in_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
         A, U, V = A + alpha / 2 * (out_1 + out_2) @ (in_1 + in_2), alpha / 2 * (out_1 - out_2), in_1 - in_2
         grown = A, U, V
     else:
-        of = lambda low, high: (A + alpha * (high + low) / 2 * W_out @ W_in, alpha * (high - low) / 2 * W_out, V)
+        of = lambda low, high: (A + alpha * (high + low) / 2 * W_out @ W_in,
+                                alpha * (high - low) / 2 * W_out, W_in)
         (A, U, V), grown = of(*slope), of(*ratio)
     gain = min(gain, uncertain_norm(A, U, V))
     score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
@@ -723,10 +718,10 @@ RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which certified ac
 
 def logit_reach(model, r, layers=None):
     """
-    What a change of norm r at the input can do to the difference of logits i and j, divided by |w_i - w_j|_2,
-    where w_i are the output matrix's rows: logit_scale sqrt(d) K r, where r is the largest RMS norm of a
-    change over tokens, K the bound of the body on the ball that has grown by r, and d the width. As the head's
-    input moves by |dh|_2 <= sqrt(d) K r, this is Cauchy-Schwarz: |<w_i - w_j, dh>| <= |w_i - w_j|_2 |dh|_2.
+    What a change of the embeddings of RMS norm r can do to the difference of logits i and j, divided by
+    |w_i - w_j|_2, where w_i are the output matrix's rows: logit_scale sqrt(d) K r, with K the bound of the
+    body on the ball that has grown by r, and d the width. The head's input moves by |dh|_2 <= sqrt(d) K r,
+    and |<w_i - w_j, dh>| <= |w_i - w_j|_2 |dh|_2.
     `layers` saves computing layer_norms again.
     """
     log10_K, _ = body_bound(layers or layer_norms(model), embedding_norm(model) + r)
@@ -784,12 +779,14 @@ def columns(name, *values):
 def norm_table(model):
     """Lines of the largest norm of each kind of matrix in each block."""
     kinds = ("W_q", "W_k", "W_v") if model.config.softmax_scale else ("W_v", )
-    yield columns("RMS->RMS norms", *kinds, "W_o", "W_in", *["W_mid"] * bool(model.blocks[0].mlp.mid), "W_out")
+    mids = ["W_mid"] * bool(model.blocks[0].mlp.mid)
+    yield columns("RMS->RMS norms", *kinds, "W_o", "W_in", *mids, "W_out")
+    largest = lambda *layers: [max(rms_norm(layer.weight).item() for layer in layers)] if layers else []
     for i, block in enumerate(model.blocks):
         qkv = rms_norm(block.attn.qkv.weight).view(len(kinds), -1).amax(dim=1).tolist()
-        mid = [max(rms_norm(layer.weight).item() for layer in block.mlp.mid)] if block.mlp.mid else []
-        o, fc, out = (rms_norm(layer.weight).item() for layer in (block.attn.proj, block.mlp.fc, block.mlp.proj))
-        yield columns(f"layer {i}", *qkv, o, fc, *mid, out)
+        mlp = block.mlp
+        yield columns(f"layer {i}", *qkv, *largest(block.attn.proj), *largest(mlp.fc), *largest(*mlp.mid),
+                      *largest(mlp.proj))
 
 
 def bound_table(model):
@@ -801,9 +798,9 @@ def bound_table(model):
     yield columns("log10 of", "R", "value", "score", "MLP", "gain") + "   (R: norm of the layer's input)"
     yield from (columns(f"layer {i}", *part.values()) for i, part in enumerate(parts))
     yield f"\nlog10 of the Lipschitz constant, embeddings -> logits: certified {bound:.4f}"
-    if (paper := paper_bound(model)) is not None:  # the authors' formula counts no scale of the logits
-        yield (f"published formula {paper:.4f}, without logit_scale {paper - log10(model.config.logit_scale):.4f}"
-               " (not an upper bound in general)")
+    if (paper := paper_bound(model)) is not None:
+        unscaled = paper - log10(model.config.logit_scale)  # the authors' networks are scaled too
+        yield f"published formula {paper:.4f}, without logit_scale {unscaled:.4f} (no upper bound in general)"
 
 
 def main():

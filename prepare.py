@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import subprocess
@@ -161,22 +162,30 @@ def commit():
 
 
 @contextmanager
-def alone(lock_file):
-    """Hold a lock, one process at a time. Its folder is made if need be, and goes again if it stays empty."""
-    folder = lock_file.parent
+def alone(lock_file, wait=True):
+    """
+    Hold a lock, one process at a time; a second one waits, or gets a UserError that says who has it. The lock's
+    folder is made if need be, and goes again if it stays empty.
+    """
+    folder, holder = lock_file.parent, lock_file.with_suffix(".pid")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        say(f"waiting for another process that uses {folder}")
+        who = f"process {holder.read_text()}" if holder.exists() else "another process"
+        if not wait:
+            raise UserError(f"{folder} is in use by {who}; wait for it, or choose another folder")
+        say(f"waiting for {who}, which uses {folder}")
         lock.acquire()
     try:
+        holder.write_text(f"{os.getpid()} on {platform.node()}, since {time.ctime()}")
         yield
     finally:
-        with suppress(OSError):
-            lock_file.unlink()  # who waits for it sees that it is gone, and makes a new one
+        for path in (holder, lock_file):  # who waits for it sees that it is gone, and makes a new one
+            with suppress(OSError):
+                path.unlink()
         lock.release()
         with suppress(OSError):
             for path in made:

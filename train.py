@@ -24,27 +24,27 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare
 from constrain import (METHODS, PROMISES, RADII, after_step, exact_model, holds_w_max, layer_norms, lead,
-                       lipschitz_bounds, logit_reach, matrices, project, refused, rms_norm, svd_cap, worst_case)
+                       lipschitz_bounds, logit_reach, matrices, project, refused, rms_norm, svd_cap,
+                       worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, append_line, commit, data_folder, one_line_errors,
+from prepare import (Parser, Tokenizer, UserError, alone, append_line, commit, data_folder, one_line_errors,
                      open_data, option, read_lines, say, to_json)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def configure(given, ckpt=None):
         before = {name: value for name, value in ckpt["config"].items() if name in known}
         for name in ("preset", "init_from", "optimizer", "embedding", "seed", *asdict(GPTConfig())):
             if name in given and given[name] != before.get(name):
-                raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={before.get(name)}, so it "
-                                f"cannot go on with --{name}={given[name]}")
+                raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={before.get(name)}, so "
+                                f"it cannot go on with --{name}={given[name]}")
         options = before | {"out_dir": out_dir}
     if "optimizer" in given and given["optimizer"] != options.get("optimizer", Config.optimizer):
         options.pop("lr", None)  # it is the other's, in other units
@@ -151,7 +151,8 @@ def configure(given, ckpt=None):
         raise UserError(f"--{e}")
     config.lr = config.lr or OPTIMIZERS[config.optimizer].lr
     if ckpt and ckpt["step"] > config.max_steps:
-        raise UserError(f"{config.out_dir}/ckpt.pt is at step {ckpt['step']}, past --max_steps={config.max_steps}")
+        raise UserError(f"{config.out_dir}/ckpt.pt is at step {ckpt['step']}, past --max_steps="
+                        f"{config.max_steps}")
     if config.batch_size % (config.accumulate * world()):
         raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate="
                         f"{config.accumulate} times the number of processes, {world()}")
@@ -173,7 +174,7 @@ def configure(given, ckpt=None):
 def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
     config, ckpt = configure(given), None
-    with only_run_in(config.out_dir) if rank() == 0 else nullcontext():
+    with alone(Path(config.out_dir) / ".lock", wait=False) if rank() == 0 else nullcontext():
         if config.resume:
             ckpt = load_checkpoint(Path(config.out_dir) / "ckpt.pt")[1]
             config = configure(given, ckpt)
@@ -214,7 +215,11 @@ def train(given):
                     optimizer.step()
                     optimizer.zero_grad()
                 constrain(model, optimizers, config, dtype)
-                run.count(loss, lr, seen, time.perf_counter() - tick)
+                run.step += 1
+                run.losses.append(loss)
+                run.step_seconds.append(time.perf_counter() - tick)
+                if seen is not None:
+                    run.write({"step": run.step, "loss": loss, "lr": lr, **seen})
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
@@ -222,7 +227,7 @@ def train(given):
                     with torch.compiler.set_stance("force_eager"):
                         found = measure(model, optimizers, data, x.chunk(config.accumulate)[-1], config, amp)
                     run.check("validation loss", found["val_loss"], lr)
-                    run.log(found)
+                    run.evaluated(found)
                 elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
                     run.checkpoint()
                 if stopping and run.step < config.max_steps:
@@ -239,8 +244,8 @@ def train(given):
 def gradients(net, model, x, y, reach, config, amp, stop_request):
     """
     The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
-    whether any process has been asked to stop. `net` is the model, which sends its gradients round, with the
-    last part's backward pass, if there are several processes. With a reach the loss is that of the worst case.
+    whether any process has been asked to stop. `net` is the model or, of several processes, one that sends
+    gradients round with the last part's backward pass. With a reach the loss is that of the worst case.
     """
     state, parts = torch.zeros(2, dtype=torch.float64), config.accumulate
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
@@ -249,7 +254,8 @@ def gradients(net, model, x, y, reach, config, amp, stop_request):
                 logits, loss = net(x_part, y_part)
             if reach:
                 labels = y_part.flatten()
-                loss = F.cross_entropy(worst_case(logits.flatten(0, 1), labels, model.head.weight, reach), labels)
+                worst = worst_case(logits.flatten(0, 1), labels, model.head.weight, reach)
+                loss = F.cross_entropy(worst, labels)
             loss = loss / parts
             loss.backward()
         state[0] += loss.item() / world()
@@ -346,14 +352,14 @@ def new_model(config, data, device):
         first, ckpt = load_checkpoint(config.init_from)
         vocabulary = lambda meta: (meta["tokenizer"], meta.get("vocabulary"))
         if vocabulary(ckpt["meta"]) != vocabulary(data.meta):
-            raise UserError(f"{config.init_from} has another vocabulary than {data.folder}; prepare that with "
-                            f"--vocabulary_of {ckpt['config']['dataset']}")
+            raise UserError(f"{config.init_from} has another vocabulary than {data.folder}; prepare that "
+                            f"with --vocabulary_of {ckpt['config']['dataset']}")
         try:
             model.load_state_dict(first.state_dict())
         except RuntimeError:
-            theirs = {name: value for name, value in asdict(first.config).items() if value != getattr(gpt, name)}
+            theirs = asdict(first.config).items() - asdict(gpt).items()
             raise UserError(f"{config.init_from} is a model of another shape; give its options: "
-                            + " ".join(f"--{name}={value}" for name, value in theirs.items()))
+                            + " ".join(f"--{name}={value}" for name, value in sorted(theirs)))
     if PROMISES[config.method] != "none":
         for group in matrix_groups(model, config):
             for W in group["params"]:
@@ -459,8 +465,8 @@ def constrain(model, optimizers, config, dtype):
 
 def measure(model, optimizers, data, x, config, amp):
     """
-    {name: number} of an evaluation: scores on the validation split, the bounds, the largest norm over its cap,
-    activations on inputs x. The bounds and norms are taken by the first process alone.
+    {name: number} of an evaluation: scores on the validation split, activations on inputs x and, in the first
+    process alone, the bounds and the largest norm over its cap.
     """
     with amp:
         found = evaluate(model, data.val, config.radius, config.eval_tokens)
@@ -503,9 +509,10 @@ def evaluate(model, tokens, radius=0.0, most=None):
     accuracies at RADII.
     """
     T = model.config.block_size
-    n = (len(tokens) - 1) // T * T  # predictions in whole windows; the last window may be shorter
-    whole = lambda net, *reaches: (score(net, tokens, range(0, n, T), T, reaches) +
-                                   score(net, tokens, range(n, len(tokens) - 1, T), len(tokens) - 1 - n, reaches))
+    last = (len(tokens) - 1) // T * T  # the last window begins here, and may be shorter
+    rest = len(tokens) - 1 - last
+    whole = lambda net, *reaches: (score(net, tokens, range(0, last, T), T, reaches) +
+                                   score(net, tokens, [last] * bool(rest), rest, reaches))
     first = min(20 * 64, len(tokens) - T, -(-most // T) if most else 20 * 64)
     paper, (count, loss, right) = score(model, tokens, range(first), T), whole(model)
     found = {"val_loss": (loss / count).item(), "val_acc": (right / count).item(),
@@ -536,7 +543,8 @@ def activations(model, x):
         hook.remove()
     act_max, act_rms = map(max, zip(*sizes.values()))
     blocks_max, blocks_rms = map(list, zip(*(sizes[block] for block in model.blocks)))
-    return {"act_max": act_max, "act_rms": act_rms, "act_max_layers": blocks_max, "act_rms_layers": blocks_rms}
+    return {"act_max": act_max, "act_rms": act_rms,
+            "act_max_layers": blocks_max, "act_rms_layers": blocks_rms}
 
 
 def describe(line):
@@ -565,42 +573,34 @@ class Run:
     What a run has counted so far, with its checkpoint and log in config.out_dir. The log is part of the
     checkpoint; log.jsonl has the same lines and those since, and is written anew when a run goes on.
     """
+    KEPT = ("step", "losses", "reach", "lines")
+
     def __init__(self, config, data, model, optimizers, ckpt):
         self.config, self.data, self.model, self.optimizers = config, data, model, optimizers
         self.path, self.log_path = Path(config.out_dir) / "ckpt.pt", Path(config.out_dir) / "log.jsonl"
-        ckpt = ckpt or {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_count": 0, "log": []}
-        self.step, self.loss_sum, self.loss_count = ckpt["step"], ckpt["loss_sum"], ckpt["loss_count"]
-        self.reach = ckpt.get("reach")
-        # an older train.py kept the log beside the checkpoint alone
-        self.lines = ckpt["log"] if "log" in ckpt else [
-            line for line in read_lines(self.log_path) if line.get("step", math.inf) <= self.step]
-        self.started = time.perf_counter() - ckpt["seconds"]
+        before = ckpt or {"step": 0, "seconds": 0.0}
+        self.step, self.losses, self.reach = before["step"], before.get("losses", []), before.get("reach")
+        older = [line for line in read_lines(self.log_path) if line.get("step", math.inf) <= self.step]
+        self.lines = before.get("lines", older if ckpt else [])  # an older train.py kept no log in it
+        self.started = time.perf_counter() - before["seconds"]
         self.saved_step, self.saved_at = self.step, time.perf_counter()
-        self.step_seconds = []  # of the steps since the last evaluation
+        self.step_seconds = []
 
     def open(self, device):
         """Make the folder ready: keep what an earlier run has left there, or go on with its log."""
-        if rank() == 0 and not self.config.resume:
-            for path in (self.path, self.log_path):
-                if path.exists():
-                    os.replace(path, path.with_stem(path.stem + ".old"))
+        for path in (self.path, self.log_path) if rank() == 0 and not self.config.resume else ():
+            if path.exists():
+                os.replace(path, path.with_stem(path.stem + ".old"))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        self.lines.append({"step": self.step, "options": asdict(self.config), "python": platform.python_version(),
-                           "torch": str(torch.__version__), "commit": commit(), "device": name, "processes": world()})
+        self.lines.append({"step": self.step, "options": asdict(self.config), "torch": str(torch.__version__),
+                           "python": platform.python_version(), "commit": commit(), "device": name,
+                           "processes": world()})
         if rank() == 0:
             part = self.log_path.with_suffix(".part")
             part.write_text("".join(to_json(line) + "\n" for line in self.lines))
             os.replace(part, self.log_path)
         if not self.config.resume:
             self.checkpoint()  # so that there is something to resume from at any moment
-
-    def count(self, loss, lr, seen, seconds):
-        """A step with its loss; `seen` are numbers for a line of the log, or None."""
-        self.step += 1
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
-        self.step_seconds.append(seconds)
-        if seen is not None:
-            self.write({"step": self.step, "loss": loss, "lr": lr, **seen})
 
     def write(self, line):
         """Append a line to the log."""
@@ -611,20 +611,19 @@ class Run:
     def checkpoint(self):
         self.saved_step, self.saved_at = self.step, time.perf_counter()
         if rank() == 0:
-            save(self.path, {**get_state(self.model, self.optimizers),
-                             "model_config": asdict(self.model.config), "config": asdict(self.config),
-                             "meta": self.data.meta, "step": self.step, "loss_sum": self.loss_sum,
-                             "loss_count": self.loss_count, "reach": self.reach, "log": self.lines,
-                             "seconds": time.perf_counter() - self.started})
+            save(self.path, {**get_state(self.model, self.optimizers), "config": asdict(self.config),
+                             "model_config": asdict(self.model.config), "meta": self.data.meta,
+                             "seconds": time.perf_counter() - self.started,
+                             **{name: getattr(self, name) for name in self.KEPT}})
 
-    def log(self, found):
-        """Append an evaluation to the log, save, and only then print: no fault of the output loses it."""
+    def evaluated(self, found):
+        """Log an evaluation, save, and only then print: no fault of the output loses it."""
         tokens = self.config.batch_size * self.config.block_size
-        line = {"step": self.step, "train_loss": self.loss_sum / self.loss_count, **found,
+        line = {"step": self.step, "train_loss": mean(self.losses), **found,
                 "tokens_per_second": tokens / median(self.step_seconds),
                 "seconds": time.perf_counter() - self.started}
         self.write(line)
-        self.loss_sum, self.loss_count, self.step_seconds = 0.0, 0, []
+        self.losses, self.step_seconds = [], []
         self.checkpoint()
         if rank() == 0:
             say(describe(line))
@@ -712,32 +711,6 @@ class StopRequest:
         self.since = self.since or time.monotonic()
 
 
-@contextmanager
-def only_run_in(out):
-    """
-    The folder out for one run at a time: a second is told who has it. The lock ends with the process. A folder
-    to which nothing has been written goes again.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(out / ".lock"), out / ".running"
-    try:
-        lock.acquire(timeout=0)
-        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}")
-    except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise UserError(f"{out} is in use by {who}; wait for it, or choose another --out_dir")
-    try:
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-        if os.listdir(out) == [".lock"]:
-            (out / ".lock").unlink()
-        with suppress(OSError):  # it is not empty
-            os.removedirs(out)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Machine, and processes (torchrun). Each process takes its share of a batch, has all gradients, and
 # orthogonalizes and constrains its share of the matrices, which it then sends to the others; so all have the
@@ -769,8 +742,8 @@ def memory(device):
 
 def compile_blocks(model, config, device):
     """
-    Compile the blocks, as --compile says or else where it pays, if that works; returns a word about it. One by
-    one: they are alike, so that only the first takes time.
+    Compile the blocks, as --compile says or else where it pays, if that works; returns words about it. One
+    by one: they are alike, so that only the first takes time.
     """
     wanted = config.compile
     if wanted is None:

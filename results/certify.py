@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from constrain import (RADII, ROUNDING, body_bound, bound_table, certificate, distances, embedding_norm, exact,
-                       exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound, refused,
-                       rms_norm, rows_apart, sigma)
+from constrain import (RADII, ROUNDING, body_bound, bound_table, certificate, distances, embedding_norm,
+                       exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound,
+                       refused, rms_norm, rows_apart, sigma)
 from model import ACTIVATIONS, later, load_checkpoint, onto_ball
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
@@ -357,7 +357,7 @@ def probability_ratio(fact, e):
 
 
 def value_input(fact, e, delta):
-    """A bound (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, and no more than the largest."""
+    """A bound (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest."""
     most, _ = probability_ratio(fact, e)
     weighed = mean(fact, most * delta[:, None, None, :])[..., 0] + beyond(fact, e)
     return torch.minimum(weighed, delta.cummax(dim=1).values[:, None])
@@ -386,8 +386,8 @@ def score_output(attn, norm, fact, by_q, by_k, delta):
 
 def leads_hold(block, activation, norm, W, x, delta):
     """
-    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,) in
-    L2 norm of x (N, d), for the head's rows w_j of W: (N,).
+    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,)
+    in L2 norm of x (N, d), for the head's rows w_j of W: (N,).
 
     The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
     the norm of its gradient, which is |w_i - w_j| times the MLP half's gain or less; and for an MLP of two
@@ -443,7 +443,8 @@ def entry_derivative(activation, z, u, rows, delta):
 def paired_derivative(activation, z, u, rows, delta):
     """
     (D^T u, a bound on what it is off) for sorted pairs: D is known for a pair whose difference cannot change
-    its sign; else D^T u lies between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from its middle.
+    its sign; else D^T u lies between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from their
+    middle.
     """
     (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
     sure = (z1 - z2).abs() > (r1 - r2).norm(dim=1) * delta
@@ -473,8 +474,8 @@ def share(which):
 
 def at_radii(net, text, right, log10_radii):
     """
-    {radius: accuracies} at each of RADII: certified on all of text (N,), and of its first ATTACKED tokens what
-    is certified, what an attack leaves, the plain one, and how many the attack altered that were certified.
+    {radius: accuracies} at each of RADII: certified on all of text (N,), and of its first ATTACKED tokens
+    what is certified, what an attack leaves, the plain one, and how many certified ones the attack altered.
     """
     n, found = at_most(ATTACKED, net), {}
     few, first = right[:n - 1], log10_radii[:n - 1]
@@ -504,7 +505,8 @@ def at_text(net, layers, text):
     names = ("constant", "local", "attack")
     at = lambda x: [share(right & (radii > x)) for radii in (by_constant, local)]
     medians = [median(radii[right]) for radii in (by_constant, local)] if right.any() else [-math.inf] * 2
-    return {"log10_median": dict(zip(names, medians)), "certified_accuracy": {f"1e{x}": at(x) for x in range(-5, 0)},
+    return {"log10_median": dict(zip(names, medians)),
+            "certified_accuracy": {f"1e{x}": at(x) for x in range(-5, 0)},
             "log10_median_alone": {name: median(radii) for name, radii in zip(names, alone)},
             "alone": [dict(zip(names, radii)) for radii in zip(*(radii.tolist() for radii in alone))]}
 
@@ -555,7 +557,7 @@ def alarms(result):
     for radii in result.get("local", {}).get("alone", ()):
         certified = max(radii["constant"], radii["local"])
         if not radii["attack"] >= certified:
-            yield f"AN ATTACK AT 10^{radii['attack']:.4f} ALTERED A PREDICTION CERTIFIED AT 10^{certified:.4f}"
+            yield f"AN ATTACK AT 10^{radii['attack']:.2f} ALTERED WHAT WAS CERTIFIED AT 10^{certified:.2f}"
 
 
 CERTIFIED = ("log10_certified", "log10_layers", "certified_accuracy", "radii", "local", "log10_median_radius",
@@ -598,7 +600,8 @@ def words(model, result):
         yield f"median certified radius of a right prediction: {10 ** result['log10_median_radius']:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in result["certified_accuracy"].items())
     yield f"certified accuracy at radius {at}"
-    yield f"\naccuracy at radius  certified   of the first {at_most(ATTACKED, model):,}: certified, attack, plain"
+    few = at_most(ATTACKED, model)
+    yield f"\naccuracy at radius  certified   of the first {few:,}: certified, attack, plain"
     for radius, accuracy in result["radii"].items():
         first = ", ".join(f"{accuracy[f'{kind}_first']:.2%}" for kind in ("certified", "attack", "plain"))
         yield f"{radius:>18}  {accuracy['certified']:9.2%}   {first}"
@@ -609,8 +612,8 @@ def words(model, result):
     yield f"certified accuracy at {at}"
     yield (f"medians of {len(local['alone'])} predictions attacked one by one: " +
            ", ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))
-    yield ("rounding moves a logit by up to {float32:.1e} in float32, {bfloat16:.1e} in bfloat16; the largest "
-           "logit leads by {median_lead:.2f} in the median".format(**result["rounding"]))
+    yield ("rounding moves a logit by up to {float32:.1e} in float32, {bfloat16:.1e} in bfloat16; the "
+           "largest logit leads by {median_lead:.2f} in the median".format(**result["rounding"]))
 
 
 def validation_text(ckpt, vocab_size):
@@ -638,7 +641,7 @@ def main():
         if args.json:
             say(to_json(result))
         else:
-            say(f"{args.ckpt} at step {result['step']}, method {result['method']}, w_max {result['w_max']:g}\n")
+            say(f"{args.ckpt} at step {result['step']}, {result['method']}, w_max {result['w_max']:g}\n")
             for line in (*words(model, result), *filter(None, [without])):
                 say(line)
         if result["alarms"]:
