@@ -266,7 +266,8 @@ def gradients(net, model, x, y, reach, config, amp, stop_request):
 
 def watch(model):
     """{name: number} to log every log_interval steps, when the step's gradients are there."""
-    return {"grad_norm": torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()}
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return {"grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
 
 
 # ------------------------------------------------------------------------------------------------------------
