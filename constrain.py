@@ -445,6 +445,7 @@ def misclaimed(activation):
     return None if within(f(z) / z, activation.ratio) else "f(z) / z is not what is claimed"
 
 
+@torch.inference_mode(False)  # what is made within it cannot be attacked
 def exact_model(model):
     """A copy in float64 on the CPU, without gradients, of a model that may be compiled."""
     model = getattr(model, "_orig_mod", model)
