@@ -3,7 +3,8 @@ Weight constraints, and the Lipschitz bound that they give to the network.
 
     python constrain.py out/shakespeare/ckpt.pt     # norms and bounds, layer by layer
 
-In a training loop of your own, with Muon, once W.copy_(project(W, w_max)), and after every step, at its lr:
+In a training loop of your own, under torch.no_grad(), once W.copy_(project(W, w_max)) and after every step of
+Muon at learning rate lr (with another optimizer update_norm=math.inf, and another method):
 
     W.copy_(after_step("soft_cap", w_max, lr, decay=0, update_norm=lr * UPDATE_NORM)(W))
 
@@ -124,7 +125,7 @@ EXACT_POLAR = POLAR[:1] + POLAR[1:2] * 4 + POLAR[2:] + ((15 / 8, -10 / 8, 3 / 8)
 PSI = (0.494527, -0.331985, 0.187114, -0.070508, 0.014907, -0.001316)
 
 METHODS = {}        # name: constraint
-PROMISES = {}       # name: under which steps every matrix has norm <= w_max after it
+PROMISES = {}       # name: after which steps it holds all norms at w_max: "all", "bounded" ones or "none"
 
 
 def constraint(f, promises="none"):
@@ -157,8 +158,10 @@ def after_step(method, w_max, lr, decay, update_norm, dtype=torch.float32):
     if method not in METHODS:
         raise ValueError(f"method={method} is none of {', '.join(METHODS)}")
     values = dict(w_max=w_max, lr=lr, decay=decay, update_norm=update_norm, dtype=dtype)
-    asked = inspect.signature(METHODS[method]).parameters
-    return partial(METHODS[method], **{name: values[name] for name in values if name in asked})
+    W, *asked = inspect.signature(METHODS[method]).parameters.values()
+    if unknown := [p.name for p in asked if p.name not in values and p.default is p.empty]:
+        raise ValueError(f"{method} asks for {', '.join(unknown)}; it can have {', '.join(values)}")
+    return partial(METHODS[method], **{p.name: values[p.name] for p in asked if p.name in values})
 
 
 def project(W, w_max):
@@ -439,10 +442,11 @@ def misclaimed(activation):
         return "it does not work on each entry by itself"
     bends = slope.diff().abs() <= activation.curvature * z.diff() * (1 + 1e-6) + 1e-9
     bends |= (z[1:] > 0) & (z[:-1] < 0) & activation.kink
-    within = lambda y, interval: ((y >= interval[0] - 1e-9) & (y <= interval[1] + 1e-9)).all()
-    if not within(slope, activation.slope) or not bends.all():
-        return "its slope is not what is claimed"
-    return None if within(f(z) / z, activation.ratio) else "f(z) / z is not what is claimed"
+    for name, y, (low, high) in (("slope", slope, activation.slope), ("ratio", f(z) / z, activation.ratio)):
+        if not (y >= low - 1e-9).all() or not (y <= high + 1e-9).all():
+            return (f"its {name} is claimed to be from {low:.4g} to {high:.4g}, but goes from {y.min():.4g} to "
+                    f"{y.max():.4g}")
+    return None if bends.all() else "its slope changes faster than its curvature allows"
 
 
 @torch.inference_mode(False)  # what is made within it cannot be attacked

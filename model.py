@@ -325,19 +325,18 @@ def load_checkpoint(path, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that damaged files seem to have
             ckpt = torch.load(path, map_location=device, weights_only=True)
-        if "n_hidden" in ckpt["model_config"]:
-            raise ValueError("it is an image model of an older train.py")
         model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
         model.load_state_dict(ckpt["model"])
+        model.eval()
         for key in ("config", "meta", "step"):
             ckpt[key]
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one with python train.py")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
-        reason = str(e).split("\n")[0]
+        reason = " ".join(str(e).split())[:200]
         if isinstance(e, pickle.UnpicklingError):
             reason = "it holds more than tensors, or is damaged"
-        raise UserError(f"{path} is not a checkpoint of train.py ({type(e).__name__}: {reason})")
+        raise UserError(f"{path} is not a checkpoint of this train.py ({type(e).__name__}: {reason})")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{path} has weights that are not finite; nothing can be said of it")
     return model, ckpt

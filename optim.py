@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
     Parameters are matrices (..., m, n), stacks of them counting as separate matrices; a step is
         M <- momentum M + (1 - momentum) G,   W <- (1 - lr weight_decay) W - lr sqrt(m/n) orthogonalize(M)
     with (1 - momentum) G + momentum M in place of M if nesterov: it moves W by RMS->RMS norm lr, or up to 1 %
-    less. A group with embedding=True holds tables (V, n) instead; their rows move by RMS norm lr (see
+    less. A group with embedding=True holds tables (V, n) or vectors instead; rows move by RMS norm lr (see
     dual_rows). With `mine`, a list of parameters, only those move: one process's share, while every process
     keeps the momentum of all.
     """
@@ -148,7 +148,8 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon needs finite lr >= 0 and weight_decay >= 0, and 0 <= momentum < 1, not "
                              f"{lr}, {decay} and {momentum}")
         for p in group["params"]:
-            if p.ndim < 2 or p.numel() == 0 or not p.is_floating_point():
+            least = 1 if group["embedding"] else 2
+            if p.ndim < least or p.numel() == 0 or not p.is_floating_point():
                 raise ValueError(f"Muon is for real matrices (..., m, n), not for {p.dtype} {tuple(p.shape)}")
 
     @torch.no_grad()

@@ -122,8 +122,9 @@ def say(*words):
 
 
 def to_json(x):
-    """JSON of plain values; numbers that it has no word for, infinities and NaN, become null."""
-    return json.dumps(json.loads(json.dumps(x), parse_constant=lambda word: None))
+    """JSON of plain values and tensors; what it has no word for, infinities and NaN, becomes null."""
+    text = json.dumps(x, default=lambda tensor: tensor.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda word: None))
 
 
 def read_lines(path):
@@ -372,8 +373,8 @@ def open_data(folder, like=None):
         if meta and "train" not in meta:
             raise UserError(f"{folder} is not in the format of today; prepare it again {how}")
         if like is not None and identity(meta) != identity(like):
-            raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare that "
-                            "again")
+            raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare those "
+                            "again, or begin a new run with --init_from")
         return meta, *open_shards(folder, meta)
     except (FileNotFoundError, NotADirectoryError):
         if text and (folder / "meta.json").exists() and (folder / "meta.json").read_bytes() != text:

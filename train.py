@@ -144,6 +144,9 @@ def configure(given, ckpt=None):
                 raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={before.get(name)}, so "
                                 f"it cannot go on with --{name}={given[name]}")
         options = before | {"out_dir": out_dir}
+    elif given.get("init_from"):
+        first = load_checkpoint(given["init_from"])[1]["model_config"]
+        options |= {name: value for name, value in first.items() if name != "vocab_size"}
     if "optimizer" in given and given["optimizer"] != options.get("optimizer", Config.optimizer):
         options.pop("lr", None)  # it is the other's, in other units
     try:
@@ -215,7 +218,7 @@ def train(given):
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-                constrain(model, optimizers, config, dtype)
+                constrain(model, config, lr, dtype)
                 run.step += 1
                 run.losses.append(loss)
                 run.step_seconds.append(time.perf_counter() - tick)
@@ -226,7 +229,7 @@ def train(given):
 
                 if run.step % config.eval_interval == 0 or run.step == config.max_steps:
                     with torch.compiler.set_stance("force_eager"):
-                        found = measure(model, optimizers, data, x.chunk(config.accumulate)[-1], config, amp)
+                        found = measure(model, data, x.chunk(config.accumulate)[-1], config, amp)
                     run.check("validation loss", found["val_loss"], lr)
                     run.evaluated(found)
                 elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
@@ -239,7 +242,7 @@ def train(given):
                 f"--out_dir={config.out_dir}")
         elif rank() == 0:
             with torch.compiler.set_stance("force_eager"):
-                say(sample(model, data.tokenizer).strip())
+                say(sample(model.eval(), data.tokenizer).strip())
 
 
 def gradients(net, model, x, y, reach, config, amp, stop_request):
@@ -358,10 +361,9 @@ def new_model(config, data, device):
                             f"with --vocabulary_of {ckpt['config']['dataset']}")
         try:
             model.load_state_dict(first.state_dict())
-        except RuntimeError:
-            theirs = asdict(first.config).items() - asdict(gpt).items()
-            raise UserError(f"{config.init_from} is a model of another shape; give its options: "
-                            + " ".join(f"--{name}={value}" for name, value in sorted(theirs)))
+        except RuntimeError as e:
+            raise UserError(f"the weights of {config.init_from} are of another shape than the options that are "
+                            f"given ({str(e).splitlines()[1].strip()})")
     if PROMISES[config.method] != "none":
         for group in matrix_groups(model, config):
             for W in group["params"]:
@@ -381,7 +383,10 @@ def optimizer(lr, update_norm=math.inf):
     table and position biases -> a list of torch optimizers. A group's learning rate is lr_scale times the
     run's; `mine` are the parameters that this process has to move, of which others may be left alone.
     """
-    return lambda f: OPTIMIZERS.setdefault(f.__name__, Maker(f, lr, update_norm)).make
+    def register(f):
+        OPTIMIZERS[f.__name__] = Maker(f, lr, update_norm)
+        return f
+    return register
 
 
 @optimizer(lr=0.1, update_norm=UPDATE_NORM)
@@ -442,15 +447,15 @@ def constraint(config, w_max, lr, dtype):
 
 
 @torch.no_grad()
-def constrain(model, optimizers, config, dtype):
+def constrain(model, config, lr, dtype):
     """
-    Constrain all matrices after a step; rows of the embedding get RMS norm <= 1, scores of distance stay
-    within MAX_BIAS.
+    Constrain all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1, scores
+    of distance stay within MAX_BIAS.
     """
     owner = owners(model)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups if "w_max" in group):
+    for group in matrix_groups(model, config):
         weights = [W for W in group["params"] if owner[W] == rank()]
-        step = constraint(config, group["w_max"], group["lr"], dtype)
+        step = constraint(config, group["w_max"], lr * group["lr_scale"], dtype)
         for W, new in zip(weights, map_by_shape(step, weights)):
             W.copy_(new)
     if dist.is_initialized():
@@ -465,19 +470,20 @@ def constrain(model, optimizers, config, dtype):
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def measure(model, optimizers, data, x, config, amp):
+def measure(model, data, x, config, amp):
     """
     {name: number} of an evaluation: scores on the validation split, activations on inputs x and, in the first
     process alone, the bounds and the largest norm over its cap.
     """
+    model.eval()
     with amp:
         found = evaluate(model, data.val, config.radius, config.eval_tokens)
         found |= activations(model, x)
     if rank() == 0:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups if "w_max" in group]
-        over = [rms_norm(W).max().item() / group["w_max"] for group in groups for W in group["params"]]
         found |= {f"log10_{kind}": bound for kind, bound in lipschitz_bounds(model).items()}
-        found["norm_over_cap"] = max(over)
+        found["norm_over_cap"] = max(rms_norm(W).max().item() / group["w_max"]
+                                     for group in matrix_groups(model, config) for W in group["params"])
+    model.train()
     return found
 
 

@@ -86,7 +86,7 @@ def step(argv):
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        train.constrain(model, optimizers, config, dtype)
+        train.constrain(model, config, config.lr, dtype)
 
     def without():
         gradients()
