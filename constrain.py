@@ -444,7 +444,7 @@ def misclaimed(activation):
     bends |= (z[1:] > 0) & (z[:-1] < 0) & activation.kink
     for name, y, (low, high) in (("slope", slope, activation.slope), ("ratio", f(z) / z, activation.ratio)):
         if not (y >= low - 1e-9).all() or not (y <= high + 1e-9).all():
-            return (f"its {name} is claimed to be from {low:.4g} to {high:.4g}, but goes from {y.min():.4g} to "
+            return (f"its {name}, claimed to be from {low:.4g} to {high:.4g}, goes from {y.min():.4g} to "
                     f"{y.max():.4g}")
     return None if bends.all() else "its slope changes faster than its curvature allows"
 

@@ -159,8 +159,8 @@ def commit():
 @contextmanager
 def alone(lock_file, wait=True):
     """
-    Hold a lock, one process at a time; a second one waits, or gets a UserError that says who has it. The lock's
-    folder is made if need be, and goes again if it stays empty.
+    Hold a lock, one process at a time; a second one waits, or gets a UserError that says who has it. The
+    lock's folder is made if need be, and goes again if it stays empty.
     """
     folder, holder = lock_file.parent, lock_file.with_suffix(".pid")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -373,8 +373,8 @@ def open_data(folder, like=None):
         if meta and "train" not in meta:
             raise UserError(f"{folder} is not in the format of today; prepare it again {how}")
         if like is not None and identity(meta) != identity(like):
-            raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare those "
-                            "again, or begin a new run with --init_from")
+            raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare "
+                            "those again, or begin a new run with --init_from")
         return meta, *open_shards(folder, meta)
     except (FileNotFoundError, NotADirectoryError):
         if text and (folder / "meta.json").exists() and (folder / "meta.json").read_bytes() != text:

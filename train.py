@@ -362,8 +362,8 @@ def new_model(config, data, device):
         try:
             model.load_state_dict(first.state_dict())
         except RuntimeError as e:
-            raise UserError(f"the weights of {config.init_from} are of another shape than the options that are "
-                            f"given ({str(e).splitlines()[1].strip()})")
+            raise UserError(f"the weights of {config.init_from} have another shape than the options ask for "
+                            f"({str(e).splitlines()[1].strip()})")
     if PROMISES[config.method] != "none":
         for group in matrix_groups(model, config):
             for W in group["params"]:
