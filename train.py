@@ -134,6 +134,8 @@ def configure(given, ckpt=None):
     The Config of the options given, {name: value}, over those of a checkpoint to go on from, over those of
     the preset, over the defaults. UserError for what no run, or not the checkpoint's, can have.
     """
+    if given.get("preset") not in (None, *PRESETS):
+        raise UserError(f"--preset={given['preset']} is none of {', '.join(PRESETS)}")
     options = dict(PRESETS.get(given.get("preset"), {}))
     if ckpt:
         known, out_dir = {f.name for f in dataclasses.fields(Config)}, options.get("out_dir", Config.out_dir)
