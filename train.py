@@ -51,13 +51,14 @@ from prepare import (Parser, Tokenizer, UserError, alone, append_line, commit, d
 # Options
 
 OPTIMIZERS = {}  # name: Maker, see `optimizer`
+PRESETS = {}     # name: options
 COMPILE_STEPS = 1000  # on two CPU cores fewer do not bring back what compiling takes, see results/speed.md
 
 
 @dataclass
 class Config(GPTConfig):
     """The options of a run: the model's, which are in model.py, and these."""
-    preset: str | None = option(None, "a row of PRESETS, whose options hold unless given too")
+    preset: str | None = option(None, "options that hold unless given too", choices=PRESETS)
     # what to train on, and where to
     out_dir: str = option("out/shakespeare", "checkpoint and log go here")
     dataset: str = option("shakespeare", "a folder of data/, made by prepare.py")
@@ -121,9 +122,9 @@ TIGHT_RADIUS = TIGHT | dict(out_dir="out/tight-radius", radius=0.06, logit_scale
 TIGHT_CONTENT = dict(out_dir="out/tight-content", n_layer=2, n_head=8, n_embd=256, softmax_scale=0.2,
                      position_bias=True, per_head=True, activation="maxmin", ball=1.0, w_max=3.5,
                      max_steps=1200, eval_interval=1200)
-PRESETS = {"tight": TIGHT, "tight-radius": TIGHT_RADIUS, "tight-content": TIGHT_CONTENT,
-           "fineweb-w1": FINEWEB | dict(out_dir="out/fineweb-w1", method="soft_cap", w_max=1.0,
-                                        softmax_scale=24.0, max_steps=6200)}
+PRESETS |= {"tight": TIGHT, "tight-radius": TIGHT_RADIUS, "tight-content": TIGHT_CONTENT,
+            "fineweb-w1": FINEWEB | dict(out_dir="out/fineweb-w1", method="soft_cap", w_max=1.0,
+                                         softmax_scale=24.0, max_steps=6200)}
 for w in (4, 8, 16):  # scores of w^2 times the size are scaled by so much less
     PRESETS[f"fineweb-w{w}"] = FINEWEB | dict(out_dir=f"out/fineweb-w{w}", w_max=float(w),
                                               softmax_scale=128 ** 0.5 / w ** 2)
@@ -266,7 +267,8 @@ def gradients(net, model, x, y, reach, config, amp, stop_request):
 
 def watch(model):
     """{name: number} to log every log_interval steps, when the step's gradients are there."""
-    return {"grad_norm": torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item()}
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return {"grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
 
 
 # ------------------------------------------------------------------------------------------------------------
