@@ -1948,7 +1948,7 @@ def test_options(monkeypatch, capsys):
     ("--lr=nan", "--lr=nan"), ("--w_max=inf", "--w_max=inf"), ("--momentum=1", "--momentum=1"),
     ("--n_embd=30 --n_head=4", "n_embd=30"), ("--device=abacus", "--device=abacus"),
     ("--w_max=0.1 --lr=0.5", "largest lr that it can hold is 0.1613"),
-    ("--preset=best", "--preset=best is none of tight, "),
+    ("--preset=best", "--preset: invalid choice: 'best' (choose from 'tight'"),
     ("--dataset=poems", "data/poems holds no data set; make it with python prepare.py"),
     ("--block_size=1000000", "block_size 1000000"), ("--resume", "out/ckpt.pt"),
     ("--init_from=x.pt", "there is no checkpoint x.pt"),
@@ -1977,7 +1977,7 @@ def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch):
         assert contents("out") == before
 
 
-@pytest.mark.parametrize("given", ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"method": "best"}))
+@pytest.mark.parametrize("given", ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"preset": "best"}))
 def test_bad_options_from_python(given):
     one_line(str(pytest.raises(UserError, train.configure, given).value), next(iter(given)))
 
