@@ -57,10 +57,14 @@ def sigma(W):
     """
     Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue of
     the smaller Gram matrix, ten times faster than an SVD and, for the largest one, as exact: to 1e-13 here.
+    NaN for matrices that are not finite, at which LAPACK would raise an error.
     """
     W = W if W.shape[-2] <= W.shape[-1] else W.mT
+    gram = W @ W.mT
+    known = gram.isfinite().all(dim=-1).all(dim=-1)
     with one_thread():
-        return torch.linalg.eigvalsh(W @ W.mT)[..., -1].clamp_min(0).sqrt()
+        squares = torch.linalg.eigvalsh(torch.where(known[..., None, None], gram, 0.0))[..., -1]
+    return torch.where(known, squares.clamp_min(0).sqrt(), math.nan)
 
 
 def rms_norm(W):
@@ -168,7 +172,8 @@ def project(W, w_max):
     W (..., m, n), whatever its norms, with those above w_max capped by an SVD: for weights from elsewhere,
     before the first step. The methods are for matrices that one step has taken out of their cap.
     """
-    return svd_cap(W, w_max) if rms_norm(W).max() > w_max else W
+    above = (rms_norm(W) > w_max).to(W.device)
+    return torch.where(above[..., None, None], svd_cap(W, w_max), W) if above.any() else W
 
 
 @constraint
