@@ -212,7 +212,7 @@ def random_weights(net, scale=1.0):
 def identities(net, scale=1.0):
     """Every matrix `scale` times a partial identity of RMS->RMS norm 1."""
     for W in matrices(net).values():
-        W.data.copy_(scale * constrain.rms_unit(W) * torch.eye(*W.shape[-2:]))
+        W.data.copy_(scale * constrain.rms_unit(W) * torch.eye(*W.shape[-2:], dtype=W.dtype))
     return net
 
 
@@ -404,31 +404,16 @@ def test_default_model_size_and_initial_norms():
     assert slope.max().item() == pytest.approx(GELU_SLOPE, abs=1e-9) and slope.max() <= GELU_SLOPE
 
 
-def test_forward_agrees_with_the_formulas():
+def test_forward():
+    """Against the formulas of constrain.proved_function; a token sees those before it; and the loss."""
     torch.manual_seed(0)
     net = constrain.exact_model(random_weights(gpt(H=2, d=8, c=3.0, logit_scale=2.0)))
-    idx, block, frequencies = torch.randint(11, (2, 7)), net.blocks[0], torch.tensor([1.0, 0.01]).double()
-    x, (Wq, Wk, Wv) = net.wte(idx), block.attn.qkv.weight
-    out = torch.zeros_like(x)
-
-    def turned(y, s):  # the complex pairs (i, i + 2) of a head turned by s * frequency
-        z = torch.complex(y[:2], y[2:]) * torch.polar(torch.ones(2).double(), s * frequencies)
-        return torch.cat((z.real, z.imag))
-
-    for b in range(2):
-        for t in range(7):
-            heads = []
-            for rows in (slice(0, 4), slice(4, 8)):
-                q, k = turned(Wq[rows] @ x[b, t], t), [turned(Wk[rows] @ x[b, s], s) for s in range(t + 1)]
-                p = torch.stack([3.0 * q @ k[s] / 4 for s in range(t + 1)]).softmax(0)
-                heads.append(sum(p[s] * Wv[rows] @ x[b, s] for s in range(t + 1)))
-            out[b, t] = block.attn.proj.weight @ torch.cat(heads) / 3
-    x = 0.5 * x + 0.5 * out
-    x = 0.5 * x + 0.5 * F.gelu(x @ block.mlp.fc.weight.T) / GELU_SLOPE @ block.mlp.proj.weight.T
-    expected = 2.0 * x @ net.head.weight.T
+    idx = torch.randint(11, (2, 7))
     logits, loss = net(idx, idx)
-    assert torch.allclose(logits, expected, atol=1e-12)
-    assert loss.item() == pytest.approx(F.cross_entropy(expected.view(-1, 11), idx.view(-1)).item(), abs=1e-5)
+    for ids, found in zip(idx, logits):
+        expected = constrain.proved_function(net.config, dict(net.named_parameters()), net.wte(ids))
+        assert torch.allclose(found, expected, atol=1e-13)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.view(-1, 11), idx.view(-1)).item(), abs=1e-5)
     assert torch.equal(logits, net.forward_embeddings(net.wte(idx))) and net(idx)[1] is None
     changed = idx.clone()
     changed[:, 4] = (idx[:, 4] + 1) % 11
@@ -449,16 +434,7 @@ def test_gradients_against_finite_differences():
     assert torch.autograd.gradcheck(lambda *_: block(x.detach(), *tables), list(block.parameters()))
 
 
-def test_position_bias_counts_distances():
-    torch.manual_seed(0)
-    for c in (0.0, 1.0):
-        net = random_weights(gpt(H=2, d=8, T=6, c=c, position_bias=True)).requires_grad_(False)
-        attn, x = net.blocks[0].attn, torch.randn(1, 5, 8)
-        attn.bias.fill_(-1e4)
-        attn.bias[0, 1] = attn.bias[1, 2] = 0  # head 0 looks one token back, head 1 two
-        v = x @ attn.qkv.weight[-1].T
-        expected = torch.cat((v[:, 1:4, :4], v[:, :3, 4:]), dim=-1) @ attn.proj.weight.T / 3
-        assert torch.allclose(attention(net)(x)[:, 2:], expected, atol=1e-5)
+def test_heads_begin_by_looking_back():
     fresh = gpt(H=4, L=2, c=0, position_bias=True)
     assert [block.attn.bias.argmax(1).tolist() for block in fresh.blocks] == [[1, 2, 3, 4], [1, 3, 5, 7]]
     assert not set(map(id, matrices(fresh).values())) & {id(block.attn.bias) for block in fresh.blocks}
@@ -642,29 +618,6 @@ def test_dual_rows():
     assert torch.allclose(p, -0.5 * dual_rows(G), atol=1e-6)
 
 
-def test_muon_state_dict_round_trip():
-    def fresh():
-        torch.manual_seed(0)
-        ps = [torch.nn.Parameter(torch.randn(8, 6)), torch.nn.Parameter(torch.randn(5, 6))]
-        return ps, Muon([{"params": ps[:1]}, {"params": ps[1:], "embedding": True}], lr=0.1, momentum=0.9)
-
-    def step(ps, opt, seed):
-        g = torch.Generator().manual_seed(seed)
-        for p in ps:
-            p.grad = torch.randn(p.shape, generator=g)
-        opt.step()
-
-    (ps, opt), (qs, other), buffer = fresh(), fresh(), io.BytesIO()
-    step(ps, opt, 1)
-    torch.save(opt.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer, weights_only=True))
-    for p, q in zip(ps, qs):
-        q.data = p.detach().clone()
-    step(ps, opt, 2), step(qs, other, 2)
-    assert len(other.state) == 2 and all(torch.equal(p, q) for p, q in zip(ps, qs))
-
-
 @pytest.mark.parametrize("options, tensor", (
     *(({name: bad}, torch.randn(2, 2)) for name, bad in (("lr", -1), ("lr", math.nan), ("lr", math.inf),
                                                         ("momentum", 1.0), ("momentum", -0.1),
@@ -692,23 +645,19 @@ def test_norms_are_those_of_an_svd():
             assert abs(found - expected) <= 1e-13 * expected, (name, m, n)
             assert rms_norm(W).item() == pytest.approx(found / math.sqrt(m / n), rel=1e-15)
     norms, stack = constrain.matrix_norms(gpt()), torch.randn(2, 5, 12, 20)
-    assert all((norm == rms_norm(W)).all() for W, norm in norms.items())
+    assert len(norms) == 5 and all((norm == rms_norm(W)).all() for W, norm in norms.items())
     assert torch.allclose(constrain.sigma(stack.double()), sigma(stack)[..., 0], rtol=1e-13, atol=0)
     stack[0, 1, 2, 3], stack[1, 4, 5, 6] = math.nan, math.inf  # they are unknown, and the others known
     assert rms_norm(stack).isnan().nonzero().tolist() == [[0, 1], [1, 4]]
 
 
-def test_norms_leave_torch_its_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(ZeroDivisionError), constrain.one_thread():
-            assert torch.get_num_threads() == 1
-            1 / 0
-        rms_norm(torch.eye(3))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_norms_leave_torch_its_threads(monkeypatch):
+    asked, before = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    with pytest.raises(ZeroDivisionError), constrain.one_thread():
+        1 / 0
+    rms_norm(torch.eye(3))
+    assert asked == [1, before, 1, before]
 
 
 def reference(W, image):
@@ -732,8 +681,14 @@ IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
     "stiefel": lambda s, w: torch.full_like(s, w),
     "none": lambda s, w: s,
 }
-MAPS = METHODS | {"soft_cap": constrain.soft_cap_polynomial,  # its strength is alpha
-                  "none": lambda W, w: METHODS["none"](W)}
+
+
+def step_and_image(name, w):
+    """A method at w_max = w, after a step that decayed weights by 0.3 and moved them by 0.5 w; its image."""
+    step = constrain.after_step(name, w_max=w, lr=0.5 * w, decay=0.3, update_norm=0.5 * w)
+    alpha = soft_cap_coupling(w, 0.3, 0.5 * w * UPDATE_NORM)
+    strength = {"soft_cap": alpha, "spectral_weight_decay": 0.3}.get(name, w)
+    return step, lambda s: IMAGES[name](s, strength)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -745,32 +700,29 @@ def test_maps_against_svd(name):
             if name == "stiefel":  # of full rank, so that the polar factor is well defined
                 U, _, Vh = torch.linalg.svd(W, full_matrices=False)
                 W = U * torch.linspace(1, 0.01, min(shape[-2:])) @ Vh
-            strength = {"soft_cap": 0.15 / w ** 2, "spectral_weight_decay": 0.3}.get(name, w)
-            before, result = W.clone(), MAPS[name](W, strength)
-            expected = reference(W, lambda s: IMAGES[name](s, strength))
+            step, image = step_and_image(name, w)
+            before, result = W.clone(), step(W)
             assert result.shape == W.shape and result is not W and torch.equal(W, before)
-            error = rms_norm(result - expected).max() / max(w, rms_norm(W).max())
+            error = rms_norm(result - reference(W, image)).max() / max(w, rms_norm(W).max())
             assert error < (0.01 if name == "hard_cap" else 2e-3), (shape, w, error)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_maps_on_extreme_inputs(name):
     torch.manual_seed(0)
-    promised = PROMISES[name] != "none"
-    strength = {"soft_cap": 0.1, "spectral_weight_decay": 0.3}.get(name, 1.0)
+    promised, (step, image) = PROMISES[name] != "none", step_and_image(name, 1.0)
     for m, n in ((12, 12), (30, 8), (8, 30)):
         for kind, W in zoo(m, n).items():
             if name == "soft_cap":  # a polynomial: its domain is norms of the order of w_max
                 W = W / max(1.0, rms_norm(W).item())
-            result, unit = MAPS[name](W, strength), constrain.rms_unit(W)
+            result, unit = step(W), constrain.rms_unit(W)
             assert result.isfinite().all(), (kind, m, n)
             assert not promised or rms_norm(result) <= 1.001, (kind, m, n, rms_norm(result))
             if kind == "zeros":
                 assert (result == 0).all()
             elif name != "stiefel" and kind != "mixed sizes":  # not unique or lost in float32
                 s = sigma(W) / unit
-                expected = IMAGES[name](s, strength).sort(descending=True).values
-                error = (sigma(result) / unit - expected).abs().max()
+                error = (sigma(result) / unit - image(s).sort(descending=True).values).abs().max()
                 assert error <= 0.01 * max(1, 0 if promised else s[0]), (kind, m, n, error)
 
 
@@ -792,22 +744,16 @@ def test_methods_keep_what_they_promise(method, dtype):
                     assert rms_norm(W).max() <= w_max * (1 + 1e-3), (w_max, lr)
 
 
-def test_methods_get_what_they_ask_for():
-    torch.manual_seed(0)
-    W, alpha = torch.randn(12, 20) / 4, soft_cap_coupling(1.5, 0.1, 0.2)
-    strengths = {name: 1.5 for name in IMAGES} | {"soft_cap": alpha, "spectral_weight_decay": 0.1}
+def test_what_no_constraint_can_do():
     assert set(IMAGES) == set(METHODS) == set(PROMISES)
-    for name, strength in strengths.items():
-        step = constrain.after_step(name, w_max=1.5, lr=0.2, decay=0.1, update_norm=0.2)
-        assert torch.equal(step(W), MAPS[name](W, strength)), name
     with pytest.raises(ValueError, match="softcap is none of .*soft_cap"):
         constrain.after_step("softcap", 1.0, 0.1, 0, 0.1)
     with pytest.raises(ValueError, match="w_max=2 at lr=10; the largest lr"):
-        constrain.after_step("soft_cap", 2.0, 10, 0, 10)(W)
+        constrain.after_step("soft_cap", 2.0, 10, 0, 10)(torch.eye(3))
 
 
 def test_project_is_for_what_soft_cap_cannot_take():
-    """Far above its cap soft_cap makes norms larger; project caps them first, and leaves small ones alone."""
+    """Far above its cap soft_cap makes norms larger; project caps them, and leaves small ones alone."""
     torch.manual_seed(0)
     step = constrain.after_step("soft_cap", 2.0, 0.2, 0, 0.2)
     for m, n in ((12, 20), (20, 12), (8, 8)):
@@ -829,9 +775,9 @@ def test_project_is_for_what_soft_cap_cannot_take():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_hard_cap_accuracy(dtype):
     torch.manual_seed(0)
-    intervals = ((0, 3), (0, 1.9), (0, 1.1), (0.9, 1.1), (0.999, 1.001), (0, 0.01), (1, 1), (1.9, 1.9), (0, 0))
+    near = ((0.9, 1.1), (0.999, 1.001), (1, 1))
     for w in (0.3, 1.0, 10.0):
-        for low, high in intervals:
+        for low, high in ((0, 3), (0, 1.9), (0, 1.1), (0, 0.01), (0, 0), (1.9, 1.9), *near):
             for m, n in ((64, 64), (128, 32), (32, 128)):
                 if dtype == torch.bfloat16 and 1.1 < high < 3:
                     continue  # not promised
@@ -857,9 +803,8 @@ def test_caps_in_bfloat16_hold_what_they_say():
         for kind, W in zoo(m, n).items():
             if rms_norm(W) > 0:
                 W = W / rms_norm(W).float()
-                for cap, size in cases:
-                    norm = rms_norm(cap(W * size, dtype=torch.bfloat16))
-                    assert norm <= 1.001, (cap, m, n, kind, size, norm)
+                norms = rms_norm(torch.stack([cap(W * size, dtype=torch.bfloat16) for cap, size in cases]))
+                assert norms.max() <= 1.001, (m, n, kind, cases[norms.argmax()], norms)
     one = from_singular_values([3.0] + [0.99] * 63, 64, 64)
     assert rms_norm(constrain.spectral_hammer(one, 1.0, torch.bfloat16)) <= 1.001
 
@@ -933,47 +878,29 @@ def certified(net):
     return lipschitz_bound(net, "certified")
 
 
-def test_paper_bound_by_hand():
-    # alpha = 1/2, q = k = v = w = i = o = 1: L_att = (1 + 2) / 3 = 1, L_mlp = 1 / 1.1289; embedding and head
-    # have norm 1
-    found = lipschitz_bound(identities(gpt(logit_scale=3.0)), "paper")
-    assert found == pytest.approx(math.log10((0.5 + 0.5 / GELU_SLOPE) * 3), abs=1e-6)
-    net = identities(gpt(L=2, c=0.5), 2.0)
-    net.wte.weight.data *= 0.25
-    R, K = 1.0, 0.25 * 2
-    for _ in range(2):  # alpha = 1/4, every norm 2
-        K *= 0.75 + 0.25 * (0.5 / 3 * 2 * (2 + 2 * 2 * R ** 2 * 4))
-        R = 0.75 * R + 0.25 * R * 4 / 3
-        K *= 0.75 + 0.25 * 4 / GELU_SLOPE
-        R = 0.75 * R + 0.25 * R * 4 / GELU_SLOPE
-    assert lipschitz_bound(net, "paper") == pytest.approx(math.log10(K), abs=1e-6)
-    with_bias = gpt(L=2, c=0.5, position_bias=True)  # of which the formula takes no notice
-    with_bias.load_state_dict(net.state_dict(), strict=False)
+@pytest.mark.parametrize("H, L, s, R", ((1, 1, 1, 1), (2, 1, 1, 0.1), (2, 2, 2, 1), (4, 3, 2, 2)))
+def test_bounds_by_hand(H, L, s, R):
+    """
+    All matrices s times an identity, embeddings of norm R. Of a head W_q^h, W_k^h, W_v^h have sigma = s and
+    W_o^h W_v^h is s^2 times a projection: A_V = s^2 sqrt(H), A_QK = 2 c H s^4, a third of both; and W_out
+    W_in = s^2 I. The published formula begins with R, takes the norm 1 inside and has other factors.
+    """
+    c, a, K, inside, paper, paper_inside = 0.5, 1 / (2 * L), 3 * s, R, 3 * s * R, 1.0
+    net = identities(exact_gpt(H=H, L=L, c=c, logit_scale=3.0), s)
+    net.wte.weight.mul_(R / constrain.embedding_norm(net))
+    A_V, A_QK = math.sqrt(H) * s ** 2 / 3, 2 * c * H * s ** 4 / 3
+    assert constrain.attention_norms(net.blocks[0].attn, c) == (pytest.approx(A_V), pytest.approx(A_QK))
+    for _ in range(L):
+        K *= (1 - a + a * (A_V + A_QK * inside ** 2)) * (1 - a + a * s ** 2)
+        inside *= (1 - a + a * A_V) * (1 - a + a * s ** 2 / GELU_SLOPE)
+        paper *= 1 - a + a * c / 3 * s * (s + 2 * s * paper_inside ** 2 * s ** 2)
+        paper *= 1 - a + a * s ** 2 / GELU_SLOPE
+        paper_inside *= (1 - a + a * s ** 2 / 3) * (1 - a + a * s ** 2 / GELU_SLOPE)
+    assert certified(net) == pytest.approx(math.log10(K * (1 + constrain.ROUNDING)), abs=1e-9)
+    assert lipschitz_bound(net, "paper") == pytest.approx(math.log10(paper), abs=1e-9)
+    with_bias = exact_gpt(H=H, L=L, c=c, logit_scale=3.0, position_bias=True)
+    with_bias.load_state_dict(net.state_dict(), strict=False)  # the formula takes no notice of the bias
     assert lipschitz_bound(with_bias, "paper") == lipschitz_bound(net, "paper")
-
-
-@pytest.mark.parametrize("H", (1, 2, 4))
-def test_certified_bound_by_hand(H):
-    """
-    Every head has sigma = 1 in W_q^h, W_k^h and W_v^h, and W_o^h W_v^h is a projection: A_V = sqrt(H),
-    A_QK = 2 c H, a third of both; then MLP 1 * 1. In a smaller ball the score path shrinks by R^2.
-    """
-    net = identities(gpt(H=H, c=0.5, logit_scale=3.0))
-    A_V, A_QK = constrain.attention_norms(net.blocks[0].attn, 0.5)
-    assert A_V == pytest.approx(math.sqrt(H) / 3) and A_QK == pytest.approx(2 * 0.5 * H / 3)
-    for R in (1, 0.1):
-        K = 0.5 + 0.5 * (A_V + A_QK * R ** 2)
-        assert certified(net) == pytest.approx(math.log10(3 * K * (1 + constrain.ROUNDING)), abs=1e-7)
-        net.wte.weight.data *= 0.1
-
-
-def test_certified_bound_of_two_layers_by_hand():
-    net = identities(gpt(H=2, L=2, c=0.5), 2.0)
-    R, K, a = 1.0, 2.0, 0.25  # all norms 2: A_V = 4 sqrt(H), A_QK = 2 c H 2^4, and W_out W_in = 4 I
-    for _ in range(2):
-        K *= (1 - a + a / 3 * (4 * math.sqrt(2) + 2 * 0.5 * 2 * 16 * R ** 2)) * (1 - a + 4 * a)
-        R *= (1 - a + a / 3 * 4 * math.sqrt(2)) * (1 - a + 4 * a / GELU_SLOPE)
-    assert certified(net) == pytest.approx(math.log10(K), abs=1e-6)
 
 
 def test_bounds_of_the_smallest_and_largest():
@@ -985,16 +912,8 @@ def test_bounds_of_the_smallest_and_largest():
         lipschitz_bound(gpt(), "best")
 
 
-def test_certified_bound_sees_one_heavy_head():
-    attn = gpt(H=4, d=16).blocks[0].attn
-    attn.qkv.weight.data.zero_()
-    attn.qkv.weight.data[:, :4, :4] = torch.eye(4)  # everything in head 0
-    attn.proj.weight.data = torch.eye(16)  # so that head 0 has the scores of H heads
-    assert constrain.attention_norms(attn, 1.0) == (pytest.approx(1 / 3), pytest.approx(2 * 4 / 3))
-
-
 def test_tight_bound_by_hand_and_reached():
-    """Position alone, no residual, MaxMin, orthogonal matrices: every factor of the certificate is reached."""
+    """Position alone, no residual, MaxMin, orthogonal matrices: every factor of the bound is reached."""
     H = 4
     options = dict(c=0, position_bias=True, attn_scale=1 / 2, alpha=1.0, activation="maxmin", mlp_layers=3)
     net = identities(exact_gpt(H=H, d=16, mlp_ratio=1, logit_scale=8.0, vocab=16, **options))
@@ -1010,7 +929,7 @@ def test_tight_bound_by_hand_and_reached():
 
 @pytest.mark.parametrize("H", (1, 4))
 def test_heads_constrained_one_by_one_cost_no_factor(H):
-    """With every head's W_v of norm 1 the values' gain is 1, which tokens that differ from head to head reach."""
+    """With every head's W_v of norm 1 the values' gain is 1, which tokens that differ between heads reach."""
     net = identities(exact_gpt(H=H, c=0, position_bias=True, per_head=True, attn_scale=1.0))
     assert net.blocks[0].attn.qkv.weight.shape == (H, 16 // H, 16)
     assert constrain.attention_norms(net.blocks[0].attn, 0.0) == (pytest.approx(1), 0)
@@ -1033,9 +952,6 @@ def test_ball_stops_the_growth_of_the_activations():
     torch.manual_seed(0)
     free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0).requires_grad_(False) for ball in (None, 0.5))
     held.load_state_dict(free.state_dict())
-    X = 10 * torch.randn(2, 8, 16)
-    sizes = [certify.rms(net.blocks[2](X, net.cos[:8], net.sin[:8])).max() for net in (free, held)]
-    assert sizes[0] > 1 and sizes[1] == pytest.approx(0.5)
     parts = [constrain.certificate(net)[1] for net in (free, held)]
     assert parts[0][0] == parts[1][0] and [part["R"] for part in parts[1][1:]] == [math.log10(0.5)] * 2
     assert all(a["score"] - a["R"] * 2 == pytest.approx(b["score"] - b["R"] * 2) for a, b in zip(*parts))
@@ -1048,8 +964,8 @@ def layer_gains(net, R=1.0):
     gain and growth of the MLP half, the block's gain.
     """
     layer = constrain.layer_norms(net)[-1]
-    score = layer.A_QK * R ** 2
-    whole = (1 - layer.alpha + layer.alpha * layer.A_V) * layer.mlp_gain + layer.alpha * score * layer.score_gain
+    alpha, score = layer.alpha, layer.A_QK * R ** 2
+    whole = (1 - alpha + alpha * layer.A_V) * layer.mlp_gain + alpha * score * layer.score_gain
     return layer.A_V + score, layer.A_V * R, layer.mlp_gain, layer.mlp_growth, whole
 
 
@@ -1066,9 +982,9 @@ def with_ones(H, d_head, c, T, *ones):
 def opposite_tokens(H, c, values, shares):
     """
     certificate.md's example: one head holds everything. Keys and values are directions of the tokens, which
-    come in pairs of opposites, and the query lies across, so that all look alike to it. Moving the query along
-    the keys, and each key along the query, moves every score with the sign of its value. Returns the net, and
-    attention's gain there. In `shares` are the tokens' entries, which W_v reads by `values`.
+    come in pairs of opposites, and the query lies across, so that all look alike to it. Moving the query
+    along the keys, and each key along the query, moves every score with the sign of its value. Returns the
+    net, and attention's gain there. In `shares` are the tokens' entries, which W_v reads by `values`.
     """
     a, b = 15, 7  # the two entries of the head that RoPE turns by the smallest angle
     net = with_ones(H, 16, c, 33, ((b, 2), (a, 3)), ((a, 0), (b, 1)), values(a, b))
@@ -1088,11 +1004,12 @@ def test_counterexample_to_the_published_formula(H, c):
     norms = torch.cat([rms_norm(W).flatten() for W in (attn.qkv.weight, attn.proj.weight)])
     assert torch.allclose(norms, torch.ones_like(norms), rtol=1e-10)
     assert c * (1 + 2) / 3 < found <= bound <= 1.35 * found  # the published one, as all norms and R are 1
+    assert bound == pytest.approx((1 + 2 * c * H) / 3)  # though W_k and W_v are in one head alone
 
 
 @pytest.mark.parametrize("H", (8, 16))
 def test_counterexample_with_keys_and_values_apart(H):
-    """Values along a direction of their own, which tokens share with the keys: 1.3 H / 3, of at most 1.5 H / 3."""
+    """Values along a direction of their own, which tokens have beside the keys': 1.3 H / 3 of 1.5 H / 3."""
     net, found = opposite_tokens(H, 1.0, lambda a, b: ((a, 4), ), {0: 0.5, 4: math.sqrt(0.75)})
     bound = layer_gains(net)[0]
     assert bound == pytest.approx((1 + 1.5 * H) / 3) and 1.2 * H / 3 < found <= bound <= 1.35 * found
@@ -1105,10 +1022,7 @@ def test_published_formula_forgets_the_value_path_at_small_softmax_scale():
 
 
 def test_values_of_heads_that_look_at_different_tokens():
-    """
-    Output norm sqrt(H)/3: head h looks at a token that lies in its own block of entries. Full-matrix norms
-    say 1/3.
-    """
+    """Output norm sqrt(H)/3: head h looks at a token in its own block of entries. Full norms say 1/3."""
     H, dh = 8, 16
     net = with_ones(H, dh, 1000.0, H + 1, *3 * [[(i, i) for i in range(H * dh)]])
     X = torch.zeros(1, H + 1, H * dh, dtype=torch.float64)
@@ -1132,7 +1046,8 @@ def test_queries_and_keys_may_not_swap_roles():
     X = torch.zeros(1, 2 * H + 1, H * dh, dtype=torch.float64)
     for h in heads:
         for i, sign in enumerate((1, -1)):
-            X[0, 2 * h + i, [4 + 2 * h, 5 + 2 * h, 140 + h]] = torch.tensor([0.65 * sign, 0.65 * sign, 0.39]).double()
+            X[0, 2 * h + i, 4 + 2 * h:6 + 2 * h] = 0.65 * sign
+            X[0, 2 * h + i, 140 + h] = 0.39
     X[0, -1, 1] = 1
     net.cos.fill_(1), net.sin.fill_(0)  # all at one position
     found = certify.ascend(attention(net), X * math.sqrt(H * dh), 1.0, steps=0)
@@ -1170,7 +1085,8 @@ def random_net(seed, tight):
                        ball=(None, 0.3, 1.0))
         options = {name: rng.choice(values) for name, values in choices.items()}
         options["position_bias"] = c == 0 or rng.random() < 0.5
-    net = gpt(H=H, d=H * rng.choice((2, 4)), L=L, c=c, logit_scale=rng.choice((0.5, 1.0, 4.0)), T=8, **options)
+    d, logit_scale = H * rng.choice((2, 4)), rng.choice((0.5, 1.0, 4.0))
+    net = gpt(H=H, d=d, L=L, c=c, logit_scale=logit_scale, T=8, **options)
     for block in net.blocks if options.get("position_bias") else ():
         block.attn.bias.data = 3 * torch.randn(block.attn.bias.shape)
     net.wte.weight.data *= rng.choice((0.3, 1.0))
@@ -1431,13 +1347,12 @@ def test_the_attack_whatever_torch_is_told_of_gradients(mode):
     assert 0 < at_once <= climbed == certify.attack(net, 6, 4, 5, tokens) <= 10 ** certified(net)
 
 
-def test_certified_predictions():
-    """Radii against the formula, one prediction at a time; and no step within a radius changes a prediction."""
+def test_what_predictions_bear():
+    """What they bear against the formula, one prediction at a time."""
     torch.manual_seed(0)
     net = random_weights(gpt(H=2, d=8, L=2, logit_scale=3.0), 0.8)
-    tokens, layers = torch.randint(11, (12 * 3 + 6, )), constrain.layer_norms(net)
+    tokens = torch.randint(11, (12 * 3 + 6, ))
     bears, right = certify.margins(net, tokens)
-    radii = 10 ** certify.log10_radii(net, bears, layers)
     net = constrain.exact_model(net)
     windows, W = [(0, 12), (12, 24), (24, 36), (36, 41)], net.head.weight
     z = torch.cat([net(tokens[None, a:b])[0][0] for a, b in windows])
@@ -1446,18 +1361,10 @@ def test_certified_predictions():
         others = [j for j in range(11) if j != i]
         lead = lambda j: (z[t, i] - z[t, j]).item() / (3 * (W[i] - W[j]).norm().item() * math.sqrt(8))
         assert bears[t].item() == pytest.approx(min(map(lead, others)), rel=1e-9)
-    for a, b in windows:
-        x = net.wte(tokens[None, a:b]).requires_grad_()
-        t = radii[a:b].argmax().item()  # move all embeddings by its radius, against its margin
-        out = net.forward_embeddings(x)[0, t]
-        best, second = out.topk(2).indices
-        gradient, = torch.autograd.grad(out[best] - out[second], x)
-        step = radii[a + t] * certify.unit(gradient)
-        assert net.forward_embeddings(x - step)[0, t].argmax() == best
 
 
 def test_radii_far_from_the_middle():
-    """Leads of all sizes, with constants below and above 1: rounded down by 1 %, not cut off; none for a tie."""
+    """Leads of all sizes, constants below and above 1: rounded down by 1 %, not cut off; none for a tie."""
     torch.manual_seed(0)
     for scale in (0.01, 0.8, 3.0):
         net = random_weights(gpt(L=2), scale)
@@ -1542,15 +1449,18 @@ def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
         assert (radii[0, 3:] == -math.inf).all() and radii[1].isfinite().any()
 
 
+def below(found, most):
+    return (found <= most * (1 + 1e-9) + 1e-12).all()
+
+
 @pytest.mark.parametrize("options", TEXT_MODELS.values(), ids=TEXT_MODELS)
 def test_no_change_exceeds_a_bound_at_a_text(options):
-    """Each bound of the proof by itself, for random changes of the embeddings and what they are in each block."""
+    """Each bound of the proof by itself, for random changes of the embeddings."""
     net, X, _, norms = at_a_text(options, trained=True)
     facts, tables = certify.facts_at(net, X), (net.cos[:10], net.sin[:10])
-    below = lambda found, most: (found <= most * (1 + 1e-9) + 1e-12).all()
     for r in (1e-3, 0.03, 0.3):
-        for block, norm, fact, moved in zip(net.blocks, norms, facts,
-                                            certify.facts_at(net, X + r * torch.randn_like(X).sign())):
+        changed = certify.facts_at(net, X + r * torch.randn_like(X).sign())
+        for block, norm, fact, moved in zip(net.blocks, norms, facts, changed):
             attn, dx = block.attn, moved["x"] - fact["x"]
             delta = dx.norm(dim=-1)
             change = (attn(moved["x"], *tables) - attn(fact["x"], *tables)).norm(dim=-1)
@@ -1581,10 +1491,10 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
 def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
     """The derivatives and the gradient of a lead at random points within delta, and the prediction there."""
     net, X, _, norms = at_a_text(options, trained=True)
-    block, norm, W, x = net.blocks[-1], norms[-1], net.head.weight, certify.facts_at(net, X)[-1]["mid"].flatten(0, 1)
+    block, norm, W = net.blocks[-1], norms[-1], net.head.weight
+    x = certify.facts_at(net, X)[-1]["mid"].flatten(0, 1)
     activation, mlp, alpha, N = model.ACTIVATIONS[net.config.activation], block.mlp, block.alpha, len(x)
     half = lambda x: (1 - alpha) * x + alpha * mlp(x)
-    below = lambda found, most: (found <= most * (1 + 1e-9) + 1e-12).all()
     derivative = certify.paired_derivative if activation.sorts_pairs else certify.entry_derivative
     for r in (1e-3, 0.1, 1.0):
         delta = r * torch.rand(N, 1).double()
@@ -1607,7 +1517,7 @@ def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
 
 
 def test_distances_of_near_rows_are_never_too_small():
-    """Pairs 3e-4 and 3e-9 apart, and rows of size 1e-25: what products in float32 make 0, or 40 times as far."""
+    """Pairs 3e-4 and 3e-9 apart, rows of size 1e-25: what products in float32 make 0, or 40 times as far."""
     torch.manual_seed(0)
     for gap in (3e-4, 3e-9):
         W = torch.randn(200, 64).double().repeat(2, 1)
@@ -1681,7 +1591,7 @@ def strict_json(text):
 
 
 @pytest.mark.parametrize("what", ("nothing", "constant", "radius", "alone"))
-def test_an_attack_above_a_certificate_is_an_alarm(data, monkeypatch, capsys, what):
+def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, capsys, what):
     """In capitals, null in JSON, exit code 1."""
     train.train(TINY)
     if what == "constant":
@@ -1697,9 +1607,7 @@ def test_an_attack_above_a_certificate_is_an_alarm(data, monkeypatch, capsys, wh
 
 
 def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
-    """
-    No right prediction, a head of zeros, a vocabulary of one character: numbers or null, never a traceback.
-    """
+    """No right prediction, a head of zeros, one character alone: numbers or null, never a traceback."""
     once = TINY | dict(max_steps=1, eval_interval=1)
     train.train(once)
     ckpt = torch.load("out/ckpt.pt", weights_only=True)
@@ -1710,7 +1618,7 @@ def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     assert set(result["certified_accuracy"].values()) == {0}
     assert certified(model.load_checkpoint("out/ckpt.pt")[0]) == -math.inf
     with monkeypatch.context() as patch:
-        wrong = lambda net, tokens: (torch.ones(len(tokens) - 1).double(), torch.zeros(len(tokens) - 1).bool())
+        wrong = lambda net, tokens: (torch.ones(len(tokens) - 1).double(), torch.arange(len(tokens) - 1) < 0)
         patch.setattr(certify, "margins", wrong)
         _, result = read_report(patch, capsys)
     assert result["val_acc"] == 0 and result["log10_median_radius"] is None
@@ -1734,18 +1642,16 @@ def test_the_tables_have_what_they_are_about(options):
     net = random_weights(gpt(**options))
     head, *rows = [line.split()[2:] for line in constrain.norm_table(net)]
     assert len(rows) == len(net.blocks) and all(len(row) == len(head) for row in rows)
-    block, of = net.blocks[-1], dict(zip(head, rows[-1]))
-    largest = lambda W: f"{rms_norm(W).max():.4f}"
-    kinds = block.attn.qkv.weight.chunk(3 if net.config.softmax_scale else 1)
-    mid = [layer.weight for layer in block.mlp.mid]
-    expected = dict(zip(("W_q", "W_k", "W_v")[-len(kinds):], map(largest, kinds)))
-    expected |= {"W_o": largest(block.attn.proj.weight), "W_in": largest(block.mlp.fc.weight)}
-    assert of == expected | {"W_mid": largest(torch.stack(mid)) for _ in mid[:1]} | {
-        "W_out": largest(block.mlp.proj.weight)}
-    text = "\n".join(constrain.bound_table(net))
-    assert f"certified {certified(net):.4f}" in text and ("published" in text) == (options == {})
-    (bound, parts), shown = constrain.certificate(net), text.splitlines()[1:1 + len(net.blocks)]
-    assert [line.split()[-1] for line in shown] == [f"{part['gain']:.4f}" for part in parts]
+    attn, mlp, kinds = net.blocks[-1].attn, net.blocks[-1].mlp, 3 if net.config.softmax_scale else 1
+    columns = dict(zip(("W_q", "W_k", "W_v")[-kinds:], attn.qkv.weight.chunk(kinds)))
+    columns |= {"W_o": attn.proj.weight, "W_in": mlp.fc.weight, "W_out": mlp.proj.weight}
+    if mlp.mid:
+        columns["W_mid"] = torch.stack([layer.weight for layer in mlp.mid])
+    assert dict(zip(head, rows[-1])) == {name: f"{rms_norm(W).max():.4f}" for name, W in columns.items()}
+    (bound, parts), text = constrain.certificate(net), "\n".join(constrain.bound_table(net))
+    gains = [line.split()[-1] for line in text.splitlines() if line.startswith("layer")]
+    assert gains == [f"{part['gain']:.4f}" for part in parts]
+    assert f"certified {bound:.4f}" in text and ("published" in text) == (options == {})
 
 
 def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys):
