@@ -673,8 +673,7 @@ def test_norms_are_those_of_an_svd():
             expected, found = sigma(W)[0].item(), constrain.sigma(W.double()).item()
             assert abs(found - expected) <= 1e-13 * expected, (name, m, n)
             assert rms_norm(W).item() == pytest.approx(found / math.sqrt(m / n), rel=1e-15)
-    norms, stack = constrain.matrix_norms(gpt()), torch.randn(2, 5, 12, 20)
-    assert len(norms) == 5 and all((norm == rms_norm(W)).all() for W, norm in norms.items())
+    stack = torch.randn(2, 5, 12, 20)
     assert torch.allclose(constrain.sigma(stack.double()), sigma(stack)[..., 0], rtol=1e-13, atol=0)
     stack[0, 1, 2, 3], stack[1, 4, 5, 6] = math.nan, math.inf  # they are unknown, and the others known
     assert rms_norm(stack).isnan().nonzero().tolist() == [[0, 1], [1, 4]]
