@@ -3497,7 +3497,7 @@ train.main()
     assert len(logged) == 2 and all({*line} > plain and "grad_norm" not in line for line in logged)
     assert log_lines(folder / "out")[0]["norm_over_cap"] <= 1.001
     tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', '--assert=plain', 'test_lip.py', '-k', "
-                "'methods_have or test_bench or hold_during_training']))")
+                "'methods_keep or test_bench or hold_during_training']))")
     printed = tests.communicate()[0]
     assert tests.returncode == 0, printed
 
