@@ -169,6 +169,7 @@ def stays_largest(model, X, y, radius, steps=20):
     RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the largest
     wrong logit, over the labels not yet turned over.
     """
+    y = y.clone()  # made in inference mode it could not be saved for a backward pass
     change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
     for _ in range(steps + 1):  # looks at X itself and after every step
         change.requires_grad_()
