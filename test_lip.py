@@ -1153,6 +1153,10 @@ def test_no_attack_exceeds_the_certificate(seed, tight):
         X = R * certify.unit(X)
         assert certify.rms(attend(X)).max() <= norm * (1 + 1e-9)
         assert certify.rms(half(X)).max() <= R * mlp_growth * (1 + 1e-9)
+        for x in X[:, 0]:
+            J, W_o = torch.autograd.functional.jacobian(half, x), block.attn.proj.weight
+            most = constrain.layer_norms(net)[-1].score_gain * sigma(W_o)[0]
+            assert sigma(J @ W_o)[0] <= most * (1 + 1e-9)
 
 
 def test_uncertain_norm():
