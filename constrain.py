@@ -390,7 +390,8 @@ def refused(model):
 
     Compared are the logits of a float64 copy, of random tokens and of random embeddings of several sizes, in
     windows of block_size or, of large models, of fewer tokens: what only shows beyond goes unseen. Zeros, as
-    many matrices begin with, are replaced by random numbers, so that nothing hides behind them.
+    many matrices begin with, are replaced by random numbers, so that nothing hides behind them; and large
+    weights are scaled down, as rounding decides what saturated attention looks at.
     """
     mend = "take the edit back, or make it in constrain.proved_function too and prove its bound there"
     try:
@@ -404,6 +405,7 @@ def refused(model):
         for W in weights.values():
             if not W.any():
                 W.uniform_(-1, 1, generator=g).div_(math.sqrt(W.shape[-1]))
+            W.div_((W.square().mean().sqrt() * math.sqrt(W.shape[-1]) / 3).clamp_min(1))  # norms of some 3
         size = sum(W.numel() for W in weights.values())
         T = min(c.block_size, max(8, 4 * 10 ** 9 // size))
         ids = torch.randint(c.vocab_size, (1, T), generator=g)
