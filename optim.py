@@ -142,7 +142,7 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, group):
         super().add_param_group(group)
-        group = self.param_groups[-1]
+        group = self.param_groups.pop()
         lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
         if not (0 <= lr < math.inf and 0 <= decay < math.inf and 0 <= momentum < 1):
             raise ValueError("Muon needs finite lr >= 0 and weight_decay >= 0, and 0 <= momentum < 1, not "
@@ -151,6 +151,7 @@ class Muon(torch.optim.Optimizer):
             least = 1 if group["embedding"] else 2
             if p.ndim < least or p.numel() == 0 or not p.is_floating_point():
                 raise ValueError(f"Muon is for real matrices (..., m, n), not for {p.dtype} {tuple(p.shape)}")
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure=None):
