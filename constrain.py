@@ -35,7 +35,7 @@ def rms_unit(W):
 
 
 def exact(W):
-    """A copy in float64 on the CPU, without a gradient."""
+    """W in float64 on the CPU, without a gradient."""
     return W.detach().cpu().double()
 
 
@@ -455,8 +455,8 @@ def misclaimed(activation):
 def exact_model(model):
     """A copy in float64 on the CPU, without gradients, of a model that may be compiled."""
     model = getattr(model, "_orig_mod", model)
-    wide = {id(p): torch.nn.Parameter(exact(p), requires_grad=False) for p in model.parameters()}
-    net = copy.deepcopy(model, wide).cpu().double().eval()
+    wide = lambda p: torch.nn.Parameter(p.detach().to("cpu", torch.float64, copy=True), requires_grad=False)
+    net = copy.deepcopy(model, {id(p): wide(p) for p in model.parameters()}).cpu().double().eval()
     tables = rotary_tables(net.config.block_size, net.config.n_embd // net.config.n_head)
     for name, table in zip(("cos", "sin"), tables):  # not those of float32, if they are the same but for that
         if (getattr(net, name) - table).abs().max() < 1e-6:

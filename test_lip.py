@@ -4,6 +4,7 @@
 No network and no files from elsewhere: texts, wheels and servers are made here.
 """
 import argparse
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -27,6 +28,7 @@ import time
 import tracemalloc
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -162,8 +164,12 @@ def holds(config):
 
 def stop_after(patch, steps):
     """Ask the next run to end after so many steps, if not None."""
-    asked = []
-    patch.setattr(train.StopRequest, "__bool__", lambda request: asked.append(0) or len(asked) == steps)
+    class Asked(list):
+        def __bool__(self):
+            self.append(0)
+            return len(self) == steps
+
+    patch.setattr(train, "stop_requests", lambda: nullcontext(Asked()))
 
 
 def train_step(net, optimizers, config, x, y):
@@ -1229,6 +1235,10 @@ def test_what_is_proved_is_what_the_model_computes(options):
             random_weights(net, scale)
             net.wte.weight.data *= scale ** 0.5
         assert constrain.refused(net) is None and certified(net) < math.inf
+        wide = copy.deepcopy(net).double()
+        before = copy.deepcopy(wide.state_dict())
+        assert constrain.refused(wide) is None  # and a model of float64 is as it was
+        assert all(torch.equal(before[name], p) for name, p in wide.state_dict().items())
     torch._dynamo.reset()
     assert certified(torch.compile(net)) == certified(net)
     net.head.weight = net.wte.weight

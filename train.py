@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -207,12 +207,12 @@ def train(given):
 
         bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, leave=False,
                    disable=True if rank() else None)
-        with bar, StopRequest() as stop_request:
+        with bar, stop_requests() as asked_to_stop:
             while run.step < config.max_steps:
                 tick = time.perf_counter()
                 lr = set_schedule(optimizers, run.step, config)
                 x, y = data.batch(run.step)                                  # (B, T) each
-                loss, stopping = gradients(net, model, x, y, run.worst_reach(), config, amp, stop_request)
+                loss, stopping = gradients(net, model, x, y, run.worst_reach(), config, amp, asked_to_stop)
                 run.check("loss", loss, lr)
                 seen = watch(model) if (run.step + 1) % config.log_interval == 0 else None
                 for optimizer in optimizers:
@@ -240,12 +240,14 @@ def train(given):
         if rank() == 0 and run.step < config.max_steps:
             say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
                 f"--out_dir={config.out_dir}")
+        elif rank() == 0 and run.saved_step == (ckpt or {}).get("step"):
+            say(f"{run.path} is at its last step; raise --max_steps")
         elif rank() == 0:
             with torch.compiler.set_stance("force_eager"):
                 say(sample(model.eval(), data.tokenizer).strip())
 
 
-def gradients(net, model, x, y, reach, config, amp, stop_request):
+def gradients(net, model, x, y, reach, config, amp, asked_to_stop):
     """
     The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
     whether any process has been asked to stop. `net` is the model or, of several processes, one that sends
@@ -263,7 +265,7 @@ def gradients(net, model, x, y, reach, config, amp, stop_request):
             loss = loss / parts
             loss.backward()
         state[0] += loss.item() / world()
-    state[1] = bool(stop_request)
+    state[1] = bool(asked_to_stop)
     loss, stopping = summed(state).tolist()
     return loss, bool(stopping)
 
@@ -491,19 +493,20 @@ def measure(model, data, x, config, amp):
 def score(model, tokens, starts, length, reaches=()):
     """
     Sums over the windows of tokens (N,) that predict `length` tokens after each start: predictions, loss
-    (nats), right ones; and, with reaches = logit_reach at several radii, the largest loss under a change of
-    the first, and how many predictions are certified at each of the others.
+    (nats), right ones; and, for each logit_reach at a radius in reaches, the largest loss under a change of
+    that norm, and how many predictions are certified at it.
     """
     device, T = model.head.weight.device, model.config.block_size
     B = max(1, min(64, 2 ** 28 // (T * model.config.vocab_size)))  # at most 1 GiB of logits
-    total = torch.zeros(3 + len(reaches), dtype=torch.float64)
+    total = torch.zeros(3 + 2 * len(reaches), dtype=torch.float64)
     for i in range(rank() * B, len(starts), world() * B):
         x, y = shifted(np.stack([tokens[s:s + length + 1] for s in starts[i:i + B]]), device)
         logits, loss = model(x, y)
         sums = [y.numel(), loss.item() * y.numel(), (logits.argmax(-1) == y).sum().item()]
-        worst = [worst_case(logits.flatten(0, 1), y.flatten(), model.head.weight, r) for r in reaches]
-        sums += [F.cross_entropy(z, y.flatten(), reduction="sum").item() for z in worst[:1]]
-        sums += [(lead(z, y.flatten()) > 0).sum().item() for z in worst[1:]]
+        for reach in reaches:
+            y = y.flatten()
+            worst = worst_case(logits.flatten(0, 1), y, model.head.weight, reach)
+            sums += [F.cross_entropy(worst, y, reduction="sum").item(), (lead(worst, y) > 0).sum().item()]
         total += torch.tensor(sums, dtype=torch.float64)
     return summed(total)
 
@@ -528,8 +531,9 @@ def evaluate(model, tokens, radius=0.0, most=None):
     if radius:
         layers = layer_norms(model)
         sums = whole(exact_model(model), *(logit_reach(model, r, layers) for r in (radius, *RADII)))
-        names = ("worst_loss", *(f"certified_acc_{r:g}" for r in RADII))
-        found |= dict(zip(names, (sums[3:] / count).tolist()))
+        (worst, _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
+        found["worst_loss"] = worst
+        found |= {f"certified_acc_{r:g}": certified for r, (_, certified) in zip(RADII, at_radii)}
     return found
 
 
@@ -690,33 +694,28 @@ def set_state(model, optimizers, ckpt, config):
     torch.set_rng_state(ckpt["rng"])
 
 
-class StopRequest:
+@contextmanager
+def stop_requests():
     """
-    Becomes true by Ctrl-C or what schedulers and closed terminals send, so that the run ends after its step.
-    A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
+    A list that Ctrl-C, and what schedulers and closed terminals send, add to, so that the run ends after its
+    step. A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
     """
-    def __init__(self):
-        self.since, self.old = None, {}
-
-    def __bool__(self):
-        return self.since is not None
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                    self.old[number] = signal.signal(number, self.ask)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, _):
-        if number == signal.SIGINT and self.since is not None and time.monotonic() - self.since > 2:
+    def ask(number, _):
+        if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 2:
             raise KeyboardInterrupt
-        self.since = self.since or time.monotonic()
+        asked.append(time.monotonic())
+
+    asked, old = [], {}
+    main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows none
+    for name in ("SIGINT", "SIGTERM", "SIGHUP") if main_thread else ():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            old[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
