@@ -152,8 +152,8 @@ def after_step(method, w_max, lr, decay, update_norm, dtype=torch.float32):
     """
     The constraint METHODS[method] of W alone, given what it asks for of: w_max; the step's learning rate lr;
     decay, the share of W that the step took off (lr * weight_decay); update_norm, a bound on the norm of its
-    update, infinite with AdamW; and dtype, which inner products may have. ValueError if no such method is
-    there, or it cannot hold w_max after such a step.
+    update, infinite with AdamW; and dtype, which inner products may have. ValueError for a method that is not
+    there or asks for more, and, when it is applied, where it cannot hold w_max after such a step.
     """
     if method not in METHODS:
         raise ValueError(f"method={method} is none of {', '.join(METHODS)}")

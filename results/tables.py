@@ -180,10 +180,8 @@ COLUMNS = {
     "attack": most_of("log10_attack"),
     "median radius": median_radius, "median certified radius": median_radius,
     RADIUS: shares(certified_at, RADII),
-    "certified at 0.03": lambda row: f"{mean(certified_at(r, 0.03) for r in row):.1%}",
     "certified of 2,048": shares(lambda r, x: r["radii"][f"{x}"]["certified_first"], RADII),
     "an attack leaves": shares(lambda r, x: r["radii"][f"{x}"]["attack_first"], RADII),
-    "attack leaves at 0.03": lambda row: f"{mean(r['radii']['0.03']['attack_first'] for r in row):.1%}",
     PIXELS: shares(certified_at, IMAGE_RADII),
     "attacked at 36, 72, 108": shares(attacked_at, IMAGE_RADII),
     "attacked at 36, 72, 108, 255": shares(attacked_at, (*IMAGE_RADII, 255)),
@@ -346,9 +344,6 @@ def books_tables(runs):
     yield "books, radii", table(rows, "model", "steps", "median radius", RADIUS, "an attack leaves",
                                 "certified of 2,048")
     yield "books, training", table(rows, "model", "steps", "training loss", "loss", "largest entry")
-    yield "books, in short", table(
-        longest_books(runs), "model", "accuracy", "certified bound", "certified at 0.03",
-        "attack leaves at 0.03", accuracy=lambda row: spread([r["val_acc"] for r in row], "{:.1%}"))
     yield "GPT-2 tokens, longer", table(
         each(runs["tokens"] + runs["nanogpt"]), "model", "accuracy", "loss", "in training", "largest entry",
         "certified", "attack", "median radius", "float8 loses", **{"in training": COLUMNS["training loss"]})
