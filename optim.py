@@ -154,11 +154,7 @@ class Muon(torch.optim.Optimizer):
         self.param_groups.append(group)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
             momentum, params, updates = group["momentum"], [], []
             for p in group["params"]:
@@ -180,7 +176,6 @@ class Muon(torch.optim.Optimizer):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(u, alpha=-group["lr"] * norm_1)
-        return loss
 
 
 if __name__ == "__main__":
