@@ -1248,6 +1248,16 @@ def test_what_is_proved_is_what_the_model_computes(options):
     assert constrain.lipschitz_bounds(net) == {"certified": math.inf, "paper": None}
 
 
+@pytest.mark.parametrize("preset", (None, *train.PRESETS))
+def test_every_preset_is_certified(preset):
+    options = dataclasses.asdict(train.configure({"preset": preset}))
+    small = {"vocab_size": 11, "block_size": 12, "n_embd": 8 * options["n_head"], "n_layer": 2}
+    net = GPT(GPTConfig(**{name: options[name] for name in dataclasses.asdict(GPTConfig())} | small))
+    assert constrain.refused(net) is None and certified(net) < math.inf
+    random_weights(net)
+    assert constrain.refused(net) is None and math.isfinite(certified(net))
+
+
 def edited(owner, name, change):
     """An edit of model.py: a method or function made from the one that is there."""
     return lambda patch: patch.setattr(owner, name, change(getattr(owner, name)))

@@ -201,7 +201,8 @@ def train(given):
                      f"on {many}{device} in {str(dtype).removeprefix('torch.')}", compiled,
                      f"resumed at step {run.step}" * config.resume)
             say(", ".join(filter(None, words)))
-            say(why) if why else None
+            if why:
+                say(why)
         net = shared_gradients(model, device)
         run.open(device)
 
