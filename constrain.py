@@ -827,7 +827,7 @@ def main():
             say(line)
         say(f"embedding {embedding_norm(model):.4f}, head {rms_norm(model.head.weight).item():.4f}, "
             f"logit_scale {model.config.logit_scale:g}\n")
-        for line in bound_table(model):
+        for line in [ckpt["refused"]] if ckpt.get("refused") else bound_table(model):
             say(line)
 
 

@@ -1383,6 +1383,18 @@ def test_a_run_says_that_it_will_not_be_certified(data, monkeypatch, capsys):
     assert not Path("other").exists()
 
 
+def test_a_checkpoint_of_an_edited_network_gets_no_certificate_without_the_edit(data, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        EDITS["layer norm"](patch)
+        assert run_main(train, monkeypatch, *flags(max_steps=1, eval_interval=1)) is None
+    for script, argv in ((constrain, ()), (certify, ("--steps=1", ))):
+        capsys.readouterr()
+        assert run_main(script, monkeypatch, "out/ckpt.pt", *argv) is None
+        printed = capsys.readouterr().out
+        assert "computes something else than constrain.proved_function" in printed
+        assert "certified" not in printed
+
+
 # ------------------------------------------------------------------------------------------------------------
 # results/certify.py
 

@@ -1,7 +1,7 @@
 """
 Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
 
-    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 70 to 160 s on 2 CPU cores
+    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 1 to 4 minutes on 2 CPU cores
 
     python train.py --help                                              # all options, such as
     python train.py --method=hard_cap --optimizer=adamw --w_max=2
@@ -193,7 +193,8 @@ def train(given):
         run = Run(config, data, model, optimizers, ckpt)
         compiled = compile_blocks(model, config, device)
         if rank() == 0:
-            if (why := refused(model)) and config.radius:
+            run.refused = why = refused(model)
+            if why and config.radius:
                 raise UserError(f"--radius={config.radius:g} needs a certificate; {why}")
             many = f"{world()} times " if world() > 1 else ""
             words = (f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
@@ -597,7 +598,7 @@ class Run:
         self.lines = before.get("lines", older if ckpt else [])  # an older train.py kept no log in it
         self.started = time.perf_counter() - before["seconds"]
         self.saved_step, self.saved_at = self.step, time.perf_counter()
-        self.step_seconds = []
+        self.step_seconds, self.refused = [], None
 
     def open(self, device):
         """Make the folder ready: keep what an earlier run has left there, or go on with its log."""
@@ -626,6 +627,7 @@ class Run:
         if rank() == 0:
             save(self.path, {**get_state(self.model, self.optimizers), "config": asdict(self.config),
                              "model_config": asdict(self.model.config), "meta": self.data.meta,
+                             "refused": self.refused,  # what is trained, not what loads it, decides
                              "seconds": time.perf_counter() - self.started,
                              **{name: getattr(self, name) for name in self.KEPT}})
 

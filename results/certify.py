@@ -570,7 +570,7 @@ def report(model, ckpt, text, steps=100):
     The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
     None, certified predictions. "refused" says why there is no certificate, "alarms" what broke it.
     """
-    why, paper = refused(model), paper_bound(model)
+    why, paper = ckpt.get("refused") or refused(model), paper_bound(model)
     certified, parts = (None, []) if why else certificate(model)
     result = {"step": ckpt["step"], "method": ckpt["config"]["method"], "w_max": ckpt["config"]["w_max"],
               "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()},
@@ -592,7 +592,7 @@ def words(model, result):
     """The lines of a report."""
     yield from norm_table(model)
     yield f"embedding {result['embedding']:.4f}, logit_scale {model.config.logit_scale:g}\n"
-    yield from result["alarms"] or bound_table(model)
+    yield from result["alarms"] or ([result["refused"]] if result["refused"] else bound_table(model))
     yield f"attack {result['log10_attack']:.4f}" + ", above the published formula" * result["paper_broken"]
     if result.get("radii") is None:
         return
