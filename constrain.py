@@ -507,21 +507,21 @@ def lipschitz_bound(model, kind):
     return lipschitz_bounds(model)[kind]
 
 
-def lipschitz_bounds(model):
-    """{"certified": log10, "paper": log10 or None}, after one look at what the model is."""
+def lipschitz_bounds(model, layers=None):
+    """{"certified": log10, "paper": log10 or None}; `layers` saves computing layer_norms again."""
     if refused(model):
         return {"certified": math.inf, "paper": None}
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    return {"certified": certificate(model)[0], "paper": paper_bound(model)}
+    return {"certified": certificate(model, layers)[0], "paper": paper_bound(model)}
 
 
-def certificate(model):
+def certificate(model, layers=None):
     """
     (log10 of the certified bound, its parts layer by layer) of a GPT that is not `refused`: K with max_t
     |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's. That is
     the bound of all blocks times the norm of the output matrix times logit_scale.
     """
-    body, parts = body_bound(layer_norms(model), embedding_norm(model))
+    body, parts = body_bound(layers or layer_norms(model), embedding_norm(model))
     return body + log10(model.config.logit_scale * rms_norm(model.head.weight).item()), parts
 
 

@@ -480,11 +480,12 @@ def measure(model, data, x, config, amp):
     process alone, the bounds and the largest norm over its cap.
     """
     model.eval()
+    layers = layer_norms(model) if config.radius else None
     with amp:
-        found = evaluate(model, data.val, config.radius, config.eval_tokens)
+        found = evaluate(model, data.val, config.radius, config.eval_tokens, layers)
         found |= activations(model, x)
     if rank() == 0:
-        found |= {f"log10_{kind}": bound for kind, bound in lipschitz_bounds(model).items()}
+        found |= {f"log10_{kind}": bound for kind, bound in lipschitz_bounds(model, layers).items()}
         found["norm_over_cap"] = max(rms_norm(W).max().item() / group["w_max"]
                                      for group in matrix_groups(model, config) for W in group["params"])
     model.train()
@@ -513,13 +514,13 @@ def score(model, tokens, starts, length, reaches=()):
     return summed(total)
 
 
-def evaluate(model, tokens, radius=0.0, most=None):
+def evaluate(model, tokens, radius=0.0, most=None, layers=None):
     """
     Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones
     before it in its window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start
     one token apart, fewer of them where that would be more tokens than `most`. With a radius also what is
     certified, in float64 on the CPU: the largest loss under a change of the embeddings of that norm, and
-    accuracies at RADII.
+    accuracies at RADII; `layers` saves computing layer_norms.
     """
     T = model.config.block_size
     last = (len(tokens) - 1) // T * T  # the last window begins here, and may be shorter
@@ -531,7 +532,6 @@ def evaluate(model, tokens, radius=0.0, most=None):
     found = {"val_loss": (loss / count).item(), "val_acc": (right / count).item(),
              "paper_protocol_acc": (paper[2] / paper[0]).item()}
     if radius:
-        layers = layer_norms(model)
         sums = whole(exact_model(model), *(logit_reach(model, r, layers) for r in (radius, *RADII)))
         (worst, _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
         found["worst_loss"] = worst
