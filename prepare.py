@@ -59,6 +59,11 @@ def one_line_errors(script, interrupted="interrupted"):
     """End the program with one line for what is the user's to mend."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    try:  # torch makes this folder even where nothing is compiled, and would fail
+        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "."), exist_ok=True)
+    except OSError as e:
+        print(f"TORCHINDUCTOR_CACHE_DIR cannot be used ({e.strerror}); going on without it", file=sys.stderr)
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     try:
         yield
     except (UserError, OSError) as e:

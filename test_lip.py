@@ -3505,6 +3505,19 @@ def test_without_a_compiler(folder, kind):
         assert lines[1].startswith("step 2:") and lines[2] == "end"
 
 
+def test_no_script_needs_the_folder_of_the_compiler(folder):
+    """Torch makes it as soon as there is an optimizer, as in an attack."""
+    run = start_training(folder, max_steps=1, eval_interval=1)
+    assert run.communicate() and run.returncode == 0
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/none"}
+    for script, *argv in (("constrain.py", ), ("results/certify.py", "--steps=1", "--json")):
+        run = start(folder, sys.executable, HERE / script, "out/ckpt.pt", *argv, env=environment,
+                    stderr=subprocess.PIPE)
+        printed, errors = run.communicate()
+        assert run.returncode == 0 and errors.startswith("TORCHINDUCTOR_CACHE_DIR cannot"), errors
+        assert json.loads(printed)["alarms"] == [] if argv else "certified" in printed
+
+
 def test_adding_what_the_readme_shows_leaves_everything_working(folder):
     """
     All Python under "Change one thing" in a copy: each constraint and each optimizer trains and is in --help;

@@ -739,11 +739,6 @@ def machine(config):
         raise UserError(f"--device={name} cannot be used: {str(e).splitlines()[0]}")
     if device.type == "cpu":
         keep_memory()
-    try:  # torch makes this folder even where nothing is compiled, and would fail
-        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "."), exist_ok=True)
-    except OSError as e:
-        say(f"TORCHINDUCTOR_CACHE_DIR cannot be used ({e.strerror}); going on without it")
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     dtype = getattr(torch, config.dtype or ("bfloat16" if has_bf16(device) else "float32"))
     return device, dtype, nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
