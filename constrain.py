@@ -803,14 +803,16 @@ def norm_table(model):
 
 def bound_table(model):
     """Lines of the certificate's parts and of both bounds, or of why there is none."""
-    if why := refused(model):
-        yield why
-        return
-    bound, parts = certificate(model)
+    why = refused(model)
+    return [why] if why else bound_lines(model, *certificate(model), paper_bound(model))
+
+
+def bound_lines(model, bound, parts, paper):
+    """The lines of a certificate, its parts and the published formula's value or None."""
     yield columns("log10 of", "R", "value", "score", "MLP", "gain") + "   (R: norm of the layer's input)"
     yield from (columns(f"layer {i}", *part.values()) for i, part in enumerate(parts))
     yield f"\nlog10 of the Lipschitz constant, embeddings -> logits: certified {bound:.4f}"
-    if (paper := paper_bound(model)) is not None:
+    if paper is not None:
         unscaled = paper - log10(model.config.logit_scale)  # the authors' networks are scaled too
         yield f"published formula {paper:.4f}, without logit_scale {unscaled:.4f} (no upper bound in general)"
 

@@ -1537,13 +1537,14 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
                 assert below((attn.scale * (q_ - q) @ k.mT).abs(), by_q)
                 assert below((attn.scale * q_ @ (k_ - k).mT).abs(), by_k)
                 e = by_q + by_k
-                most, least = (bound * fact["p"] for bound in certify.probability_ratio(fact, e))
+                ratio = certify.probability_ratio(fact, e)
+                most, least = (bound * fact["p"] for bound in ratio)
                 any_scores = fact["p"].log() + (2 * torch.rand_like(e) - 1) * e
                 for p in (moved["p"], any_scores.softmax(dim=-1)):
                     assert below(p, most) and below(least, p)
-                    assert below((p @ dx[:, None]).norm(dim=-1), certify.value_input(fact, e, delta))
+                    assert below((p @ dx[:, None]).norm(dim=-1), certify.value_input(fact, e, ratio, delta))
                 output = ((moved["p"] - fact["p"]) @ v).norm(dim=-1)
-                assert below(output, certify.score_output(attn, norm, fact, by_q, by_k, delta))
+                assert below(output, certify.score_output(attn, norm, fact, by_q, by_k, ratio, delta))
             y, y_ = ((1 - block.alpha) * x + block.alpha * block.mlp(x) for x in (fact["mid"], moved["mid"]))
             delta = (y_ - y).norm(dim=-1)
             assert below(delta, norm["mlp"] * (moved["mid"] - fact["mid"]).norm(dim=-1))

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from constrain import (RADII, ROUNDING, body_bound, bound_table, certificate, distances, embedding_norm,
+from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
                        exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound,
                        refused, rms_norm, rows_apart, sigma)
 from model import ACTIVATIONS, later, load_checkpoint, onto_ball
@@ -312,8 +312,9 @@ def attention_change(attn, norm, fact, delta):
     inputs, outputs = (fact["p"] * delta[:, None, None, :]).sum(-1), torch.zeros(())   # (B, H, T)
     if "q" in fact:
         by_q, by_k = score_change(attn, norm, fact, delta)
-        inputs = value_input(fact, by_q + by_k, delta)
-        outputs = score_output(attn, norm, fact, by_q, by_k, delta)
+        ratio = probability_ratio(fact, by_q + by_k)
+        inputs = value_input(fact, by_q + by_k, ratio, delta)
+        outputs = score_output(attn, norm, fact, by_q, by_k, ratio, delta)
     outputs = outputs.expand_as(inputs)
     across = lambda c: c.square().sum(1).sqrt()
     total = lambda name, c: (norm[name][:, None] * c).sum(1)
@@ -357,14 +358,14 @@ def probability_ratio(fact, e):
     return up / mean(fact, down), down / mean(fact, up)
 
 
-def value_input(fact, e, delta):
+def value_input(fact, e, ratio, delta):
     """A bound (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest."""
-    most, _ = probability_ratio(fact, e)
+    most, _ = ratio
     weighed = mean(fact, most * delta[:, None, None, :])[..., 0] + beyond(fact, e)
     return torch.minimum(weighed, delta.cummax(dim=1).values[:, None])
 
 
-def score_output(attn, norm, fact, by_q, by_k, delta):
+def score_output(attn, norm, fact, by_q, by_k, ratio, delta):
     """
     A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
     - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
@@ -376,10 +377,11 @@ def score_output(attn, norm, fact, by_q, by_k, delta):
       |a|, that of the right side.
     """
     e = (by_q + by_k).clamp_max(LARGEST)
-    most, least = probability_ratio(fact, e)
+    most, least = ratio
     shares = mean(fact, torch.maximum(most - 1, 1 - least) * fact["apart"])[..., 0]
     up = e.exp()
-    rest = torch.where(mean(fact, up) < 2, up / (2 - mean(fact, up)) - 1 - e - mean(fact, e), 1e300)
+    mean_up = mean(fact, up)
+    rest = torch.where(mean_up < 2, up / (2 - mean_up) - 1 - e - mean(fact, e), 1e300)
     covariance = attn.scale * fact["cov"] * (norm["q"][:, None] * delta[:, None])
     series = covariance + mean(fact, (by_k + rest) * fact["apart"])[..., 0]
     return torch.minimum(fact["farthest"], torch.minimum(shares, series) + beyond(fact, by_q + by_k))
@@ -528,12 +530,12 @@ def rounding(model, net, text):
     return off | {"median_lead": torch.cat(leads).median().item()}
 
 
-def certified_predictions(model, text):
+def certified_predictions(model, layers, text):
     """
     Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack; and
     the first 256 radii.
     """
-    net, layers = exact_model(model), layer_norms(model)
+    net = exact_model(model)
     bears, right = margins(net, text)
     radii = log10_radii(net, bears, layers)
     median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
@@ -548,13 +550,13 @@ def certified_predictions(model, text):
 
 
 def alarms(result):
-    """Lines about attacks that found more than a certificate allows."""
-    found, certified = result["log10_attack"], result["log10_certified"]
-    if certified is not None and not found <= certified:
-        yield f"THE ATTACK, 10^{found:.4f}, IS ABOVE THE CERTIFICATE, 10^{certified:.4f}"
+    """Lines about attacks that found more than a certificate allows, of a report or a sweep's record."""
+    found, certified = result.get("log10_attack"), result["log10_certified"]
+    if found is not None and certified is not None and not found <= certified:
+        yield f"AN ATTACK, 10^{found:.4f}, IS ABOVE ITS CERTIFICATE, 10^{certified:.4f}"
     for r, accuracy in result.get("radii", {}).items():
-        if accuracy["broken"]:
-            yield f"AN ATTACK ALTERED {accuracy['broken']} PREDICTIONS THAT WERE CERTIFIED AT RADIUS {r}"
+        if accuracy.get("broken") or accuracy["attack_first"] < accuracy["certified_first"]:
+            yield f"AN ATTACK ALTERED PREDICTIONS THAT WERE CERTIFIED AT A RADIUS OF {r}"
     for radii in result.get("local", {}).get("alone", ()):
         certified = max(radii["constant"], radii["local"])
         if not radii["attack"] >= certified:
@@ -570,8 +572,9 @@ def report(model, ckpt, text, steps=100):
     The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
     None, certified predictions. "refused" says why there is no certificate, "alarms" what broke it.
     """
-    why, paper = ckpt.get("refused") or refused(model), paper_bound(model)
-    certified, parts = (None, []) if why else certificate(model)
+    why = ckpt.get("refused") or refused(model)
+    layers, paper = (None, None) if why else (layer_norms(model), paper_bound(model))
+    certified, parts = (None, []) if why else certificate(model, layers)
     result = {"step": ckpt["step"], "method": ckpt["config"]["method"], "w_max": ckpt["config"]["w_max"],
               "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()},
               "embedding": embedding_norm(model), "log10_layers": parts, "refused": why,
@@ -581,7 +584,7 @@ def report(model, ckpt, text, steps=100):
         result["log10_paper_unscaled"] = paper - log10(model.config.logit_scale)
     result["paper_broken"] = paper is not None and result["log10_attack"] > paper
     if text is not None and not why:
-        result |= certified_predictions(model, text)
+        result |= certified_predictions(model, layers, text)
     result["alarms"] = list(alarms(result))
     if result["alarms"]:
         result |= {name: None for name in CERTIFIED if name in result}
@@ -592,7 +595,11 @@ def words(model, result):
     """The lines of a report."""
     yield from norm_table(model)
     yield f"embedding {result['embedding']:.4f}, logit_scale {model.config.logit_scale:g}\n"
-    yield from result["alarms"] or ([result["refused"]] if result["refused"] else bound_table(model))
+    if result["alarms"] or result["refused"]:
+        yield from result["alarms"] or [result["refused"]]
+    else:
+        numbers = (result[name] for name in ("log10_certified", "log10_layers", "log10_paper"))
+        yield from bound_lines(model, *numbers)
     yield f"attack {result['log10_attack']:.4f}" + ", above the published formula" * result["paper_broken"]
     if result.get("radii") is None:
         return

@@ -26,6 +26,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]  # so that this is found from anywhere, and as results.sweep too
 
+from certify import alarms
 from measure import measurements
 from model import load_checkpoint
 from optim import keep_memory
@@ -119,13 +120,7 @@ def new_record(part, options, threads):
 
 def alarm(record):
     """What shows that a record's certificate is wrong, or None: an attack that has passed it."""
-    found, certified = record.get("log10_attack"), record["log10_certified"]
-    if found is not None and certified is not None and found > certified:
-        return f"AN ATTACK, 10^{found:.4f}, IS ABOVE ITS CERTIFICATE, 10^{certified:.4f}"
-    for radius, at in record.get("radii", {}).items():
-        if at["attack_first"] < at["certified_first"]:
-            return f"AN ATTACK LEAVES LESS THAN WHAT IS CERTIFIED AT A RADIUS OF {radius}"
-    return None
+    return next(alarms(record), None)
 
 
 # ------------------------------------------------------------------------------------------------------------
