@@ -4,9 +4,9 @@ Weight constraints, and the Lipschitz bound that they give to the network.
     python constrain.py out/shakespeare/ckpt.pt     # norms and bounds, layer by layer
 
 In a training loop of your own, under torch.no_grad(), once W.copy_(project(W, w_max)) and after every step of
-Muon at learning rate lr (with another optimizer update_norm=math.inf, and another method):
+Muon at learning rate lr (after other optimizers' steps hard_cap(W, Step(w_max))):
 
-    W.copy_(after_step("soft_cap", w_max, lr, decay=0, update_norm=lr * UPDATE_NORM)(W))
+    W.copy_(soft_cap(W, Step(w_max, lr, update_norm=lr * UPDATE_NORM)))
 
 Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of
 matrices are RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm
@@ -14,10 +14,8 @@ sqrt(n/m) * sigma_max. What is exact, norms and bounds, is computed in float64 o
 has float64. results/certify.py attacks the bound and certifies predictions.
 """
 import copy
-import inspect
 import math
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -113,7 +111,7 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
 
 # ------------------------------------------------------------------------------------------------------------
 # The constraints. Each maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step.
-# To add one, write a function under @constraint. Beside W it may ask, by name, for what `after_step` lists.
+# To add one, write a function under @constraint().
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others
 # in their interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6
@@ -124,44 +122,37 @@ EXACT_POLAR = POLAR[:1] + POLAR[1:2] * 4 + POLAR[2:] + ((15 / 8, -10 / 8, 3 / 8)
 # what it does to a singular value in hard_cap, y sqrt(y + 1): that is at most 2.4e-4.
 PSI = (0.494527, -0.331985, 0.187114, -0.070508, 0.014907, -0.001316)
 
-METHODS = {}        # name: constraint
-PROMISES = {}       # name: after which steps it holds all norms at w_max: "all", "bounded" ones or "none"
+METHODS, HOLDS = {}, {}  # name: constraint; name: after which steps it holds all norms at w_max
 
 
-def constraint(f, promises="none"):
-    METHODS[f.__name__], PROMISES[f.__name__] = f, promises
-    return f
+class Step(NamedTuple):
+    """The optimizer step that a constraint comes after."""
+    w_max: float                    # the largest norm that a matrix may have
+    lr: float = 0.0                 # the step's learning rate
+    decay: float = 0.0              # the share of W that it took off, lr * weight_decay
+    update_norm: float = math.inf   # a bound on the norm of its update; AdamW's has none
+    dtype: torch.dtype = torch.float32  # what inner products may have
+
+    @property
+    def small(self):
+        """Whether a cap can take the step back in bfloat16."""
+        return self.update_norm <= 0.03 * self.w_max
 
 
-def cap(f):
-    """A constraint that promises norms of at most w_max, whatever the step."""
-    return constraint(f, "all")
-
-
-def cap_of_bounded_steps(f):
-    """One that promises them after steps of a bounded norm, as Muon's are and AdamW's are not."""
-    return constraint(f, "bounded")
+def constraint(holds="never"):
+    """
+    Registers f(W, step), a map of matrices (..., m, n). `holds` is when it leaves all norms at most at w_max:
+    "always", after "bounded" steps, as Muon's are and AdamW's are not, or "never".
+    """
+    def register(f):
+        METHODS[f.__name__], HOLDS[f.__name__] = f, holds
+        return f
+    return register
 
 
 def holds_w_max(method, update_norm):
-    """Whether a method promises norms of at most w_max after steps of norm <= update_norm."""
-    return PROMISES[method] == "all" or (PROMISES[method] == "bounded" and math.isfinite(update_norm))
-
-
-def after_step(method, w_max, lr, decay, update_norm, dtype=torch.float32):
-    """
-    The constraint METHODS[method] of W alone, given what it asks for of: w_max; the step's learning rate lr;
-    decay, the share of W that the step took off (lr * weight_decay); update_norm, a bound on the norm of its
-    update, infinite with AdamW; and dtype, which inner products may have. ValueError for a method that is not
-    there or asks for more, and, when it is applied, where it cannot hold w_max after such a step.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method={method} is none of {', '.join(METHODS)}")
-    values = dict(w_max=w_max, lr=lr, decay=decay, update_norm=update_norm, dtype=dtype)
-    W, *asked = inspect.signature(METHODS[method]).parameters.values()
-    if unknown := [p.name for p in asked if p.name not in values and p.default is p.empty]:
-        raise ValueError(f"{method} asks for {', '.join(unknown)}; it can have {', '.join(values)}")
-    return partial(METHODS[method], **{p.name: values[p.name] for p in asked if p.name in values})
+    """Whether a method leaves norms of at most w_max after steps of norm <= update_norm."""
+    return HOLDS[method] == "always" or (HOLDS[method] == "bounded" and math.isfinite(update_norm))
 
 
 def project(W, w_max):
@@ -170,43 +161,43 @@ def project(W, w_max):
     elsewhere, before the first step. The methods are for matrices that one step has taken out of their cap.
     """
     above = (rms_norm(W) > (1 + 1e-3) * w_max).to(W.device)
-    return torch.where(above[..., None, None], svd_cap(W, w_max), W) if above.any() else W
+    return torch.where(above[..., None, None], svd_cap(W, Step(w_max)), W) if above.any() else W
 
 
-@constraint
-def none(W):
+@constraint()
+def none(W, step):
     """No constraint; with the optimizer's weight_decay the paper's weight decay, W <- (1 - lr decay) W."""
     return W.clone()
 
 
-@constraint
-def spectral_weight_decay(W, decay, dtype=torch.float32):
+@constraint()
+def spectral_weight_decay(W, step):
     """W - decay sigma_1 u_1 v_1^T: weight decay of the largest singular value alone (paper, section 3)."""
-    sigma, u, v = top_singular(W, dtype)
-    return W - decay * sigma * u @ v.mT
+    sigma, u, v = top_singular(W, step.dtype)
+    return W - step.decay * sigma * u @ v.mT
 
 
-@cap
-def spectral_normalize(W, w_max, dtype=torch.float32):
+@constraint(holds="always")
+def spectral_normalize(W, step):
     """W min(1, w_max / |W|): the whole matrix scaled down (Miyato et al. 2018; the paper, section 3)."""
-    sigma, _, _ = top_singular(W, dtype)
-    return W * (w_max * rms_unit(W) / sigma.clamp_min(torch.finfo(W.dtype).tiny)).clamp_max(1)
+    sigma, _, _ = top_singular(W, step.dtype)
+    return W * (step.w_max * rms_unit(W) / sigma.clamp_min(torch.finfo(W.dtype).tiny)).clamp_max(1)
 
 
-@constraint
-def spectral_hammer(W, w_max, dtype=torch.float32):
+@constraint()
+def spectral_hammer(W, step):
     """
     W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest singular value is set to w_max (paper, section 3).
 
     Does not promise norm w_max: a step may lift several singular values over it, and this takes back one.
     Unlike the paper's it leaves a matrix alone whose norm is below w_max, so that it never inflates one.
     """
-    sigma, u, v = top_singular(W, dtype)
-    return W - (sigma - w_max * rms_unit(W)).clamp_min(0) * u @ v.mT
+    sigma, u, v = top_singular(W, step.dtype)
+    return W - (sigma - step.w_max * rms_unit(W)).clamp_min(0) * u @ v.mT
 
 
-@cap
-def stiefel(W, w_max, dtype=torch.float32):
+@constraint(holds="always")
+def stiefel(W, step):
     """
     w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (paper, section 3).
 
@@ -215,34 +206,30 @@ def stiefel(W, w_max, dtype=torch.float32):
     1: a step turns an error e into about 5/2 e^3. All products but the last E are in `dtype`: they are
     corrections. Farther off Muon's iteration does it.
     """
-    X = (W / (w_max * rms_unit(W))).reshape(-1, *W.shape[-2:])
+    scale = step.w_max * rms_unit(W)
+    X = (W / scale).reshape(-1, *W.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     I = torch.eye(X.shape[-2], device=W.device)
-    for step, products in enumerate((dtype, dtype, torch.float32)):
+    for i, products in enumerate((step.dtype, step.dtype, torch.float32)):
         X_ = X.to(products)
-        E = (X_ @ X_.mT - I).to(dtype)  # I is float32, and E small
+        E = (X_ @ X_.mT - I).to(step.dtype)  # I is float32, and E small
         E2 = E @ E
-        if step == 0 and not ((E2 @ E2).float().norm(dim=(-2, -1)) <= 0.5 ** 4).all():  # at least |E|
-            return w_max * rms_unit(W) * orthogonalize(W, EXACT_POLAR)
-        X = X + ((3 / 8 * E2 - E / 2) @ X.to(dtype)).float()
-    return w_max * rms_unit(W) * (X.mT if tall else X).reshape(W.shape)
+        if i == 0 and not ((E2 @ E2).float().norm(dim=(-2, -1)) <= 0.5 ** 4).all():  # at least |E|
+            return scale * orthogonalize(W, EXACT_POLAR)
+        X = X + ((3 / 8 * E2 - E / 2) @ X.to(step.dtype)).float()
+    return scale * (X.mT if tall else X).reshape(W.shape)
 
 
-@cap_of_bounded_steps
-def soft_cap(W, w_max, lr, decay=0.0, update_norm=0.0, dtype=torch.float32):
+@constraint(holds="bounded")
+def soft_cap(W, step):
     """
     soft_cap_polynomial with the alpha that takes back a step of Muon (the paper, section 3). AdamW's steps
     have no fixed norm; after those it promises nothing. It is for W that had norm <= w_max before the step:
     far above its cap the polynomial makes norms larger, so matrices from elsewhere need `project` first.
     """
-    alpha = soft_cap_coupling(w_max, decay, lr * UPDATE_NORM)
-    return soft_cap_polynomial(W, alpha, dtype if small(update_norm, w_max) else torch.float32)
-
-
-def small(update_norm, w_max):
-    """Whether a step is one that a cap can take back in bfloat16."""
-    return update_norm <= 0.03 * w_max
+    alpha = soft_cap_coupling(step.w_max, step.decay, step.lr * UPDATE_NORM)
+    return soft_cap_polynomial(W, alpha, step.dtype if step.small else torch.float32)
 
 
 def soft_cap_polynomial(W, alpha, dtype=torch.float32):
@@ -303,8 +290,8 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     return high
 
 
-@cap
-def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
+@constraint(holds="always")
+def hard_cap(W, step):
     """
     sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
 
@@ -315,8 +302,8 @@ def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
     1.1 w_max in bfloat16, what is missing is less than w leaves room for. All products but the first and the
     last are on the smaller side. A batch with norms near 2 w_max or beyond goes through the SVD.
     """
-    dtype = dtype if small(update_norm, w_max) else torch.float32
-    w = w_max * rms_unit(W) * (1 - 6e-3)
+    dtype = step.dtype if step.small else torch.float32
+    w = step.w_max * rms_unit(W) * (1 - 6e-3)
     X = (W / w).to(dtype).reshape(-1, *W.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
     I = torch.eye(min(X.shape[-2:]), dtype=dtype, device=W.device)
@@ -324,7 +311,7 @@ def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
     Y2 = Y @ Y
     size = (Y2 @ Y2).float().norm(dim=(-2, -1), keepdim=True) ** (1 / 4)  # from |y|_max to n^(1/8) times it
     if not (size <= 3).all():
-        return svd_cap(W, w_max)
+        return svd_cap(W, step)
     # Muon's first step would take [-1, 1] to [-1.9, 1.9]. Without it y must be above 0.025 size to come out
     # at 0.991 to 0.993
     sign = polar_steps(Y * (1.8 / size.clamp_min(1e-3)).to(dtype), POLAR[1:]) / 0.992
@@ -336,12 +323,12 @@ def hard_cap(W, w_max, dtype=torch.float32, update_norm=0.0):
     return W - (W_ @ D if tall else D @ W_)
 
 
-@cap
-def svd_cap(W, w_max):
+@constraint(holds="always")
+def svd_cap(W, step):
     """sigma -> min(sigma, w_max) by an SVD in W's precision: the reference for hard_cap."""
     with one_thread():
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return U * S.clamp_max(w_max * rms_unit(W))[..., None, :] @ Vh
+    return U * S.clamp_max(step.w_max * rms_unit(W))[..., None, :] @ Vh
 
 
 # ------------------------------------------------------------------------------------------------------------

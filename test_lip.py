@@ -49,7 +49,7 @@ import constrain
 import model
 import prepare
 import train
-from constrain import METHODS, PROMISES, lipschitz_bound, matrices, rms_norm, soft_cap_coupling
+from constrain import HOLDS, METHODS, Step, lipschitz_bound, matrices, rms_norm, soft_cap_coupling
 from model import GELU_SLOPE, GPT, GPTConfig, onto_ball
 from optim import UPDATE_NORM, Muon, dual_rows, map_by_shape, orthogonalize
 from prepare import UserError
@@ -720,7 +720,7 @@ IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
 
 def step_and_image(name, w):
     """A method at w_max = w, after a step that decayed weights by 0.3 and moved them by 0.5 w; its image."""
-    step = constrain.after_step(name, w_max=w, lr=0.5 * w, decay=0.3, update_norm=0.5 * w)
+    step = partial(METHODS[name], step=Step(w, lr=0.5 * w, decay=0.3, update_norm=0.5 * w))
     alpha = soft_cap_coupling(w, 0.3, 0.5 * w * UPDATE_NORM)
     strength = {"soft_cap": alpha, "spectral_weight_decay": 0.3}.get(name, w)
     return step, lambda s: IMAGES[name](s, strength)
@@ -745,7 +745,7 @@ def test_maps_against_svd(name):
 @pytest.mark.parametrize("name", IMAGES)
 def test_maps_on_extreme_inputs(name):
     torch.manual_seed(0)
-    promised, (step, image) = PROMISES[name] != "none", step_and_image(name, 1.0)
+    promised, (step, image) = HOLDS[name] != "never", step_and_image(name, 1.0)
     for m, n in ((12, 12), (30, 8), (8, 30)):
         for kind, W in zoo(m, n).items():
             if name == "soft_cap":  # a polynomial: its domain is norms of the order of w_max
@@ -766,31 +766,29 @@ def test_maps_on_extreme_inputs(name):
 def test_methods_keep_what_they_promise(method, dtype):
     """Step after step from a foreign matrix: norms of at most w_max, after steps of bounded norm or all."""
     torch.manual_seed(0)
-    all_, bounded = {"all": (True, True), "bounded": (False, True), "none": (False, False)}[PROMISES[method]]
-    assert constrain.holds_w_max(method, math.inf) == all_ and constrain.holds_w_max(method, 0.1) == bounded
+    assert constrain.holds_w_max(method, math.inf) == (HOLDS[method] == "always")
+    assert constrain.holds_w_max(method, 0.1) == (HOLDS[method] != "never")
     for w_max in (0.5, 6.0):
         for lr in (0.01 * w_max, 0.1 * w_max, w_max, math.inf):
             W, decay = constrain.project(50 * torch.randn(3, 12, 20), w_max), 0.01
-            step = constrain.after_step(method, w_max, lr, decay, lr * UPDATE_NORM, dtype)
+            step = Step(w_max, lr, decay, lr * UPDATE_NORM, dtype)
             for G in (W, torch.randn(W.shape), torch.randn(W.shape)):
                 update = min(lr, 100.0) * constrain.rms_unit(W) * orthogonalize(G)
                 if constrain.holds_w_max(method, lr):
-                    W = step((1 - decay) * W + update)
+                    W = METHODS[method]((1 - decay) * W + update, step)
                     assert rms_norm(W).max() <= w_max * (1 + 1e-3), (w_max, lr)
 
 
 def test_what_no_constraint_can_do():
-    assert set(IMAGES) <= set(METHODS) == set(PROMISES)
-    with pytest.raises(ValueError, match="softcap is none of .*soft_cap"):
-        constrain.after_step("softcap", 1.0, 0.1, 0, 0.1)
+    assert set(IMAGES) <= set(METHODS) == set(HOLDS)
     with pytest.raises(ValueError, match="w_max=2 at lr=10; the largest lr"):
-        constrain.after_step("soft_cap", 2.0, 10, 0, 10)(torch.eye(3))
+        constrain.soft_cap(torch.eye(3), Step(2.0, lr=10))
 
 
 def test_project_is_for_what_soft_cap_cannot_take():
     """Far above its cap soft_cap makes norms larger; project caps them, and leaves small ones alone."""
     torch.manual_seed(0)
-    step = constrain.after_step("soft_cap", 2.0, 0.2, 0, 0.2)
+    step = partial(constrain.soft_cap, step=Step(2.0, lr=0.2, update_norm=0.2))
     for m, n in ((12, 20), (20, 12), (8, 8)):
         for size in (2.01, 40.0, 4e4, 1e20):
             W = from_singular_values(torch.linspace(size, 0, min(m, n)), m, n)
@@ -817,7 +815,7 @@ def test_hard_cap_accuracy(dtype):
                 if dtype == torch.bfloat16 and 1.1 < high < 3:
                     continue  # not promised
                 W = from_singular_values(torch.linspace(high, low, min(m, n)) * w, m, n)
-                result = constrain.hard_cap(W, w, dtype)
+                result = constrain.hard_cap(W, Step(w, update_norm=0, dtype=dtype))
                 error = rms_norm(result - reference(W, lambda s: s.clamp_max(w)))
                 assert error <= 0.01 * w, (w, low, high, error)
                 assert rms_norm(result) <= w * (1 + 1e-3)
@@ -829,19 +827,20 @@ def test_caps_in_bfloat16_hold_what_they_say():
     of the hammer's if one singular value is above, of soft_cap's where it moves them by up to 3 %.
     """
     torch.manual_seed(0)
-    cases = [(partial(constrain.hard_cap, w_max=1.0), size) for size in (1, 1.01, 1.1)]
-    cases += [(partial(constrain.spectral_normalize, w_max=1.0), size) for size in (1, 1.01, 5)]
+    step = Step(1.0, update_norm=0, dtype=torch.bfloat16)
+    cases = [(partial(constrain.hard_cap, step=step), size) for size in (1, 1.01, 1.1)]
+    cases += [(partial(constrain.spectral_normalize, step=step), size) for size in (1, 1.01, 5)]
     for lr in (0.001, 0.02, 0.03):
-        soft = partial(constrain.soft_cap_polynomial, alpha=soft_cap_coupling(1.0, 0.0, lr * UPDATE_NORM))
+        soft = partial(constrain.soft_cap, step=step._replace(lr=lr))
         cases += [(soft, size) for size in (1 + lr, 1.0, 1 + lr / 2)]
     for m, n in ((1, 1), (2, 2), (3, 3), (16, 16), (65, 64), (64, 256), (256, 64), (128, 128)):
         for kind, W in zoo(m, n).items():
             if rms_norm(W) > 0:
                 W = W / rms_norm(W).float()
-                norms = rms_norm(torch.stack([cap(W * size, dtype=torch.bfloat16) for cap, size in cases]))
+                norms = rms_norm(torch.stack([cap(W * size) for cap, size in cases]))
                 assert norms.max() <= 1.001, (m, n, kind, cases[norms.argmax()], norms)
     one = from_singular_values([3.0] + [0.99] * 63, 64, 64)
-    assert rms_norm(constrain.spectral_hammer(one, 1.0, torch.bfloat16)) <= 1.001
+    assert rms_norm(constrain.spectral_hammer(one, step)) <= 1.001
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -857,11 +856,11 @@ def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
             for matrix in W.view(-1, *shape[-2:]):
                 torch.nn.init.orthogonal_(matrix, gain=w_max * unit)
             W -= 0.1 * w_max * unit * slow(torch.randn(shape))
-            result = constrain.stiefel(W, w_max, dtype)
+            result = constrain.stiefel(W, Step(w_max, dtype=dtype))
             expected = reference(W, lambda s: torch.full_like(s, w_max))
             assert (sigma(result) / unit / w_max - 1).abs().max() < 1e-4 and not calls
             assert (result - expected).abs().max() < 1e-3 * w_max * unit
-    s = sigma(constrain.stiefel(torch.randn(64, 20), 2.0, dtype)) / math.sqrt(64 / 20)
+    s = sigma(constrain.stiefel(torch.randn(64, 20), Step(2.0, dtype=dtype))) / math.sqrt(64 / 20)
     assert calls and (s - 2).abs().max() < 1e-3
 
 
@@ -1211,7 +1210,7 @@ def test_what_has_no_bound_has_no_certificate(data, monkeypatch):
                 W.data.zero_()
             assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
             assert constrain.logit_reach(net, 1.0) == 0 and certified(net) == -math.inf
-    monkeypatch.setitem(METHODS, "svd_cap", lambda W: W * math.nan)
+    monkeypatch.setitem(METHODS, "svd_cap", lambda W, step: W * math.nan)
     message = run_main(train, monkeypatch, *flags(method="svd_cap", eval_interval=1))
     one_line(message, "the validation loss is nan at step 1")
 
@@ -2269,7 +2268,7 @@ def test_constraints_hold_during_training(folder):
                 caps = {W: w_max_mlp or w_max if ".mlp." in name else w_max
                         for name, W in matrices(net).items()}
                 for W, cap in caps.items():
-                    W.data = constrain.svd_cap(W.data, cap)
+                    W.data = constrain.svd_cap(W.data, Step(cap))
                 optimizers, largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
                 for step in range(15):
                     train.set_schedule(optimizers, 0, config)

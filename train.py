@@ -26,7 +26,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Callable, NamedTuple
@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import prepare
-from constrain import (METHODS, PROMISES, RADII, after_step, exact_model, holds_w_max, layer_norms, lead,
+from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, layer_norms, lead,
                        lipschitz_bounds, logit_reach, matrices, project, refused, rms_norm, svd_cap,
                        worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
@@ -368,10 +368,10 @@ def new_model(config, data, device):
         except RuntimeError as e:
             raise UserError(f"the weights of {config.init_from} have another shape than the options ask for "
                             f"({str(e).splitlines()[1].strip()})")
-    if PROMISES[config.method] != "none":
+    if HOLDS[config.method] != "never":
         for group in matrix_groups(model, config):
             for W in group["params"]:
-                W.data = svd_cap(W.data, group["w_max"])
+                W.data = svd_cap(W.data, Step(group["w_max"]))
     return model
 
 
@@ -447,7 +447,8 @@ def set_schedule(optimizers, step, config):
 def constraint(config, w_max, lr, dtype):
     """What a step with learning rate lr asks of matrices W (..., m, n), as a function of W."""
     decay = lr * config.weight_decay * config.w_max / w_max
-    return after_step(config.method, w_max, lr, decay, lr * OPTIMIZERS[config.optimizer].update_norm, dtype)
+    step = Step(w_max, lr, decay, lr * OPTIMIZERS[config.optimizer].update_norm, dtype)
+    return partial(METHODS[config.method], step=step)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from constrain import METHODS, after_step, matrices, rms_norm, soft_cap_coupling
+from constrain import METHODS, Step, matrices, rms_norm, soft_cap_coupling
 from optim import UPDATE_NORM, has_bf16, keep_memory, orthogonalize
 from prepare import UserError, one_line_errors, say, to_json
 
@@ -150,7 +150,8 @@ def methods(_):
         svd_ms = None
         for name in ("svd_cap", *(name for name in METHODS if name != "svd_cap")):
             spends = decay if name == "spectral_weight_decay" else 0.0
-            method = after_step(name, w_max, lr, spends, lr * UPDATE_NORM, dtype)
+            step = Step(w_max, lr, spends, lr * UPDATE_NORM, dtype)
+            method = partial(METHODS[name], step=step)
             method(W)
             ms = 1e3 * median(lambda: method(W), 5)
             svd_ms, loop, error = svd_ms or ms, "", "?"

@@ -37,7 +37,7 @@ RESULTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
 
 from certify import ascend
-from constrain import METHODS, PROMISES, after_step, lead, log10, rms_norm, sigma, svd_cap, worst_case
+from constrain import HOLDS, METHODS, Step, lead, log10, rms_norm, sigma, svd_cap, worst_case
 from model import maxmin
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import (Parser, UserError, append_line, commit, download, number, one_line_errors, option,
@@ -337,7 +337,8 @@ def train(config, data, device):
     def constraint(lr):
         """What a step with learning rate lr asks of matrices (..., m, n)."""
         update_norm = lr * UPDATE_NORM if muon else math.inf  # AdamW's steps have no fixed norm
-        return after_step(config.method, config.w_max, lr, lr * config.weight_decay, update_norm, dtype)
+        step = Step(config.w_max, lr, lr * config.weight_decay, update_norm, dtype)
+        return partial(METHODS[config.method], step=step)
 
     try:
         constraint(config.lr)(torch.zeros(1, 1))
@@ -348,9 +349,9 @@ def train(config, data, device):
     torch.manual_seed(config.seed)
     model = MLP(images.shape[1], int(labels.max()) + 1, config).to(device)
     weights = list(model.weights)
-    if PROMISES[config.method] != "none":  # it keeps norms that are below w_max there
+    if HOLDS[config.method] != "never":  # it keeps norms that are below w_max there
         for W in weights:
-            W.data = svd_cap(W.data, config.w_max)
+            W.data = svd_cap(W.data, Step(config.w_max))
     checked_weights(model, config)
 
     decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # it decays by itself
