@@ -16,6 +16,7 @@ has float64. results/certify.py attacks the bound and certifies predictions.
 import copy
 import math
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import NamedTuple
 
 import torch
@@ -254,21 +255,15 @@ def soft_cap_polynomial(W, alpha, dtype=torch.float32):
 
 def soft_cap_coupling(w_max, weight_decay, update_norm):
     """
-    The smallest alpha for which soft_cap brings a matrix of norm <= w_max back to norm <= w_max after an
-    optimizer step.
+    The smallest alpha for which soft_cap brings all singular values in [0, k] to at most w_max, where
+    k = w_max |1 - weight_decay| + update_norm is the largest that a matrix of norm <= w_max has after an
+    optimizer step: 0 for k <= w_max; the root of p(q(k)) = w_max up to k = 1.3065 w_max; (62/81)^2 /
+    (3 w_max^2) up to 2.613 w_max; beyond there is none, which is a ValueError. Proof: results/certificate.md,
+    Soft cap.
 
     weight_decay is the decay of that step (lr times the optimizer's), update_norm the norm of its update (lr
-    times UPDATE_NORM for Muon), so that the norm after it is at most k = w_max |1 - weight_decay| +
-    update_norm. The published coupling (the paper, appendix) asks only that k itself lands on w_max; this one
-    asks it of all of [0, k].
-
-    With y = alpha sigma^2, q = sigma (1 - y) grows up to its turning point y = 1/3, and p grows always.
-    - k <= w_max: alpha = 0.
-    - Up to k = 1.3065 w_max the turning point lies outside [0, k], so k has the largest image: p(q(k)) =
-      w_max. That falls as alpha rises from 0 to 1 / (3 k^2), so bisection finds its one root there.
-    - Beyond, the turning point has it: q = 2 / (3 sqrt(3 alpha)) there and p(q) = (62/81) / sqrt(3 alpha) =
-      w_max, which gives alpha = (62/81)^2 / (3 w_max^2) whatever k is. q is odd about its zero and falls
-      below minus that value only for sigma > 2 / sqrt(3 alpha) = 2.613 w_max; no alpha can do for a larger k.
+    times UPDATE_NORM for Muon). The published coupling (the paper, appendix) asks only that k itself lands on
+    w_max.
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
@@ -368,7 +363,6 @@ def proved_function(config, weights, x):
             x = x / (x.square().mean(dim=-1, keepdim=True).sqrt() / c.ball).clamp_min(1)
     return c.logit_scale * x @ weights.pop("head.weight").double().T
 
-
 def refused(model):
     """
     None, or the line that says why a model gets no certificate: its weights are not finite, it computes
@@ -380,12 +374,11 @@ def refused(model):
     many matrices begin with, are replaced by random numbers, so that nothing hides behind them; and large
     weights are scaled down, as rounding decides what saturated attention looks at.
     """
-    mend = "take the edit back, or make it in constrain.proved_function too and prove its bound there"
     try:
         net = exact_model(model)
+        c, g = net.config, torch.Generator().manual_seed(0)
         if not finite(net):
             return "no certificate: there are weights that are not finite"
-        c, g = net.config, torch.Generator().manual_seed(0)
         if wrong := misclaimed(ACTIVATIONS[c.activation]):
             return f"no certificate: {wrong} (activation {c.activation}, see ACTIVATIONS in model.py)"
         weights = dict(net.named_parameters(remove_duplicate=False))
@@ -393,57 +386,57 @@ def refused(model):
             if not W.any():
                 W.uniform_(-1, 1, generator=g).div_(math.sqrt(W.shape[-1]))
             W.div_((W.square().mean().sqrt() * math.sqrt(W.shape[-1]) / 3).clamp_min(1))  # norms of some 3
-        size = sum(W.numel() for W in weights.values())
-        T = min(c.block_size, max(8, 4 * 10 ** 9 // size))
+        T = min(c.block_size, max(8, 4 * 10 ** 9 // sum(W.numel() for W in weights.values())))
         ids = torch.randint(c.vocab_size, (1, T), generator=g)
-        table, x = weights.pop("wte.weight"), torch.randn(3, T, c.n_embd, generator=g, dtype=torch.float64)
+        x = torch.randn(3, T, c.n_embd, generator=g, dtype=torch.float64)
         x *= embedding_norm(net) * torch.tensor([1.0, 0.1, 1e-3])[:, None, None]
         found = torch.cat((net(ids)[0], net.forward_embeddings(x)))
-        for y, at in zip(found, (table[ids[0]], *x)):
-            left = dict(weights)
-            expected = proved_function(c, left, at)
-            if left:
-                return f"no certificate: constrain.proved_function does not use {min(left)}; {mend}"
-            off = ((y - expected).abs().max() / expected.abs().max()).item()
-            if not off < 1e-6:
-                return ("no certificate: the model computes something else than constrain.proved_function, "
-                        f"logits differ by {off:.1g} of the largest; {mend}")
+        for logits, at in zip(found, (weights.pop("wte.weight")[ids[0]], *x)):
+            unused = dict(weights)
+            expected = proved_function(c, unused, at)
+            off = ((logits - expected).abs().max() / expected.abs().max()).item()
+            if unused or not off < 1e-6:  # so NaN is refused too
+                why = f"logits differ by {off:.1g} of the largest"
+                why = f"{min(unused)} is not used there" if unused else why
+                break
+        else:
+            return None
     except Exception as e:  # an edit may break the comparison anywhere
-        reason = (str(e).splitlines() or [""])[0]
-        return (f"no certificate: the model is not the one of constrain.proved_function ({type(e).__name__}: "
-                f"{reason}); {mend}")
+        why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+    return (f"no certificate: the model computes something else than constrain.proved_function ({why}); take "
+            "the edit back, or make it in constrain.proved_function too and prove its bound there")
 
 
 def misclaimed(activation):
     """None, or which claim of an Activation is missing, or is false on a grid of points in [-1000, 1000]."""
-    f, half = activation.f, torch.logspace(-6, 3, 10_000, dtype=torch.float64)
-    z = torch.cat((-half.flip(0), half)).requires_grad_()
+    f, half = activation.f, torch.logspace(-3, 3, 10_000, dtype=torch.float64)
+    z = torch.cat((-half.flip(0), half))
     if activation.sorts_pairs:
-        shuffled = z.detach()[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
-        pairs = torch.stack(shuffled.chunk(2)).sort(dim=0, descending=True).values
-        return None if torch.equal(f(shuffled), pairs.flatten()) else "it does not sort pairs"
+        a, b = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))].chunk(2)
+        pairs = torch.cat((torch.maximum(a, b), torch.minimum(a, b)))
+        return None if torch.equal(f(torch.cat((a, b))), pairs) else "it does not sort pairs"
     if activation.slope is None or activation.ratio is None:
         return "nothing is known of it that a proof could use"
-    with torch.enable_grad():
-        slope, = torch.autograd.grad(f(z).sum(), z)
-    z = z.detach()
-    if not torch.equal(f(z).flip(0), f(z.flip(0))):
+    y = f(z)
+    if not torch.equal(y.flip(0), f(z.flip(0))):
         return "it does not work on each entry by itself"
-    bends = slope.diff().abs() <= activation.curvature * z.diff() * (1 + 1e-6) + 1e-9
-    bends |= (z[1:] > 0) & (z[:-1] < 0) & activation.kink
-    for name, y, (low, high) in (("slope", slope, activation.slope), ("ratio", f(z) / z, activation.ratio)):
-        if not (y >= low - 1e-9).all() or not (y <= high + 1e-9).all():
-            return (f"its {name}, claimed to be from {low:.4g} to {high:.4g}, goes from {y.min():.4g} to "
-                    f"{y.max():.4g}")
-    return None if bends.all() else "its slope changes faster than its curvature allows"
+    slope = y.diff() / z.diff()
+    bend = 2 * slope.diff() / (z[2:] - z[:-2])
+    if activation.kink:
+        bend = bend[(z[2:] < 0) | (z[:-2] > 0)]
+    curvature = -activation.curvature, activation.curvature
+    for name, found, (low, high) in (("slope", slope, activation.slope), ("ratio", y / z, activation.ratio),
+                                     ("curvature", bend, curvature)):
+        if not (found.min() >= low - 1e-6 and found.max() <= high + 1e-6):  # so NaN is one too
+            return (f"its {name}, claimed to be from {low:.4g} to {high:.4g}, goes from {found.min():.4g} to "
+                    f"{found.max():.4g}")
 
 
 @torch.inference_mode(False)  # what is made within it cannot be attacked
 def exact_model(model):
     """A copy in float64 on the CPU, without gradients, of a model that may be compiled."""
     model = getattr(model, "_orig_mod", model)
-    wide = lambda p: torch.nn.Parameter(p.detach().to("cpu", torch.float64, copy=True), requires_grad=False)
-    net = copy.deepcopy(model, {id(p): wide(p) for p in model.parameters()}).cpu().double().eval()
+    net = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     tables = rotary_tables(net.config.block_size, net.config.n_embd // net.config.n_head)
     for name, table in zip(("cos", "sin"), tables):  # not those of float32, if they are the same but for that
         if (getattr(net, name) - table).abs().max() < 1e-6:
@@ -456,49 +449,20 @@ def finite(module):
     return all(x.isfinite() for p in module.parameters() for x in torch.aminmax(p))
 
 
-def embedding_norm(model):
-    """The largest RMS norm of a row of the embedding table."""
-    table = exact(model.wte.weight)
-    return torch.linalg.vector_norm(table, dim=1).max().item() / math.sqrt(table.shape[1])
-
-
 # ------------------------------------------------------------------------------------------------------------
-# The Lipschitz bound. All is in powers of ten, since K of a large model exceeds the largest float.
-
-def log10(x):
-    """log10 of a norm, for NaN inf: what is unknown bounds nothing."""
-    return math.log10(x) if x > 0 else -math.inf if x == 0 else math.inf
-
-
-def log10_add(a, b):
-    """log10(10^a + 10^b), for powers that may be too large for a float."""
-    return max(a, b) + math.log10(1 + 10 ** -abs(a - b)) if math.isfinite(max(a, b)) else max(a, b)
-
-
-def log10_mix(alpha, log10_x):
-    """log10((1 - alpha) + alpha x) from log10(x)."""
-    return log10_add(log10(1 - alpha), math.log10(alpha) + log10_x)
-
-
-def lipschitz_bound(model, kind):
-    """
-    log10 of a Lipschitz bound of a GPT, `paper` or `certified`, else ValueError; both are about
-    forward_embeddings, from the largest RMS norm over tokens at the input to that at the logits.
-
-    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see
-    body_bound), and infinite for a model that is `refused`. `paper` is the formula of the authors' code,
-    whose value can lie below the true constant, and None for a model not of their kind (see paper_bound).
-    """
-    if kind not in ("paper", "certified"):
-        raise ValueError(f"kind is 'paper' or 'certified', not {kind!r}")
-    return lipschitz_bounds(model)[kind]
-
+# The Lipschitz bounds. Proofs: results/certificate.md
 
 def lipschitz_bounds(model, layers=None):
-    """{"certified": log10, "paper": log10 or None}; `layers` saves computing layer_norms again."""
+    """
+    {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits (forward_embeddings), both in the
+    largest RMS norm over tokens; logit_scale is in them.
+
+    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see
+    certificate), and infinite for a model that is `refused`; `layers` saves computing layer_norms again.
+    `paper` is the formula of the authors' code (see paper_bound), or None.
+    """
     if refused(model):
         return {"certified": math.inf, "paper": None}
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
     return {"certified": certificate(model, layers)[0], "paper": paper_bound(model)}
 
 
@@ -509,34 +473,27 @@ def certificate(model, layers=None):
     the bound of all blocks times the norm of the output matrix times logit_scale.
     """
     body, parts = body_bound(layers or layer_norms(model), embedding_norm(model))
-    return body + log10(model.config.logit_scale * rms_norm(model.head.weight).item()), parts
+    head = log10(model.config.logit_scale * rms_norm(model.head.weight).item())
+    return body + head, [{name: log10(x) for name, x in part.items()} for part in parts]
 
 
-def paper_bound(model):
+def body_bound(layers, R):
     """
-    log10 of the published bound (calculate_lipschitz_constant in the authors' code), times logit_scale; None
-    for a model with options that theirs do not have.
-
-    Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
-    softmax_scale multiply the value path as well. Their networks have no position_bias, which would change no
-    factor of it.
+    (log10 K, parts): the certificate but for the output matrix, for embeddings of RMS norm <= R; proof:
+    results/certificate.md, Blocks. The blocks' gains multiply, each on the ball of radius R that its input
+    stays in. A block's gain is ((1 - alpha) + alpha A_V) mlp_gain + alpha A_QK R^2 score_gain; it takes R to
+    ((1 - alpha) + alpha A_V) mlp_growth R, and to at most its ball.
     """
-    config = model.config
-    ours = ("per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")
-    if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
-        return None
-    alpha, log10_R = config.residual_weight, 0.0
-    norm = lambda layer: log10(rms_norm(layer.weight).item())
-    total = norm(model.head) + log10(config.logit_scale * embedding_norm(model))
-    for block in model.blocks:
-        q, k, v = map(log10, rms_norm(block.attn.qkv.weight).tolist())
-        w, i, o = map(norm, (block.attn.proj, block.mlp.fc, block.mlp.proj))
-        # L_att = c/3 w (v + 2 v R^2 q k) = c w v (1/3 + 2/3 R^2 q k)
-        L_att = log10(config.softmax_scale) + w + v + log10_mix(2 / 3, 2 * log10_R + q + k)
-        L_mlp = i + o - log10(GELU_SLOPE)
-        total += log10_mix(alpha, L_att) + log10_mix(alpha, L_mlp)
-        log10_R += log10_mix(alpha, w + v - log10(3)) + log10_mix(alpha, L_mlp)
-    return total
+    if not all(map(math.isfinite, (R, *(norm for layer in layers for norm in layer[:-1])))):
+        return math.inf, []
+    K, R, parts = Decimal(1 + ROUNDING), Decimal(R), []  # numbers for which floats are too small
+    for layer in layers:
+        alpha, A_V, A_QK, mlp_gain, score_gain, mlp_growth, ball = map(Decimal, layer)
+        residual, score = 1 - alpha + alpha * A_V, A_QK * R ** 2
+        gain = residual * mlp_gain + alpha * score * score_gain
+        parts.append({"R": R, "value": A_V, "score": score, "mlp": mlp_gain, "gain": gain})
+        K, R = K * gain, min(residual * mlp_growth * R, ball)
+    return log10(K), parts
 
 
 class LayerNorms(NamedTuple):
@@ -559,66 +516,18 @@ def layer_norms(model):
                        block.ball or math.inf) for block in model.blocks]
 
 
-def body_bound(layers, R):
-    """
-    (log10 K, parts): the certificate but for the output matrix, for embeddings of RMS norm <= R.
-
-    The ball is convex, so a bound on the derivative everywhere in it is a Lipschitz constant on it; and the
-    chain rule multiplies the layers' bounds, each on the ball of radius R that its input stays in.
-    x -> (1 - alpha) x + alpha f(x) has the gain (1 - alpha) + alpha |f'| and the radius
-    (1 - alpha) R + alpha max |f|. A block, with J the derivative of its MLP half and W_o S that of attention
-    through the scores, has |J ((1 - alpha) I + alpha V + alpha W_o S)| <= |J| ((1 - alpha) + alpha A_V) +
-    alpha A_QK R^2 |J W_o| / |W_o|, as A_QK R^2 is a bound on |W_o| |S|.
-    The projection onto a ball, as onto any convex set, has gain 1, and R is at most the ball's radius from
-    there on.
-    """
-    log10_R, total, parts = log10(R), math.log10(1 + ROUNDING), []
-    for layer in layers:
-        value, score = log10(layer.A_V), log10(layer.A_QK) + 2 * log10_R
-        through_values = log10_mix(layer.alpha, value) + log10(layer.mlp_gain)
-        through_scores = math.log10(layer.alpha) + score + log10(layer.score_gain)
-        gain = log10_add(through_values, through_scores)
-        parts.append({"R": log10_R, "value": value, "score": score, "mlp": log10(layer.mlp_gain),
-                      "gain": gain})
-        log10_R += log10_mix(layer.alpha, value) + log10(layer.mlp_growth)
-        log10_R = min(log10_R, log10(layer.ball))
-        total += gain
-    return total, parts
-
-
 def attention_norms(attn, softmax_scale):
     """
     (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and its
-    derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Below, without
-    attn_scale, which multiplies both.
+    derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens; proof:
+    results/certificate.md, Attention.
 
-    W^h are the rows of W_q, W_k, W_v and the columns of W_o that belong to head h; c is softmax_scale, d the
-    width. A change dx of the input moves the output through the values (scores fixed) and the scores (values
-    fixed).
-
-    Values. Head h returns W_v^h applied to a convex combination of tokens, another one for each head. So the
-    output is at most, times the norm of the largest token or of its change, each of
-      sigma(W_o) sqrt(sum_h sigma(W_v^h)^2)           since the heads' outputs stand below each other
-      sum_h sigma(W_o^h W_v^h)                        triangle inequality
-      sqrt(H) sigma([W_o^1 W_v^1 ... W_o^H W_v^H])    since H combinations below each other have norm sqrt(H)
-
-    Scores a_s = c/d_head <q, k_s> + b_s, where b_s depends on positions alone and RoPE turns q and k_s by
-    orthogonal matrices; so da_s = c/d_head d<q, k_s>, and RoPE changes none of the norms below. Without
-    content, c = 0, A_QK is 0. With p = softmax(a), dp_s = p_s (da_s - sum_r p_r da_r): a head's output moves
-    by sum_s dp_s v_s = Cov_p(da, v).
-    - By dq: da_s = c/d_head <dq, k_s>, so it moves by c/d_head Cov_p(v, k) dq. For unit u, w and any t > 0
-        Cov_p(<u,v>, <w,k>) <= t/2 E<u,v>^2 + 1/(2t) E<w,k>^2 <= max_s (t |v_s|^2 + |k_s|^2 / t) / 2
-                            <= gamma_h R^2 d with gamma_h = sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2:
-      v_s and k_s are images of one token, which cannot lie along the top singular vectors of both matrices.
-      We take t = sigma(W_k^h) / sigma(W_v^h), which gives gamma_h <= g_h.
-    - By dk: |Cov_p(da, v)| <= sqrt(E da^2 E|v|^2) <= c/d_head |q| max_s |dk_s| max_s |v_s|
-      <= c/d_head |W_q^h x| R sqrt(d) g_h max_s |dx_s|, with g_h = sigma(W_v^h) sigma(W_k^h) and x the query's
-      token.
-    Over heads, sum_h g_h^2 |W_q^h y|^2 <= sigma(diag_h(g_h) W_q)^2 |y|^2 with y = x, and so for gamma_h with
-    y = dx. Through W_o, and with |x| <= R sqrt(d), both together move the output by at most R^2 A_QK |dx|,
-      A_QK = c d/d_head sigma(W_o) (sigma(diag_h(gamma_h) W_q) + sigma(diag_h(g_h) W_q)).
-    (q and k may not swap roles here: a query is one token for all heads, but each head may look at another
-    key's token.)
+    W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h, c is softmax_scale, m attn_scale:
+      A_V = m min(sigma(W_o) sqrt(sum_h sigma(W_v^h)^2), sum_h sigma(W_o^h W_v^h),
+                  sqrt(H) sigma([W_o^1 W_v^1 ... W_o^H W_v^H]))
+      A_QK = m c H sigma(W_o) (sigma(diag_h(gamma_h) W_q) + sigma(diag_h(g_h) W_q))
+    where what scales the rows of head h is g_h = sigma(W_v^h) sigma(W_k^h) and, with t = sigma(W_k^h) /
+    sigma(W_v^h), gamma_h = min(g_h, sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2).
     """
     H, dh = attn.n_head, attn.d_head
     *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)  # each (H, d_head, d); W_q and W_k unless c = 0
@@ -640,22 +549,18 @@ def attention_norms(attn, softmax_scale):
     A_QK = attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
     return attn.out_scale * A_V, A_QK.item()
 
-
 def mlp_norms(block, activation):
     """
-    (gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: |J|, |J W_o| over
-    |W_o| for attention's output matrix W_o, and the norm of its output over its input's.
+    (gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: bounds on |J|, on
+    |J W_o| over |W_o| for attention's output matrix W_o, and on the norm of its output over its input's;
+    proof: results/certificate.md, MLP halves.
 
-    Between two linear layers an activation has derivatives of norm <= its largest |slope|, and lengthens by
-    at most its largest |ratio|; for one that sorts pairs both are 1. So all three are at most
-    (1 - alpha) + alpha times the product of those and the layers' norms. With two layers they are less, as
-    J = A + U E V with a diagonal E, |E| <= 1 (see uncertain_norm):
-
-    - Entry by entry: J = (1 - alpha) I + alpha W_out D W_in with D diagonal and its entries, f'(z), in the
-      interval of slopes [m - r, m + r], so D = m I + r E. The output is the same with f(z) / z in place of
-      f'(z) and its interval of ratios.
-    - Sorted pairs: D leaves each pair or swaps it. In the coordinates (z_1 + z_2) / sqrt(2) and (z_1 - z_2) /
-      sqrt(2) it is 1 and +-1, and the output is the same.
+    All three are at most (1 - alpha) + alpha times the product of the layers' norms and, between two of them,
+    the activation's largest |slope| or, for the growth, |ratio|; 1 if it sorts pairs. With two layers J is
+    A + U E V with a diagonal E, |E| <= 1 (see uncertain_norm): with slopes in [low, high]
+      A = (1 - alpha) I + alpha (high + low) / 2 W_out W_in, U = alpha (high - low) / 2 W_out, V = W_in,
+    and the growth has the interval of ratios; for sorted pairs, with halves O_1, O_2 and I_1, I_2,
+      A = (1 - alpha) I + alpha / 2 (O_1 + O_2) (I_1 + I_2), U = alpha / 2 (O_1 - O_2), V = I_1 - I_2.
     """
     mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
     layers = (mlp.fc, *mlp.mid, mlp.proj)
@@ -679,15 +584,11 @@ def mlp_norms(block, activation):
     score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
     return gain, score_gain, min(growth, uncertain_norm(*grown))
 
-
 def uncertain_norm(A, U, V):
     """
-    An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1, by the S-procedure: for any l >
-    sigma(U)^2 and w = E V x, |w| <= |V x|, so
-      |A x + U w|^2 <= |A x + U w|^2 + l (|V x|^2 - |w|^2) <= x^T (l A^T (l I - U U^T)^-1 A + l V^T V) x,
-    the last for the w that makes it largest. The best l is searched for; every one is valid, and so is
-    sigma(A) + sigma(U) sigma(V). As l is at least (1 + e^-7) sigma(U)^2, what rounds in an eigenvalue counts
-    1,100 times in l - s, which is 1e-10 for matrices as large as here.
+    An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest found, over l >
+    sigma(U)^2, of sqrt(l lambda_max(A^T (l I - U U^T)^-1 A + V^T V)), or sigma(A) + sigma(U) sigma(V) if that
+    is less; proof: results/certificate.md, Uncertain norm.
     """
     triangle = (sigma(A) + sigma(U) * sigma(V)).item()
     s, Q = torch.linalg.eigh(U @ U.mT)
@@ -707,6 +608,42 @@ def uncertain_norm(A, U, V):
         new = high - 0.618 * (high - low) if points[left] < points[right] else low + 0.618 * (high - low)
         points[new] = bound(new)
     return min(triangle, *points.values())
+
+def embedding_norm(model):
+    """The largest RMS norm of a row of the embedding table."""
+    table = exact(model.wte.weight)
+    return torch.linalg.vector_norm(table, dim=1).max().item() / math.sqrt(table.shape[1])
+
+
+def log10(x):
+    """log10 of a norm, for NaN inf: what is unknown bounds nothing."""
+    return float(Decimal(x).log10()) if x >= 0 else math.inf
+
+
+def paper_bound(model):
+    """
+    log10 of the published bound (calculate_lipschitz_constant in the authors' code), times logit_scale; None
+    for a model with options that theirs do not have.
+
+    Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
+    softmax_scale multiply the value path as well. Their networks have no position_bias, which would change no
+    factor of it.
+    """
+    config = model.config
+    ours = ("per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")
+    if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
+        return None
+    norms = lambda layer: map(Decimal, rms_norm(layer.weight).view(-1).tolist())
+    alpha, c, slope = map(Decimal, (config.residual_weight, config.softmax_scale, GELU_SLOPE))
+    (head, ), R = norms(model.head), Decimal(1)
+    K = Decimal(config.logit_scale) * Decimal(embedding_norm(model)) * head
+    for block in model.blocks:
+        (q, k, v), (w, ), (i, ), (o, ) = map(norms, (block.attn.qkv, block.attn.proj, block.mlp.fc,
+                                                     block.mlp.proj))
+        L_att, L_mlp = c / 3 * w * (v + 2 * v * R ** 2 * q * k), i * o / slope
+        K *= (1 - alpha + alpha * L_att) * (1 - alpha + alpha * L_mlp)
+        R *= (1 - alpha + alpha / 3 * w * v) * (1 - alpha + alpha * L_mlp)
+    return log10(K)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -769,35 +706,30 @@ def lead(logits, y):
 # ------------------------------------------------------------------------------------------------------------
 # Command line: the norms and the bounds
 
-def columns(name, *values):
-    """A row of the table."""
-    cells = (f"{value:8.4f}" if isinstance(value, float) else f"{value:>8}" for value in values)
-    return f"{name:<14} " + " ".join(cells)
+def table(title, rows, note=""):
+    """Lines of [{name: number} of each layer]."""
+    yield f"{title:<14} " + " ".join(f"{name:>8}" for name in rows[0]) + note
+    for i, row in enumerate(rows):
+        yield f"layer {i:<8} " + " ".join(f"{x:8.4f}" for x in row.values())
 
 
 def norm_table(model):
     """Lines of the largest norm of each kind of matrix in each block."""
-    kinds = ("W_q", "W_k", "W_v") if model.config.softmax_scale else ("W_v", )
-    mids = ["W_mid"] * bool(model.blocks[0].mlp.mid)
-    yield columns("RMS->RMS norms", *kinds, "W_o", "W_in", *mids, "W_out")
-    largest = lambda *layers: [max(rms_norm(layer.weight).item() for layer in layers)] if layers else []
-    for i, block in enumerate(model.blocks):
-        qkv = rms_norm(block.attn.qkv.weight).view(len(kinds), -1).amax(dim=1).tolist()
-        mlp = block.mlp
-        yield columns(f"layer {i}", *qkv, *largest(block.attn.proj), *largest(mlp.fc), *largest(*mlp.mid),
-                      *largest(mlp.proj))
-
-
-def bound_table(model):
-    """Lines of the certificate's parts and of both bounds, or of why there is none."""
-    why = refused(model)
-    return [why] if why else bound_lines(model, *certificate(model), paper_bound(model))
+    rows = []
+    for attn, mlp in ((block.attn, block.mlp) for block in model.blocks):
+        kinds = ("W_q", "W_k", "W_v") if attn.scale else ("W_v", )
+        weights = dict(zip(kinds, attn.qkv.weight.chunk(len(kinds))))
+        weights |= {"W_o": attn.proj.weight, "W_in": mlp.fc.weight}
+        if mlp.mid:
+            weights["W_mid"] = torch.stack([layer.weight for layer in mlp.mid])
+        weights["W_out"] = mlp.proj.weight
+        rows.append({name: rms_norm(W).max().item() for name, W in weights.items()})
+    return table("RMS->RMS norms", rows)
 
 
 def bound_lines(model, bound, parts, paper):
     """The lines of a certificate, its parts and the published formula's value or None."""
-    yield columns("log10 of", "R", "value", "score", "MLP", "gain") + "   (R: norm of the layer's input)"
-    yield from (columns(f"layer {i}", *part.values()) for i, part in enumerate(parts))
+    yield from table("log10 of", parts, "   (R: norm of the layer's input)")
     yield f"\nlog10 of the Lipschitz constant, embeddings -> logits: certified {bound:.4f}"
     if paper is not None:
         unscaled = paper - log10(model.config.logit_scale)  # the authors' networks are scaled too
@@ -807,17 +739,15 @@ def bound_lines(model, bound, parts, paper):
 def main():
     parser = Parser(description="Norms and Lipschitz bounds of a checkpoint.")
     parser.add_argument("ckpt", help="checkpoint written by train.py")
-    args = parser.parse_args()
+    path = parser.parse_args().ckpt
     with one_line_errors("constrain.py"):
-        model, ckpt = load_checkpoint(args.ckpt)
-        options = ckpt["config"]
-        say(f"{args.ckpt} at step {ckpt['step']}, method {options['method']}, w_max {options['w_max']:g}\n")
-        for line in norm_table(model):
-            say(line)
+        model, ckpt = load_checkpoint(path)
+        options, why = ckpt["config"], ckpt.get("refused") or refused(model)
+        say(f"{path} at step {ckpt['step']}, method {options['method']}, w_max {options['w_max']:g}\n")
+        say("\n".join(norm_table(model)))
         say(f"embedding {embedding_norm(model):.4f}, head {rms_norm(model.head.weight).item():.4f}, "
             f"logit_scale {model.config.logit_scale:g}\n")
-        for line in [ckpt["refused"]] if ckpt.get("refused") else bound_table(model):
-            say(line)
+        say(why or "\n".join(bound_lines(model, *certificate(model), paper_bound(model))))
 
 
 if __name__ == "__main__":

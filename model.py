@@ -7,7 +7,7 @@ There is no layer norm, no QK norm, no bias and no logit softcap. What keeps act
 parametrization of Modula (Large et al., arXiv 2405.14813), in which every part is about 1-Lipschitz in the
 RMS norm |v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm 1. An (m, n) matrix, m
 outputs and n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant
-of the whole is the one that constrain.lipschitz_bound computes. That is proved for the function which
+of the whole is the one that constrain.lipschitz_bounds computes. That is proved for the function which
 constrain.proved_function writes down in 30 lines: an edit here that changes the function has to be proved and
 made there too, or the model trains without a certificate.
 """

@@ -49,7 +49,7 @@ import constrain
 import model
 import prepare
 import train
-from constrain import HOLDS, METHODS, Step, lipschitz_bound, matrices, rms_norm, soft_cap_coupling
+from constrain import HOLDS, METHODS, Step, lipschitz_bounds, matrices, rms_norm, soft_cap_coupling
 from model import GELU_SLOPE, GPT, GPTConfig, onto_ball
 from optim import UPDATE_NORM, Muon, dual_rows, map_by_shape, orthogonalize
 from prepare import UserError
@@ -909,7 +909,7 @@ def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
 # constrain.py: the Lipschitz bound
 
 def certified(net):
-    return lipschitz_bound(net, "certified")
+    return lipschitz_bounds(net)["certified"]
 
 
 @pytest.mark.parametrize("H, L, s, R", ((1, 1, 1, 1), (2, 1, 1, 0.1), (2, 2, 2, 1), (4, 3, 2, 2)))
@@ -931,10 +931,10 @@ def test_bounds_by_hand(H, L, s, R):
         paper *= 1 - a + a * s ** 2 / GELU_SLOPE
         paper_inside *= (1 - a + a * s ** 2 / 3) * (1 - a + a * s ** 2 / GELU_SLOPE)
     assert certified(net) == pytest.approx(math.log10(K * (1 + constrain.ROUNDING)), abs=1e-9)
-    assert lipschitz_bound(net, "paper") == pytest.approx(math.log10(paper), abs=1e-9)
+    assert lipschitz_bounds(net)["paper"] == pytest.approx(math.log10(paper), abs=1e-9)
     with_bias = exact_gpt(H=H, L=L, c=c, logit_scale=3.0, position_bias=True)
     with_bias.load_state_dict(net.state_dict(), strict=False)  # the formula takes no notice of the bias
-    assert lipschitz_bound(with_bias, "paper") == lipschitz_bound(net, "paper")
+    assert lipschitz_bounds(with_bias)["paper"] == lipschitz_bounds(net)["paper"]
 
 
 def test_bounds_of_the_smallest_and_largest():
@@ -942,8 +942,6 @@ def test_bounds_of_the_smallest_and_largest():
     assert certified(gpt(L=3)) == pytest.approx(6 * math.log10(1 - 1 / 6), abs=1e-6)
     net = identities(gpt(L=24, d=32), 1e3)
     assert 308 < constrain.paper_bound(net) < constrain.certificate(net)[0] < math.inf
-    with pytest.raises(ValueError, match="kind"):
-        lipschitz_bound(gpt(), "best")
 
 
 def test_tight_bound_by_hand_and_reached():
@@ -951,7 +949,7 @@ def test_tight_bound_by_hand_and_reached():
     H = 4
     options = dict(c=0, position_bias=True, attn_scale=1 / 2, alpha=1.0, activation="maxmin", mlp_layers=3)
     net = identities(exact_gpt(H=H, d=16, mlp_ratio=1, logit_scale=8.0, vocab=16, **options))
-    assert lipschitz_bound(net, "paper") is None
+    assert lipschitz_bounds(net)["paper"] is None
     assert certified(net) == pytest.approx(math.log10(8 * math.sqrt(H) / 2), abs=1e-6)
     # head h reads token -1 - h, in its own block of entries
     found = certify.ascend(net.forward_embeddings, torch.zeros(1, H, 16).double(), 1.0, steps=20)
@@ -989,7 +987,7 @@ def test_ball_stops_the_growth_of_the_activations():
     parts = [constrain.certificate(net)[1] for net in (free, held)]
     assert parts[0][0] == parts[1][0] and [part["R"] for part in parts[1][1:]] == [math.log10(0.5)] * 2
     assert all(a["score"] - a["R"] * 2 == pytest.approx(b["score"] - b["R"] * 2) for a, b in zip(*parts))
-    assert certified(held) < certified(free) and lipschitz_bound(held, "paper") is None
+    assert certified(held) < certified(free) and lipschitz_bounds(held)["paper"] is None
 
 
 def layer_gains(net, R=1.0):
@@ -1142,7 +1140,7 @@ def random_net(seed, tight):
 def test_no_attack_exceeds_the_certificate(seed, tight):
     """Of the whole, and of each part of a block."""
     net = random_net(seed, tight)
-    bound, paper = certified(net), lipschitz_bound(net, "paper")
+    bound, paper = certified(net), constrain.paper_bound(net)
     found = certify.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50, )))
     assert (tight or math.isfinite(paper)) and math.log10(found) <= bound
     net = constrain.exact_model(net)
@@ -1705,7 +1703,8 @@ def test_the_tables_have_what_they_are_about(options):
     if mlp.mid:
         columns["W_mid"] = torch.stack([layer.weight for layer in mlp.mid])
     assert dict(zip(head, rows[-1])) == {name: f"{rms_norm(W).max():.4f}" for name, W in columns.items()}
-    (bound, parts), text = constrain.certificate(net), "\n".join(constrain.bound_table(net))
+    (bound, parts), paper = constrain.certificate(net), constrain.paper_bound(net)
+    text = "\n".join(constrain.bound_lines(net, bound, parts, paper))
     gains = [line.split()[-1] for line in text.splitlines() if line.startswith("layer")]
     assert gains == [f"{part['gain']:.4f}" for part in parts]
     assert f"certified {bound:.4f}" in text and ("published" in text) == (options == {})
@@ -3286,7 +3285,7 @@ def test_a_ball_that_no_token_reaches_changes_the_certificate_alone():
     held.load_state_dict(free.state_dict())
     assert torch.equal(held(x)[0], logits)
     bound = constrain.certificate(held)[0]
-    assert bound == found["log10_certified_ball"] < lipschitz_bound(free, "certified")
+    assert bound == found["log10_certified_ball"] < certified(free)
     assert found["largest_norm"] == measure.largest_norm(free, val)
 
 
@@ -3339,7 +3338,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
     assert {name: done[name] for name in scores} == pytest.approx(scores)
     assert done["trace"]["step"] == [1, 2, 3] and done["options"].items() >= options.items()
     assert len(done["log10_radii"]) == 41 and "alarm" not in done
-    assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(lipschitz_bound(net, "certified"))
+    assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(certified(net))
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
     assert "the loss is" in hot["error"] or "the validation loss is" in hot["error"]
     records = folder / "shakespeare.jsonl"
