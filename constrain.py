@@ -15,7 +15,6 @@ has float64. results/certify.py attacks the bound and certifies predictions.
 """
 import copy
 import math
-from contextlib import contextmanager
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -38,20 +37,6 @@ def exact(W):
     return W.detach().cpu().double()
 
 
-@contextmanager
-def one_thread():
-    """
-    Torch on one thread. Decompositions of matrices as small as these gain little from more, and on a busy
-    machine each of the thousand times that the threads of one meet waits for the scheduler.
-    """
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
 def sigma(W):
     """
     Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue of
@@ -61,8 +46,7 @@ def sigma(W):
     W = W if W.shape[-2] <= W.shape[-1] else W.mT
     gram = W @ W.mT
     known = gram.isfinite().all(dim=-1).all(dim=-1)
-    with one_thread():
-        squares = torch.linalg.eigvalsh(torch.where(known[..., None, None], gram, 0.0))[..., -1]
+    squares = torch.linalg.eigvalsh(torch.where(known[..., None, None], gram, 0.0))[..., -1]
     return torch.where(known, squares.clamp_min(0).sqrt(), math.nan)
 
 
@@ -321,8 +305,7 @@ def hard_cap(W, step):
 @constraint(holds="always")
 def svd_cap(W, step):
     """sigma -> min(sigma, w_max) by an SVD in W's precision: the reference for hard_cap."""
-    with one_thread():
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U * S.clamp_max(step.w_max * rms_unit(W))[..., None, :] @ Vh
 
 
