@@ -24,6 +24,7 @@ from model import ACTIVATIONS, GELU_SLOPE, GPTConfig, load_checkpoint, rotary_ta
 from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
 from prepare import Parser, one_line_errors, say
 
+
 # ------------------------------------------------------------------------------------------------------------
 # Norms
 
@@ -73,7 +74,8 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """
     scale = W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     X = W / scale
-    A = X.mT @ X if W.shape[-2] >= W.shape[-1] else X @ X.mT
+    tall = W.shape[-2] >= W.shape[-1]
+    A = X.mT @ X if tall else X @ X.mT
     for i in range(squarings):
         if i % 2 == 0:
             A = A / A.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
@@ -83,15 +85,13 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     A = A.to(X.dtype)
     column = A.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None].expand(*A.shape[:-1], 1)
     x = A.gather(-1, column)
+    unit = lambda x: x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
     for _ in range(steps):
-        x = x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
-        x = A @ x
-    x = x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
-    y = X @ x if W.shape[-2] >= W.shape[-1] else X.mT @ x  # the other singular vector, times sigma
-    sigma = y.norm(dim=-2, keepdim=True)
-    y = y / sigma.clamp_min(1e-30)
-    u, v = (y, x) if W.shape[-2] >= W.shape[-1] else (x, y)
-    return sigma * scale, u, v
+        x = A @ unit(x)
+    x = unit(x)
+    y = X @ x if tall else X.mT @ x  # the other singular vector, times sigma
+    u, v = (unit(y), x) if tall else (x, unit(y))
+    return y.norm(dim=-2, keepdim=True) * scale, u, v
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -346,6 +346,7 @@ def proved_function(config, weights, x):
             x = x / (x.square().mean(dim=-1, keepdim=True).sqrt() / c.ball).clamp_min(1)
     return c.logit_scale * x @ weights.pop("head.weight").double().T
 
+
 def refused(model):
     """
     None, or the line that says why a model gets no certificate: its weights are not finite, it computes
@@ -532,6 +533,7 @@ def attention_norms(attn, softmax_scale):
     A_QK = attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
     return attn.out_scale * A_V, A_QK.item()
 
+
 def mlp_norms(block, activation):
     """
     (gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: bounds on |J|, on
@@ -567,6 +569,7 @@ def mlp_norms(block, activation):
     score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
     return gain, score_gain, min(growth, uncertain_norm(*grown))
 
+
 def uncertain_norm(A, U, V):
     """
     An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest found, over l >
@@ -591,6 +594,7 @@ def uncertain_norm(A, U, V):
         new = high - 0.618 * (high - low) if points[left] < points[right] else low + 0.618 * (high - low)
         points[new] = bound(new)
     return min(triangle, *points.values())
+
 
 def embedding_norm(model):
     """The largest RMS norm of a row of the embedding table."""
