@@ -4,8 +4,6 @@ Muon: momentum whose update is orthogonalized, so that a step moves every matrix
 A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max +
 lr, whatever the gradient was (constrain.soft_cap_coupling). It is not for vectors; AdamW is in torch.optim.
 This file imports nothing of ours, so that it can be copied.
-
-    python optim.py     # what orthogonalize does to singular values
 """
 import ctypes
 import math
@@ -176,15 +174,3 @@ class Muon(torch.optim.Optimizer):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(u, alpha=-group["lr"] * norm_1)
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    U, _, Vh = torch.linalg.svd(torch.randn(64, 256), full_matrices=False)
-    s = torch.logspace(0, -4, 64)
-    s /= s.norm()
-    exact, rounded = (torch.linalg.svdvals(orthogonalize(U * s @ Vh, dtype=dtype))
-                      for dtype in (torch.float32, torch.bfloat16))
-    print("singular value over the Frobenius norm -> after orthogonalize, in float32 and in bfloat16")
-    for i in range(0, 64, 7):
-        print(f"  {s[i]:.5f} -> {exact[i]:.5f} {rounded[i]:.5f}")

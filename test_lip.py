@@ -179,8 +179,7 @@ def train_step(net, optimizers, config, x, y):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    group = optimizers[0].param_groups[0]
-    train.constrain(net, config, group["lr"] / group["lr_scale"], torch.float32)
+    train.constrain(net, optimizers, config, torch.float32)
     return loss.item()
 
 
@@ -1610,16 +1609,13 @@ def test_training_for_a_radius(data):
     assert trained["certified_acc_0.1"] > plain["certified_acc_0.1"] + 0.02
     assert plain["worst_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
     assert trained["worst_loss"] > trained["val_loss"]
-    net, ckpt = model.load_checkpoint("for/ckpt.pt")
+    net, _ = model.load_checkpoint("for/ckpt.pt")
     text = torch.from_numpy(prepare.open_data("data/shakespeare")[2].astype(np.int64))
     bears, right = certify.margins(net, text)
     radii = certify.log10_radii(net, bears, constrain.layer_norms(net))
     for r in constrain.RADII:  # they are rounded down by 1 %
         least, most = (certify.share(right & (radii > x)) for x in (math.log10(r), math.log10(r) - 0.005))
         assert least - 1e-3 <= trained[f"certified_acc_{r}"] <= most + 1e-3
-    ckpt.pop("reach")  # of before there was one
-    train.save("for/ckpt.pt", ckpt)
-    train.train(dict(resume=True, out_dir="for", max_steps=61))
 
 
 def read_report(monkeypatch, capsys, code=None):
@@ -1861,11 +1857,7 @@ def test_options(monkeypatch, capsys):
     ("--dataset=poems", "data/poems holds no data set; make it with python prepare.py"),
     ("--block_size=1000000", "block_size 1000000"), ("--resume", "out/ckpt.pt"),
     ("--init_from=x.pt", "there is no checkpoint x.pt"),
-    ("--out_dir=data/shakespeare/meta.json", "meta.json"),
-    # what no machine could hold is refused before it is built
-    *((f"--{option}", "GB or more, cpu has") for option in (
-        "n_embd=1000000", "n_layer=10000 --n_embd=20000", "batch_size=10000000",
-        "mlp_ratio=1000 --n_embd=8000", "mlp_layers=1000 --n_embd=8000"))))
+    ("--out_dir=data/shakespeare/meta.json", "meta.json")))
 def test_bad_options_are_one_line(data, monkeypatch, argv, part):
     one_line(run_main(train, monkeypatch, *flags(), *argv.split()), "train.py: ", part)
     assert not Path("out").exists()
@@ -1950,8 +1942,8 @@ def test_options_on_resume_take_effect(data, monkeypatch):
     seen, step, made, make = [], train.constrain, [], train.make_optimizers
     monkeypatch.setattr(train, "make_optimizers", lambda *args: made.append(make(*args)) or made[-1])
 
-    def watch(net, config, lr, dtype):
-        step(net, config, lr, dtype)
+    def watch(net, optimizers, config, dtype):
+        step(net, optimizers, config, dtype)
         caps = {name: config.w_max_mlp or config.w_max if ".mlp." in name else config.w_max
                 for name in matrices(net)}
         over = max(rms_norm(W).max().item() / caps[name] for name, W in matrices(net).items())
@@ -2193,25 +2185,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_not(data, options):
         assert log_lines()[0]["norm_over_cap"] > 1.01
 
 
-@pytest.mark.parametrize("kept", ("in the checkpoint", "beside it"))
 @pytest.mark.parametrize("torn", ("a newline", "half a line", "all"))
-def test_a_torn_log_loses_nothing(data, kept, torn):
-    """Of a checkpoint of before too, when the log was kept beside it alone: all but the torn line."""
+def test_a_torn_log_loses_nothing(data, torn):
     train.train(TINY | dict(log_interval=4))
     whole = Path("out/log.jsonl").read_bytes()
-    if kept == "beside it":
-        ckpt = torch.load("out/ckpt.pt", weights_only=True)
-        ckpt.pop("lines")
-        torch.save(ckpt, "out/ckpt.pt")
     Path("out/log.jsonl").write_bytes({"a newline": whole[:-1], "half a line": whole[:-30]}.get(torn, b""))
     train.train(dict(resume=True, out_dir="out", max_steps=12))
-    steps = {"half a line": [4, 12], "all": [12]}.get(torn, [4, 8, 12]) if kept == "beside it" else [4, 8, 12]
-    assert [line["step"] for line in log_lines()] == steps
+    assert [line["step"] for line in log_lines()] == [4, 8, 12]
     for line in Path("out/log.jsonl").read_text().splitlines():
         json.loads(line)
     ckpt = torch.load("out/ckpt.pt", weights_only=True)
-    torch.save(ckpt | {"optimizers": [{"state": {}, "param_groups": []}]}, "out/ckpt.pt")
-    with pytest.raises(UserError, match="of an older train.py, from which this one cannot go on"):
+    ckpt.pop("lines")
+    torch.save(ckpt, "out/ckpt.pt")
+    with pytest.raises(UserError, match="is of an older train.py, from which this one cannot go on"):
         train.train(dict(resume=True, out_dir="out", max_steps=13))
 
 
@@ -2352,14 +2338,15 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
 
 def test_what_is_compiled(monkeypatch):
     """On a CPU no run too short to bring it back; what --compile asks for in any case."""
-    compiled = []
+    compiled, ones = [], torch.ones
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **options: ones(*size, **options))
     for steps, wanted, where, fault, said in (
             (train.COMPILE_STEPS, None, "cpu", None, "compiled"), (1, None, "cuda", None, "compiled"),
             (train.COMPILE_STEPS - 1, None, "cpu", None, ""), (1, True, "cpu", None, "compiled"),
             (10 ** 6, False, "cuda", None, ""), (10 ** 6, None, "mps", None, ""),
-            (10 ** 6, None, "cuda", "Fault", "not compiled, as torch.compile does not work here (Fault)")):
-        monkeypatch.setattr(train, "compiler_fault", lambda device: fault)
+            (10 ** 6, None, "cuda", {}, "not compiled, as torch.compile does not work here (TypeError)")):
+        monkeypatch.setattr(torch, "compile", lambda f: f if fault is None else fault)
         compiled.clear()
         net, config = gpt(L=2), tiny_config(max_steps=steps, compile=wanted)
         assert train.compile_blocks(net, config, torch.device(where)) == said

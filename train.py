@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +43,13 @@ from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, la
                        worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, alone, append_line, commit, data_folder, one_line_errors,
-                     open_data, option, read_lines, say, to_json)
+from prepare import (Parser, Tokenizer, UserError, alone, commit, data_folder, one_line_errors,
+                     open_data, option, say, to_json)
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
 
-OPTIMIZERS = {}  # name: Maker, see `optimizer`
+OPTIMIZERS = {}  # name: function, see `optimizer`
 PRESETS = {}     # name: options
 COMPILE_STEPS = 1000  # on two CPU cores fewer do not bring back what compiling takes, see results/speed.md
 
@@ -132,43 +131,39 @@ for w in (4, 8, 16):  # scores of w^2 times the size are scaled by so much less
 
 def configure(given, ckpt=None):
     """
-    The Config of the options given, {name: value}, over those of a checkpoint to go on from, over those of
-    the preset, over the defaults. UserError for what no run, or not the checkpoint's, can have.
+    The Config of the options given, {name: value}, over those of the preset, over the defaults. Those of a
+    checkpoint come between: all of them with --resume, its architecture with --init_from. UserError for what
+    no run, or not the checkpoint's, can have.
     """
-    options = dict(PRESETS.get(given.get("preset"), {}))
-    if ckpt:
+    options, resume = dict(PRESETS.get(given.get("preset"), {})), ckpt and given.get("resume")
+    if resume:
         known, out_dir = {f.name for f in dataclasses.fields(Config)}, options.get("out_dir", Config.out_dir)
-        before = {name: value for name, value in ckpt["config"].items() if name in known}
+        options = {name: value for name, value in ckpt["config"].items() if name in known}
         for name in ("preset", "init_from", "optimizer", "embedding", "seed", *asdict(GPTConfig())):
-            if name in given and given[name] != before.get(name):
-                raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={before.get(name)}, so "
+            if name in given and given[name] != options.get(name):
+                raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={options.get(name)}, so "
                                 f"it cannot go on with --{name}={given[name]}")
-        options = before | {"out_dir": out_dir}
-    elif given.get("init_from"):
-        first = load_checkpoint(given["init_from"])[1]["model_config"]
-        options |= {name: value for name, value in first.items() if name != "vocab_size"}
+        options["out_dir"] = out_dir
+    elif ckpt:
+        options |= ckpt["model_config"]
     if "optimizer" in given and given["optimizer"] != options.get("optimizer", Config.optimizer):
         options.pop("lr", None)  # it is the other's, in other units
     try:
         config = Config(**options | given)
+        config.lr = config.lr or OPTIMIZERS[config.optimizer].lr
+        lr = config.lr * max(1, config.head_lr)
+        if not lr * config.weight_decay < (most := 2 if config.method == "spectral_weight_decay" else 1):
+            raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must be "
+                             f"below {most}, or a step turns weights round")
+        METHODS[config.method](torch.zeros(1, 1), Step(config.w_max, lr, lr * config.weight_decay))
     except (ValueError, TypeError) as e:
-        raise UserError(f"--{e}")
-    config.lr = config.lr or OPTIMIZERS[config.optimizer].lr
-    if ckpt and ckpt["step"] > config.max_steps:
+        raise UserError(f"--{e}" if "=" in str(e).split()[0] else e)
+    if resume and ckpt["step"] > config.max_steps:
         raise UserError(f"{config.out_dir}/ckpt.pt is at step {ckpt['step']}, past --max_steps="
                         f"{config.max_steps}")
     if config.batch_size % (config.accumulate * world()):
         raise UserError(f"--batch_size={config.batch_size} must be a multiple of --accumulate="
                         f"{config.accumulate} times the number of processes, {world()}")
-    most = 2 if config.method == "spectral_weight_decay" else 1  # beyond, a step would turn weights round
-    lr = config.lr * max(1, config.head_lr)
-    if not lr * config.weight_decay < most:
-        raise UserError(f"--weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must be "
-                        f"below {most}")
-    try:
-        constraint(config, config.w_max, lr, torch.float32)(torch.zeros(1, 1))
-    except ValueError as e:
-        raise UserError(str(e))
     return config
 
 
@@ -177,7 +172,9 @@ def configure(given, ckpt=None):
 
 def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
-    config, ckpt = configure(given), None
+    start = given.get("init_from") if not given.get("resume") else None
+    first, ckpt = load_checkpoint(start)[1] if start else None, None
+    config = configure(given, first)
     with alone(Path(config.out_dir) / ".lock", wait=False) if rank() == 0 else nullcontext():
         if config.resume:
             ckpt = load_checkpoint(Path(config.out_dir) / "ckpt.pt")[1]
@@ -186,26 +183,24 @@ def train(given):
         data = Text(config, device, ckpt and ckpt["meta"])
 
         torch.manual_seed(config.seed)
-        model = new_model(config, data, device)
+        model = new_model(config, data, device, first)
         optimizers = make_optimizers(model, config, dtype)
-        if ckpt:
-            set_state(model, optimizers, ckpt, config)
         run = Run(config, data, model, optimizers, ckpt)
         compiled = compile_blocks(model, config, device)
+        net = model if world() == 1 else DistributedDataParallel(model, [device] * (device.type == "cuda"))
         if rank() == 0:
             run.refused = why = refused(model)
             if why and config.radius:
                 raise UserError(f"--radius={config.radius:g} needs a certificate; {why}")
-            many = f"{world()} times " if world() > 1 else ""
+            processes = f"{world()} times " if world() > 1 else ""
             words = (f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
                      f"{config.optimizer} and {config.method}", f"w_max {config.w_max:g}",
-                     f"on {many}{device} in {str(dtype).removeprefix('torch.')}", compiled,
+                     f"on {processes}{device} in {str(dtype).removeprefix('torch.')}", compiled,
                      f"resumed at step {run.step}" * config.resume)
             say(", ".join(filter(None, words)))
             if why:
                 say(why)
-        net = shared_gradients(model, device)
-        run.open(device)
+        run.begin(device)
 
         bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, leave=False,
                    disable=True if rank() else None)
@@ -220,7 +215,7 @@ def train(given):
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-                constrain(model, config, lr, dtype)
+                constrain(model, optimizers, config, dtype)
                 run.step += 1
                 run.losses.append(loss)
                 run.step_seconds.append(time.perf_counter() - tick)
@@ -231,18 +226,18 @@ def train(given):
 
                 if run.step % config.eval_interval == 0 or run.step == config.max_steps:
                     with torch.compiler.set_stance("force_eager"):
-                        found = measure(model, data, x.chunk(config.accumulate)[-1], config, amp)
+                        found = measure(model, data, x.chunk(config.accumulate)[-1], optimizers, config, amp)
                     run.check("validation loss", found["val_loss"], lr)
                     run.evaluated(found)
                 elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
-                    run.checkpoint()
-                if stopping and run.step < config.max_steps:
+                    run.save()
+                if stopping:
                     break
 
         if rank() == 0 and run.step < config.max_steps:
             say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
                 f"--out_dir={config.out_dir}")
-        elif rank() == 0 and run.saved_step == (ckpt or {}).get("step"):
+        elif rank() == 0 and ckpt and run.step == ckpt["step"]:
             say(f"{run.path} is at its last step; raise --max_steps")
         elif rank() == 0:
             with torch.compiler.set_stance("force_eager"):
@@ -341,30 +336,19 @@ def shifted(rows, device):
 # ------------------------------------------------------------------------------------------------------------
 # Model, optimizers and the constraint
 
-def new_model(config, data, device):
-    """
-    A GPT with config's options on a device, its norms in their caps, or with the weights of init_from. What
-    the machine could not hold is refused before it is built.
-    """
+def new_model(config, data, device, first=None):
+    """A GPT with config's options, of the weights of a checkpoint `first` if there is one, in their caps."""
     V = data.meta["vocab_size"]
     if data.meta["tokenizer"] == "gpt2":
         V = -(-V // 128) * 128  # 50,257 tokens become 50,304, a better size for products
-    gpt = GPTConfig(**{name: getattr(config, name) for name in asdict(GPTConfig())} | {"vocab_size": V})
-    tokens = config.batch_size * config.block_size // (config.accumulate * world())
-    floats = 3 * gpt.n_params + tokens * (V + 6 * config.n_layer * config.n_embd)  # at the least
-    if 4 * floats > memory(device):
-        raise UserError(f"{gpt.n_params / 1e6:,.0f} M parameters and {tokens:,} tokens at a time take "
-                        f"{4e-9 * floats:,.0f} GB or more, {device} has {1e-9 * memory(device):,.0f}; lower "
-                        "--n_embd, --n_layer or --batch_size, or raise --accumulate")
-    model = GPT(gpt).to(device)
-    if config.init_from:
-        first, ckpt = load_checkpoint(config.init_from)
-        vocabulary = lambda meta: (meta["tokenizer"], meta.get("vocabulary"))
-        if vocabulary(ckpt["meta"]) != vocabulary(data.meta):
+    options = {name: getattr(config, name) for name in asdict(GPTConfig())}
+    model = GPT(GPTConfig(**options | {"vocab_size": V})).to(device)
+    if first:
+        if any(first["meta"].get(key) != data.meta.get(key) for key in ("tokenizer", "vocabulary")):
             raise UserError(f"{config.init_from} has another vocabulary than {data.folder}; prepare that "
-                            f"with --vocabulary_of {ckpt['config']['dataset']}")
+                            f"with --vocabulary_of {first['config']['dataset']}")
         try:
-            model.load_state_dict(first.state_dict())
+            model.load_state_dict(first["model"])
         except RuntimeError as e:
             raise UserError(f"the weights of {config.init_from} have another shape than the options ask for "
                             f"({str(e).splitlines()[1].strip()})")
@@ -375,20 +359,44 @@ def new_model(config, data, device):
     return model
 
 
-class Maker(NamedTuple):
-    make: Callable
-    lr: float           # the learning rate by default
-    update_norm: float  # the largest RMS->RMS norm of a step at learning rate 1, infinite if there is none
+def matrix_groups(model, config):
+    """
+    Parameter groups of all matrices of one cap and one learning rate. The MLPs' learning rate scales as their
+    cap does, and their decay against that.
+    """
+    groups = {}
+    for name, W in matrices(model).items():
+        cap = (config.w_max_mlp or config.w_max) / config.w_max if ".mlp." in name else 1.0
+        rate = config.head_lr if name == "head" else 1.0
+        decay = config.weight_decay / cap
+        group = dict(params=[], w_max=config.w_max * cap, lr_scale=cap * rate, decay=decay,
+                     weight_decay=0.0 if config.method == "spectral_weight_decay" else decay)
+        groups.setdefault((cap, rate), group)["params"].append(W)
+    return [groups[key] for key in sorted(groups)]
+
+
+def make_optimizers(model, config, dtype):
+    """The optimizers of OPTIMIZERS[config.optimizer]; the weight decay is for the matrices alone."""
+    owner = owners(model)
+    tables = [p for p in model.parameters() if p not in owner]  # the embedding table and position biases
+    table = dict(params=tables, weight_decay=0.0, lr_scale=config.embedding_lr)
+    mine = [W for W in owner if owner[W] == rank()] + tables
+    optimizers = OPTIMIZERS[config.optimizer](matrix_groups(model, config), table, config, dtype, mine)
+    moved = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if left := [name for name, p in model.named_parameters() if p not in moved]:
+        raise UserError(f"--optimizer={config.optimizer} leaves out {', '.join(left)}")
+    return optimizers
 
 
 def optimizer(lr, update_norm=math.inf):
     """
-    Registers an optimizer, f(groups, table, config, dtype, mine): groups of matrices and one of the embedding
-    table and position biases -> a list of torch optimizers. A group's learning rate is lr_scale times the
-    run's; `mine` are the parameters that this process has to move, of which others may be left alone.
+    Registers f(groups, table, config, dtype, mine): parameter groups of matrices and one of the embedding
+    table and position biases -> a list of torch optimizers. `mine` are the parameters that this process has
+    to move. lr is the learning rate by default, update_norm the largest RMS->RMS norm of a step at rate 1.
     """
     def register(f):
-        OPTIMIZERS[f.__name__] = Maker(f, lr, update_norm)
+        f.lr, f.update_norm = lr, update_norm
+        OPTIMIZERS[f.__name__] = f
         return f
     return register
 
@@ -408,60 +416,34 @@ def adamw(groups, table, config, dtype, mine):
     return [torch.optim.AdamW([*groups, table], lr=config.lr, betas=(config.momentum, 0.95))]
 
 
-def matrix_groups(model, config):
-    """
-    Groups of all matrices of one cap and one learning rate: {"params", "w_max", "lr_scale", "weight_decay"}.
-    The MLPs' learning rate scales as their cap does, and their decay against that.
-    """
-    decay = 0.0 if config.method == "spectral_weight_decay" else config.weight_decay  # it decays by itself
-    groups = {}
-    for name, W in matrices(model).items():
-        cap = (config.w_max_mlp or config.w_max) / config.w_max if ".mlp." in name else 1.0
-        rate = config.head_lr if name == "head" else 1.0
-        groups.setdefault((cap, rate), {"params": [], "w_max": config.w_max * cap, "lr_scale": cap * rate,
-                                        "weight_decay": decay / cap})["params"].append(W)
-    return [groups[key] for key in sorted(groups)]
-
-
-def make_optimizers(model, config, dtype):
-    """The optimizers of OPTIMIZERS[config.optimizer]; the weight decay is for the matrices alone."""
-    groups, owner = matrix_groups(model, config), owners(model)
-    tables = [p for p in model.parameters() if p not in owner]  # the embedding table and position biases
-    table = {"params": tables, "weight_decay": 0.0, "lr_scale": config.embedding_lr}
-    mine = [W for W in owner if owner[W] == rank()] + tables
-    return OPTIMIZERS[config.optimizer].make(groups, table, config, dtype, mine)
-
-
 def set_schedule(optimizers, step, config):
     """Set all learning rates and Muon's momentum for a step; returns the learning rate of the matrices."""
     height = min(1, (1 - step / config.max_steps) / config.cooldown)
     lr = config.lr * (config.lr_floor + (1 - config.lr_floor) * height)
     warm = min(1, step / config.momentum_warmup) if config.momentum_warmup else 1
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in param_groups(optimizers):
         group["lr"] = lr * group["lr_scale"]
         if "momentum" in group:
             group["momentum"] = config.momentum - (1 - warm) * max(0, config.momentum - 0.85)
     return lr
 
 
-def constraint(config, w_max, lr, dtype):
-    """What a step with learning rate lr asks of matrices W (..., m, n), as a function of W."""
-    decay = lr * config.weight_decay * config.w_max / w_max
-    step = Step(w_max, lr, decay, lr * OPTIMIZERS[config.optimizer].update_norm, dtype)
-    return partial(METHODS[config.method], step=step)
+def param_groups(optimizers, key="lr"):
+    """All parameter groups that have a key."""
+    return [group for optimizer in optimizers for group in optimizer.param_groups if key in group]
 
 
 @torch.no_grad()
-def constrain(model, config, lr, dtype):
+def constrain(model, optimizers, config, dtype):
     """
-    Constrain all matrices after a step with learning rate lr; rows of the embedding get RMS norm <= 1, scores
-    of distance stay within MAX_BIAS.
+    Constrain all matrices after a step; rows of the embedding get RMS norm <= 1, scores of distance stay
+    within MAX_BIAS.
     """
-    owner = owners(model)
-    for group in matrix_groups(model, config):
-        weights = [W for W in group["params"] if owner[W] == rank()]
-        step = constraint(config, group["w_max"], lr * group["lr_scale"], dtype)
-        for W, new in zip(weights, map_by_shape(step, weights)):
+    owner, update_norm = owners(model), OPTIMIZERS[config.optimizer].update_norm
+    for group in param_groups(optimizers, "w_max"):
+        weights, lr = [W for W in group["params"] if owner[W] == rank()], group["lr"]
+        step = Step(group["w_max"], lr, lr * group["decay"], lr * update_norm, dtype)
+        for W, new in zip(weights, map_by_shape(partial(METHODS[config.method], step=step), weights)):
             W.copy_(new)
     if dist.is_initialized():
         for W in owner:
@@ -475,7 +457,7 @@ def constrain(model, config, lr, dtype):
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def measure(model, data, x, config, amp):
+def measure(model, data, x, optimizers, config, amp):
     """
     {name: number} of an evaluation: scores on the validation split, activations on inputs x and, in the first
     process alone, the bounds and the largest norm over its cap.
@@ -483,12 +465,11 @@ def measure(model, data, x, config, amp):
     model.eval()
     layers = layer_norms(model) if config.radius else None
     with amp:
-        found = evaluate(model, data.val, config.radius, config.eval_tokens, layers)
-        found |= activations(model, x)
+        found = evaluate(model, data.val, config.radius, config.eval_tokens, layers) | activations(model, x)
     if rank() == 0:
         found |= {f"log10_{kind}": bound for kind, bound in lipschitz_bounds(model, layers).items()}
         found["norm_over_cap"] = max(rms_norm(W).max().item() / group["w_max"]
-                                     for group in matrix_groups(model, config) for W in group["params"])
+                                     for group in param_groups(optimizers, "w_max") for W in group["params"])
     model.train()
     return found
 
@@ -564,16 +545,16 @@ def activations(model, x):
 
 def describe(line):
     """An evaluation's line of the log in words."""
-    words = [f"step {line['step']}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}",
-             f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%})"]
-    words += [f"certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}" for r in RADII if "worst_loss" in line]
-    words.append(f"log10 bound {line['log10_certified']:.2f} certified")
-    if line["log10_paper"] is not None:
-        words.append(f"{line['log10_paper']:.2f} paper")
-    words += [f"norm/cap {line['norm_over_cap']:.4f}",
-              f"activations {line['act_max']:.1f} max, {line['act_rms']:.2f} RMS",
-              f"{line['tokens_per_second']:,.0f} tokens/s"]
-    return ", ".join(words)
+    at = RADII if "worst_loss" in line else ()
+    certified = [f"certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}" for r in at]
+    paper = [f"{line['log10_paper']:.2f} paper"] if line["log10_paper"] is not None else []
+    return ", ".join((f"step {line['step']}: train loss {line['train_loss']:.4f}",
+                      f"val loss {line['val_loss']:.4f}",
+                      f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%})",
+                      *certified, f"log10 bound {line['log10_certified']:.2f} certified", *paper,
+                      f"norm/cap {line['norm_over_cap']:.4f}",
+                      f"activations {line['act_max']:.1f} max, {line['act_rms']:.2f} RMS",
+                      f"{line['tokens_per_second']:,.0f} tokens/s"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -588,21 +569,35 @@ class Run:
     What a run has counted so far, with its checkpoint and log in config.out_dir. The log is part of the
     checkpoint; log.jsonl has the same lines and those since, and is written anew when a run goes on.
     """
-    KEPT = ("step", "losses", "reach", "lines")
-
     def __init__(self, config, data, model, optimizers, ckpt):
         self.config, self.data, self.model, self.optimizers = config, data, model, optimizers
         self.path, self.log_path = Path(config.out_dir) / "ckpt.pt", Path(config.out_dir) / "log.jsonl"
-        before = ckpt or {"step": 0, "seconds": 0.0}
-        self.step, self.losses, self.reach = before["step"], before.get("losses", []), before.get("reach")
-        older = [line for line in read_lines(self.log_path) if line.get("step", math.inf) <= self.step]
-        self.lines = before.get("lines", older if ckpt else [])  # an older train.py kept no log in it
-        self.started = time.perf_counter() - before["seconds"]
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.step, self.losses, self.reach, self.lines = 0, [], None, []  # these are saved
+        self.step_seconds, self.refused, self.started = [], None, time.perf_counter()
+        if ckpt:
+            self.go_on(ckpt)
         self.saved_step, self.saved_at = self.step, time.perf_counter()
-        self.step_seconds, self.refused = [], None
 
-    def open(self, device):
-        """Make the folder ready: keep what an earlier run has left there, or go on with its log."""
+    def go_on(self, ckpt):
+        """Take back what `save` wrote; where options have lowered the caps, the norms come down to them."""
+        if "lines" not in ckpt:
+            raise UserError(f"{self.path} is of an older train.py, from which this one cannot go on")
+        self.step, self.losses, self.reach = ckpt["step"], ckpt["losses"], ckpt["reach"]
+        self.lines, self.started = ckpt["lines"], self.started - ckpt["seconds"]
+        self.model.load_state_dict(ckpt["model"])
+        for optimizer, states in zip(self.optimizers, ckpt["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            learned = {i: states[self.names[p]] for i, p in enumerate(params) if self.names[p] in states}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
+        if holds_w_max(self.config.method, OPTIMIZERS[self.config.optimizer].update_norm):
+            for group in param_groups(self.optimizers, "w_max"):
+                for W in group["params"]:
+                    W.data = project(W.data, group["w_max"])
+        torch.set_rng_state(ckpt["rng"])
+
+    def begin(self, device):
+        """Write the log's first line; what an earlier run has left is kept, or its log is written anew."""
         for path in (self.path, self.log_path) if rank() == 0 and not self.config.resume else ():
             if path.exists():
                 os.replace(path, path.with_stem(path.stem + ".old"))
@@ -611,26 +606,31 @@ class Run:
                            "python": platform.python_version(), "commit": commit(), "device": name,
                            "processes": world()})
         if rank() == 0:
-            part = self.log_path.with_suffix(".part")
-            part.write_text("".join(to_json(line) + "\n" for line in self.lines))
-            os.replace(part, self.log_path)
+            self.log_path.write_text("".join(to_json(line) + "\n" for line in self.lines))
         if not self.config.resume:
-            self.checkpoint()  # so that there is something to resume from at any moment
+            self.save()  # so that there is something to resume from at any moment
 
     def write(self, line):
         """Append a line to the log."""
         self.lines.append(line)
         if rank() == 0:
-            append_line(self.log_path, line)
+            with open(self.log_path, "a") as f:
+                f.write(to_json(line) + "\n")
 
-    def checkpoint(self):
+    def save(self):
+        """
+        Write the checkpoint. Of the optimizers it has what they have learned, by the parameters' names:
+        learning rates and the like are the options', which may change when a run goes on.
+        """
         self.saved_step, self.saved_at = self.step, time.perf_counter()
+        learned = [{self.names[p]: state for p, state in o.state.items()} for o in self.optimizers]
         if rank() == 0:
-            save(self.path, {**get_state(self.model, self.optimizers), "config": asdict(self.config),
-                             "model_config": asdict(self.model.config), "meta": self.data.meta,
-                             "refused": self.refused,  # what is trained, not what loads it, decides
-                             "seconds": time.perf_counter() - self.started,
-                             **{name: getattr(self, name) for name in self.KEPT}})
+            save(self.path, {"model": self.model.state_dict(), "optimizers": learned, "step": self.step,
+                             "rng": torch.get_rng_state(), "losses": self.losses, "reach": self.reach,
+                             "lines": self.lines, "seconds": time.perf_counter() - self.started,
+                             "config": asdict(self.config), "model_config": asdict(self.model.config),
+                             "meta": self.data.meta,
+                             "refused": self.refused})  # what is trained, not what loads it, decides
 
     def evaluated(self, found):
         """Log an evaluation, save, and only then print: no fault of the output loses it."""
@@ -640,7 +640,7 @@ class Run:
                 "seconds": time.perf_counter() - self.started}
         self.write(line)
         self.losses, self.step_seconds = [], []
-        self.checkpoint()
+        self.save()
         if rank() == 0:
             say(describe(line))
 
@@ -669,33 +669,6 @@ def save(path, checkpoint):
     except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
         raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
-
-
-def get_state(model, optimizers):
-    """
-    What a checkpoint keeps of weights and optimizers: of the latter what they have learned, by the
-    parameters' names. Learning rates and the like are the options', which may change when a run goes on.
-    """
-    names = {p: name for name, p in model.named_parameters()}
-    learned = [{names[p]: state for p, state in optimizer.state.items()} for optimizer in optimizers]
-    return {"model": model.state_dict(), "optimizers": learned, "rng": torch.get_rng_state()}
-
-
-def set_state(model, optimizers, ckpt, config):
-    """Take back what get_state kept; where options have lowered the caps, the norms come down to them."""
-    names = {p: name for name, p in model.named_parameters()}
-    model.load_state_dict(ckpt["model"])
-    for optimizer, states in zip(optimizers, ckpt["optimizers"], strict=True):
-        if "param_groups" in states:
-            raise UserError("the checkpoint is of an older train.py, from which this one cannot go on")
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        learned = {i: states[names[p]] for i, p in enumerate(params) if names[p] in states}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
-    if holds_w_max(config.method, OPTIMIZERS[config.optimizer].update_norm):
-        for group in matrix_groups(model, config):
-            for W in group["params"]:
-                W.data = project(W.data, group["w_max"])
-    torch.set_rng_state(ckpt["rng"])
 
 
 @contextmanager
@@ -744,13 +717,6 @@ def machine(config):
     return device, dtype, nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def memory(device):
-    """The bytes of memory of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-
-
 def compile_blocks(model, config, device):
     """
     Compile the blocks, as --compile says or else where it pays, if that works; returns words about it. One
@@ -759,28 +725,19 @@ def compile_blocks(model, config, device):
     wanted = config.compile
     if wanted is None:
         wanted = device.type == "cuda" or (device.type == "cpu" and config.max_steps >= COMPILE_STEPS)
-    fault = compiler_fault(device) if wanted else None
-    if fault and config.compile:
-        raise UserError(f"torch.compile does not work here ({fault}); go on with --compile=False")
-    for block in model.blocks if wanted and not fault else ():
-        block.compile()
-    return f"not compiled, as torch.compile does not work here ({fault})" if fault else "compiled" * wanted
-
-
-def compiler_fault(device):
-    """None, or why torch.compile does not work here, which a sum and its gradient show."""
-    try:
+    if not wanted:
+        return ""
+    try:  # with a sum and its gradient
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: (x * x).sum())(x).backward()
     except Exception as e:  # of many kinds, from several layers down
-        return type(e).__name__
-
-
-def shared_gradients(model, device):
-    """The model or, of several processes, one that sends gradients round while the backward pass goes on."""
-    if world() == 1:
-        return model
-    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        why = f"torch.compile does not work here ({type(e).__name__})"
+        if config.compile:
+            raise UserError(f"{why}; go on with --compile=False")
+        return f"not compiled, as {why}"
+    for block in model.blocks:
+        block.compile()
+    return "compiled"
 
 
 def world():

@@ -72,6 +72,7 @@ def step(argv):
     meta = {"vocab_size": padded, "tokenizer": "char"}
     model = train.new_model(config, SimpleNamespace(meta=meta), device)
     optimizers = train.make_optimizers(model, config, dtype)
+    train.set_schedule(optimizers, 0, config)
     ids = torch.randint(vocab_size, (batch, T + 1), device=device)
     train.compile_blocks(model, config, device)
 
@@ -86,7 +87,7 @@ def step(argv):
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        train.constrain(model, config, config.lr, dtype)
+        train.constrain(model, optimizers, config, dtype)
 
     def without():
         gradients()
