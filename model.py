@@ -4,12 +4,11 @@ The norm-free transformer whose weights constrain.py bounds.
     python model.py out/shakespeare/ckpt.pt --prompt "ROMEO:"     # write text with a trained model
 
 There is no layer norm, no QK norm, no bias and no logit softcap. What keeps activations small is the
-parametrization of Modula (Large et al., arXiv 2405.14813), in which every part is about 1-Lipschitz in the
-RMS norm |v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm 1. An (m, n) matrix, m
-outputs and n inputs, has the norm sqrt(n/m) * sigma_max; with matrices of another norm the Lipschitz constant
-of the whole is the one that constrain.lipschitz_bounds computes. That is proved for the function which
-constrain.proved_function writes down in 30 lines: an edit here that changes the function has to be proved and
-made there too, or the model trains without a certificate.
+parametrization of Modula (Large et al., arXiv 2405.14813): every part is about 1-Lipschitz in the RMS norm
+|v|_rms = |v|_2 / sqrt(dim v) when its matrices have RMS->RMS operator norm sqrt(n/m) * sigma_max = 1, for
+(m, n) matrices of m outputs and n inputs. For other norms constrain.lipschitz_bounds has the constant of the
+whole, proved for constrain.proved_function. An edit here that changes the function has to be proved and made
+there too, or the model trains without a certificate.
 """
 import math
 import pickle
@@ -26,13 +25,12 @@ from prepare import Parser, Tokenizer, UserError, check_options, number, one_lin
 # ------------------------------------------------------------------------------------------------------------
 # Activations, and the projection onto a ball
 
-# GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...; GELU / GELU_SLOPE is
-# 1-Lipschitz.
+# GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 
 
 def gelu(x):
-    """GELU / GELU_SLOPE, whose slope lies in [1/GELU_SLOPE - 1, 1], as GELU'(-z) = 1 - GELU'(z)."""
+    """GELU / GELU_SLOPE: its slope is in [1/GELU_SLOPE - 1, 1], as GELU'(-z) = 1 - GELU'(z)."""
     return F.gelu(x) / GELU_SLOPE
 
 
@@ -102,12 +100,6 @@ class GPTConfig:
         """alpha; by default such that the product of all gains stays bounded."""
         return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha
 
-    @property
-    def n_params(self):
-        attention = 4 if self.softmax_scale else 2
-        mlp = 2 * self.mlp_ratio + (self.mlp_layers - 2) * self.mlp_ratio ** 2
-        return 2 * self.vocab_size * self.n_embd + self.n_layer * (attention + mlp) * self.n_embd ** 2
-
     def __post_init__(self):
         check_options(self)
         if not self.softmax_scale and not self.position_bias:
@@ -135,27 +127,23 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.flatten(0, -2))  # (..., n) -> (..., m) or (..., k*m)
 
 
-# Largest size of a score of distance. Where softmax is saturated a head has no gradient that could turn it
-# elsewhere, and in long runs one head after the other would end there. A head that looks one way with 12 has
-# 0.2 % of its weight elsewhere; with 8 it has 8 %, which costs certified accuracy at a radius.
+# Largest size of a score of distance: where softmax is saturated, no gradient could turn a head elsewhere. A
+# head that looks one way with 12 has 0.2 % of its weight elsewhere; with 8, 8 %, which costs accuracy.
 MAX_BIAS = 12.0
 
 
 class Attention(nn.Module):
     """
     Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias,
-    bias[head, t - s].
+    bias[head, t - s]. At softmax_scale 0 there are no queries and keys.
 
     The bias does not depend on the input, so that it costs the certificate nothing; train.py keeps it within
-    MAX_BIAS. At first the heads look, with a score of 8, first, first + 1, ... tokens back in the first
-    layer, at twice and three times as many in the next ones. Without content, at softmax_scale 0, there are
-    no queries and keys.
+    MAX_BIAS. At first head h looks, with a score of 8, first + h tokens back in the first layer, and twice,
+    three times, ... as far in the next ones.
 
-    With per_head, a head's W_v (d_head, n_embd) has RMS->RMS norm 1 if its singular values are
-    1/sqrt(n_head). So n_head tokens, one for each head, have values of RMS norm 1 beside each other, as large
-    as the tokens, if all heads read one and the same subspace of d_head dimensions; and no number of heads
-    makes the value path's gain larger than 1. A W_v for all heads at once has to give each head a subspace of
-    its own.
+    With per_head, a head's W_v (d_head, n_embd) of RMS->RMS norm 1 has singular values of 1/sqrt(n_head), so
+    that all heads may read one subspace, and no number of them makes the value path's gain larger than 1. A
+    W_v of norm 1 for all heads at once has to give each head a subspace of its own.
     """
     def __init__(self, config, layer):
         super().__init__()
@@ -203,9 +191,8 @@ def later(T, device):
 def attend(q, k, v, scale, bias):
     """
     Causal attention softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head) and bias, (n_head, T, T)
-    or None: on a GPU F.scaled_dot_product_attention. On a CPU its kernel's backward pass is slow, so there
-    the products are written out, in two halves: the first half of the queries sees the first half of the keys
-    alone, which saves a quarter of the work. What is hidden is added, as that has no backward pass.
+    or None. On a CPU torch's kernel has a slow backward pass, so there the products are written out, in two
+    halves: the first half of the queries sees the first half of the keys alone, a quarter of the work less.
     """
     T = q.shape[2]
     if bias is None and q.device.type != "cpu":
@@ -222,7 +209,7 @@ def attend(q, k, v, scale, bias):
 
 
 def rotary_tables(block_size, d_head, base=10000.0):
-    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), each float64 (block_size, 1, d_head/2)."""
+    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864): float64 (block_size, 1, d_head/2) both."""
     freq = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
     angle = torch.outer(torch.arange(block_size, dtype=torch.float64), freq)[:, None]
     return angle.cos(), angle.sin()
@@ -297,10 +284,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """
-        Append max_new_tokens sampled tokens to idx (B, T), T at least 1; temperature 0 takes the likeliest
-        one, top_k samples among so many.
-        """
+        """idx (B, T), T at least 1, with max_new_tokens more; temperature 0 takes the likeliest token."""
         if idx.shape[1] == 0 or (top_k is not None and top_k < 1):
             raise ValueError("generate needs at least one token to go on from, and top_k=None or at least 1")
         for _ in range(max_new_tokens):
@@ -317,7 +301,7 @@ class GPT(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints, text, and the command line
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""
@@ -325,11 +309,9 @@ def load_checkpoint(path, device="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that damaged files seem to have
             ckpt = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**ckpt["model_config"])).to(device)
+        model = GPT(GPTConfig(**ckpt["model_config"])).to(device).eval()
         model.load_state_dict(ckpt["model"])
-        model.eval()
-        for key in ("config", "meta", "step"):
-            ckpt[key]
+        ckpt["config"], ckpt["meta"], ckpt["step"]  # or KeyError
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one with python train.py")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
@@ -342,9 +324,6 @@ def load_checkpoint(path, device="cpu"):
     return model, ckpt
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text, and the command line
-
 def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=None):
     """A prompt and what the model writes after it; without one it begins a document, or a line."""
     ids = [tokenizer.start] if prompt is None else tokenizer.encode(prompt)
@@ -355,16 +334,13 @@ def sample(model, tokenizer, prompt=None, n_tokens=300, temperature=0.8, top_k=N
 
 def main():
     parser = Parser(description="Write text with a trained model.")
-    parser.add_argument("ckpt", help="checkpoint written by train.py")
-    parser.add_argument("--prompt", help="text to continue; in GPT-2's tokens <|endoftext|> begins a "
-                        "document, as no prompt does")
-    parser.add_argument("--tokens", type=number(int, 0, 10 ** 9), default=500,
-                        help="number of tokens to write [500]")
-    parser.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8,
-                        help="0 takes the likeliest token [0.8]")
-    parser.add_argument("--top_k", type=number(int, 1, 10 ** 9),
-                        help="sample among the k likeliest tokens only")
-    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
+    add = parser.add_argument
+    add("ckpt", help="checkpoint written by train.py")
+    add("--prompt", help="text to continue; without it, or at GPT-2's <|endoftext|>, a document begins")
+    add("--tokens", type=number(int, 0, 10 ** 9), default=500, help="number of tokens to write [500]")
+    add("--temperature", type=number(float, 0, 1e6), default=0.8, help="0 takes the likeliest token [0.8]")
+    add("--top_k", type=number(int, 1, 10 ** 9), help="sample among the k likeliest tokens only")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     args = parser.parse_args()
     with one_line_errors("model.py"):
         if args.prompt == "":

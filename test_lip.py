@@ -429,7 +429,7 @@ def shard(n, magic=prepare.SHARD_MAGIC, version=1, count=None, largest=50256):
 
 def test_default_model_size_and_initial_norms():
     net = GPT(GPTConfig())
-    assert 1.5e6 < sum(p.numel() for p in net.parameters()) == net.config.n_params < 1.7e6
+    assert 1.5e6 < sum(p.numel() for p in net.parameters()) < 1.7e6
     for name, W in matrices(net).items():
         expected = 0.0 if name.endswith("proj") else 1.0
         assert (rms_norm(W) - expected).abs().max() < 1e-5, name
