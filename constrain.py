@@ -367,9 +367,10 @@ def refused(model):
             return f"no certificate: {wrong} (activation {c.activation}, see ACTIVATIONS in model.py)"
         weights = dict(net.named_parameters(remove_duplicate=False))
         for W in weights.values():
+            root = math.sqrt((1, *W.shape)[-1])
             if not W.any():
-                W.uniform_(-1, 1, generator=g).div_(math.sqrt(W.shape[-1]))
-            W.div_((W.square().mean().sqrt() * math.sqrt(W.shape[-1]) / 3).clamp_min(1))  # norms of some 3
+                W.uniform_(-1, 1, generator=g).div_(root)
+            W.div_((W.square().mean().sqrt() * root / 3).clamp_min(1))  # norms of some 3
         T = min(c.block_size, max(8, 4 * 10 ** 9 // sum(W.numel() for W in weights.values())))
         ids = torch.randint(c.vocab_size, (1, T), generator=g)
         x = torch.randn(3, T, c.n_embd, generator=g, dtype=torch.float64)
