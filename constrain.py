@@ -15,7 +15,7 @@ has float64. results/certify.py attacks the bound and certifies predictions.
 """
 import copy
 import math
-from decimal import Decimal
+from decimal import MAX_EMAX, Decimal, getcontext
 from typing import NamedTuple
 
 import torch
@@ -397,9 +397,9 @@ def misclaimed(activation):
     f, half = activation.f, torch.logspace(-3, 3, 10_000, dtype=torch.float64)
     z = torch.cat((-half.flip(0), half))
     if activation.sorts_pairs:
-        a, b = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))].chunk(2)
-        pairs = torch.cat((torch.maximum(a, b), torch.minimum(a, b)))
-        return None if torch.equal(f(torch.cat((a, b))), pairs) else "it does not sort pairs"
+        pairs = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))].view(2, -1)
+        sorts = torch.equal(f(pairs.flatten()), torch.cat((pairs.amax(0), pairs.amin(0))))
+        return None if sorts else "it does not sort pairs"
     if activation.slope is None or activation.ratio is None:
         return "nothing is known of it that a proof could use"
     y = f(z)
@@ -435,16 +435,17 @@ def finite(module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The Lipschitz bounds. Proofs: results/certificate.md
+# The Lipschitz bounds, in decimals, as K of a large model exceeds the largest float. Proofs:
+# results/certificate.md
+
+getcontext().Emax = MAX_EMAX  # a deep one's exceeds 10^999,999 too
+
 
 def lipschitz_bounds(model, layers=None):
     """
-    {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits (forward_embeddings), both in the
-    largest RMS norm over tokens; logit_scale is in them.
-
-    `certified` is an upper bound on the ball whose radius is the embedding table's largest row (see
-    certificate), and infinite for a model that is `refused`; `layers` saves computing layer_norms again.
-    `paper` is the formula of the authors' code (see paper_bound), or None.
+    {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits, both in the largest RMS norm over
+    tokens, logit_scale included: `certified` (see certificate), infinite if the model is `refused`, and
+    `paper`, the authors' formula (see paper_bound), or None. `layers` saves computing layer_norms again.
     """
     if refused(model):
         return {"certified": math.inf, "paper": None}
@@ -454,8 +455,8 @@ def lipschitz_bounds(model, layers=None):
 def certificate(model, layers=None):
     """
     (log10 of the certified bound, its parts layer by layer) of a GPT that is not `refused`: K with max_t
-    |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's. That is
-    the bound of all blocks times the norm of the output matrix times logit_scale.
+    |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's; the bound
+    of all blocks times the norm of the output matrix times logit_scale.
     """
     body, parts = body_bound(layers or layer_norms(model), embedding_norm(model))
     head = log10(model.config.logit_scale * rms_norm(model.head.weight).item())
@@ -471,7 +472,7 @@ def body_bound(layers, R):
     """
     if not all(map(math.isfinite, (R, *(norm for layer in layers for norm in layer[:-1])))):
         return math.inf, []
-    K, R, parts = Decimal(1 + ROUNDING), Decimal(R), []  # numbers for which floats are too small
+    K, R, parts = Decimal(1 + ROUNDING), Decimal(R), []
     for layer in layers:
         alpha, A_V, A_QK, mlp_gain, score_gain, mlp_growth, ball = map(Decimal, layer)
         residual, score = 1 - alpha + alpha * A_V, A_QK * R ** 2
@@ -545,8 +546,9 @@ def mlp_norms(block, activation):
     the activation's largest |slope| or, for the growth, |ratio|; 1 if it sorts pairs. With two layers J is
     A + U E V with a diagonal E, |E| <= 1 (see uncertain_norm): with slopes in [low, high]
       A = (1 - alpha) I + alpha (high + low) / 2 W_out W_in, U = alpha (high - low) / 2 W_out, V = W_in,
-    and the growth has the interval of ratios; for sorted pairs, with halves O_1, O_2 and I_1, I_2,
-      A = (1 - alpha) I + alpha / 2 (O_1 + O_2) (I_1 + I_2), U = alpha / 2 (O_1 - O_2), V = I_1 - I_2.
+    and the growth has the interval of ratios; for sorted pairs, with the halves of W_out = [O_1 O_2] and
+    W_in = [I_1; I_2], A = (1 - alpha) I + alpha / 2 (O_1 + O_2) (I_1 + I_2), U = alpha / 2 (O_1 - O_2) and
+    V = I_1 - I_2.
     """
     mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
     layers = (mlp.fc, *mlp.mid, mlp.proj)
@@ -559,8 +561,8 @@ def mlp_norms(block, activation):
     W_out, W_in = exact(mlp.proj.weight), exact(mlp.fc.weight)
     A = (1 - alpha) * torch.eye(len(Wo), dtype=torch.float64)
     if activation.sorts_pairs:
-        (out_1, out_2), (in_1, in_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
-        A, U, V = A + alpha / 2 * (out_1 + out_2) @ (in_1 + in_2), alpha / 2 * (out_1 - out_2), in_1 - in_2
+        (O_1, O_2), (I_1, I_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
+        A, U, V = A + alpha / 2 * (O_1 + O_2) @ (I_1 + I_2), alpha / 2 * (O_1 - O_2), I_1 - I_2
         grown = A, U, V
     else:
         of = lambda low, high: (A + alpha * (high + low) / 2 * W_out @ W_in,
@@ -614,8 +616,7 @@ def paper_bound(model):
     for a model with options that theirs do not have.
 
     Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
-    softmax_scale multiply the value path as well. Their networks have no position_bias, which would change no
-    factor of it.
+    softmax_scale multiply the value path as well. position_bias, which theirs do not have, changes nothing.
     """
     config = model.config
     ours = ("per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")

@@ -923,6 +923,8 @@ def test_bounds_of_the_smallest_and_largest():
     assert certified(gpt(L=3)) == pytest.approx(6 * math.log10(1 - 1 / 6), abs=1e-6)
     net = identities(gpt(L=24, d=32), 1e3)
     assert 308 < constrain.paper_bound(net) < constrain.certificate(net)[0] < math.inf
+    layer = constrain.layer_norms(net)[0]._replace(alpha=1.0)
+    assert 2e6 < constrain.body_bound(1000 * [layer], 1.0)[0] < math.inf
 
 
 def test_tight_bound_by_hand_and_reached():
@@ -1282,6 +1284,18 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
         assert why and "\n" not in why and why.startswith("no certificate: "), why
         assert judge.lipschitz_bounds(net) == {"certified": math.inf, "paper": None}
         random_weights(net)
+
+
+@pytest.mark.parametrize("claims, wrong", (
+    ((F.silu,), "nothing is known"), ((F.relu, True), "sort pairs"),
+    ((lambda x: x.roll(1), False, (0, 1), (0, 1)), "by itself"), ((F.relu, False, (0.1, 1), (0, 1)), "slope"),
+    ((F.relu, False, (0, 1), (0, 0.9)), "ratio"), ((F.relu, False, (0, 1), (0, 1), 0), "curvature"),
+    ((lambda x: x + 1e-6, False, (1, 1), (1, 1)), "ratio"), ((F.relu, False, (0, 1), (0, 1), 0, True), None),
+    ((lambda x: x * math.inf, False, (0, 9), (0, 9)), "slope"),
+    ((torch.tanh, False, (0, 1), (0, 1), 0.7), "curvature")))
+def test_claims_about_an_activation_are_tried(claims, wrong):
+    found = constrain.misclaimed(model.Activation(*claims))
+    assert wrong in found if wrong else found is None
 
 
 def test_what_is_no_gpt_gets_no_certificate(monkeypatch):
