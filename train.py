@@ -43,8 +43,8 @@ from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, la
                        worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, alone, commit, data_folder, one_line_errors,
-                     open_data, option, say, to_json)
+from prepare import (Parser, Tokenizer, UserError, alone, commit, data_folder, one_line_errors, open_data,
+                     option, say, to_json)
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -295,14 +295,13 @@ class Text:
         if dist.is_initialized():
             dist.barrier()
         self.meta, self.shards, val = open_data(folder, like)
-        for name, shards in (("training", self.shards), ("validation", [val])):
-            if (shortest := min(map(len, shards))) < T + 1:
-                raise UserError(f"the {name} split of {folder} has {shortest} tokens, but block_size {T} "
-                                f"needs {T + 1}; use a longer text or a smaller --block_size")
         self.config, self.device, self.folder = config, device, folder
         self.val, self.tokenizer = val[:config.eval_tokens], Tokenizer(self.meta)
-        if len(self.val) < T + 1:
-            raise UserError(f"--eval_tokens={config.eval_tokens} must be at least {T + 1}, block_size + 1")
+        for name, n in (("a training shard", min(map(len, self.shards))), ("the validation split", len(val)),
+                        (f"--eval_tokens={config.eval_tokens}", len(self.val))):
+            if n < T + 1:
+                raise UserError(f"{name} of {folder} has {n} tokens, but block_size {T} needs {T + 1}; use "
+                                "more text or a smaller --block_size")
         self.counts = [max(1, (len(shard) - T) // T) for shard in self.shards]  # windows of each shard
         self.ends = np.cumsum(self.counts)
 
