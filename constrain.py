@@ -220,13 +220,10 @@ def soft_cap(W, step):
 def soft_cap_polynomial(W, alpha, dtype=torch.float32):
     """
     sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values (the
-    paper, section 3). Close to the identity for small sigma, with a largest image that soft_cap_coupling
-    makes w_max.
-
-    With y = alpha sigma^2 that is sigma (1 - y) (1 + y (1 - y)^2) = sigma (1 - y^2 (3 - 3y + y^2)), so in
-    terms of the Gram matrix B of eigenvalues y it is W - W B^2 (3 I - 3 B + B^2): only a correction of W,
-    which `dtype` may round. In bfloat16 it is off by up to 2.3 %, so a cap that moves singular values by up
-    to 3 % holds to 1e-3.
+    paper, section 3): W - W B^2 (3 I - 3 B + B^2), B = X^T X, X = sqrt(alpha) W / rms_unit(W), on the smaller
+    side (results/certificate.md, Soft cap). It is close to the identity for small sigma. Only the correction
+    of W is in `dtype`: in bfloat16 it is off by up to 2.3 %, so a cap that moves singular values by up to 3 %
+    holds to 1e-3.
     """
     W_ = W.to(dtype)
     X = W_ * (math.sqrt(alpha) / rms_unit(W))
@@ -643,11 +640,9 @@ RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which certified ac
 
 def logit_reach(model, r, layers=None):
     """
-    What a change of the embeddings of RMS norm r can do to the difference of logits i and j, divided by
-    |w_i - w_j|_2, where w_i are the output matrix's rows: logit_scale sqrt(d) K r, with K the bound of the
-    body on the ball that has grown by r, and d the width. The head's input moves by |dh|_2 <= sqrt(d) K r,
-    and |<w_i - w_j, dh>| <= |w_i - w_j|_2 |dh|_2.
-    `layers` saves computing layer_norms again.
+    logit_scale sqrt(d) K r, with K of body_bound on the ball that has grown by r: a change of the embeddings
+    of RMS norm r moves the difference of logits i and j by at most |w_i - w_j|_2 times that, where w_i are
+    the output matrix's rows; proof: results/certificate.md, Predictions. `layers` saves layer_norms.
     """
     log10_K, _ = body_bound(layers or layer_norms(model), embedding_norm(model) + r)
     return model.config.logit_scale * math.sqrt(model.config.n_embd) * r * 10 ** min(log10_K, 300.0)
@@ -656,11 +651,9 @@ def logit_reach(model, r, layers=None):
 def worst_case(logits, y, W, reach):
     """
     Logits (N, V) with reach |w_j - w_y| added to each but that of the label y (N,), for rows w_j of W (V, d).
-
-    Their cross entropy, log(1 + sum_j exp(z_j - z_y)), bounds that under every change of the input that
-    `reach` = logit_reach(model, r) is for, as it grows with each z_j - z_y, and none of those grows by more.
-    And where y is still the largest, no such change alters the prediction: a claim about logits in float64,
-    as those of a shorter type are off by more than many predictions lead.
+    With `reach` = logit_reach(model, r) their cross entropy bounds that under every change of norm r, and
+    where y is still the largest none alters the prediction; proof: results/certificate.md, Predictions. That
+    is a claim about logits in float64: those of a shorter type are off by more than many predictions lead.
     """
     distance = rows_apart(W, y).scatter(1, y[:, None], 0.0)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

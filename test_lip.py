@@ -1254,7 +1254,7 @@ EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
     "a sliding window": (".triu(1)", ".triu(1).logical_or(torch.ones(T, T).tril(-6))"),
     "logit softcap": ("logits = self.forward_embeddings(self.wte(idx))",
                       "logits = torch.tanh(self.forward_embeddings(self.wte(idx)))"),
-    "RoPE of another base": ("base=10000.0", "base=500.0"),
+    "RoPE of another base": ("config.n_embd // config.n_head)", "config.n_embd // config.n_head, 500.0)"),
     "positions added": ("self.wte(idx))", "self.wte(idx) + torch.arange(idx.shape[1])[:, None])"),
     "a scale of embeddings": ("T = x.shape[1]\n        if", "x, T = 3 * x, x.shape[1]\n        if"),
     "the residual as usual": ("torch.add((1 - self.alpha) * x, ", "torch.add(x, "),
