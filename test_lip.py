@@ -2033,7 +2033,7 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch, capsys):
         np.memmap(path, dtype=np.uint16, mode="r+", offset=1024)[where] = value
         one_line(refused(*few), message)
     prepare.write_dataset("to be or not to be " * 100, "data/letters", "test")
-    one_line(refused("--dataset=letters"), "190 tokens, but block_size 1024 needs")
+    one_line(refused("--dataset=letters"), "710 tokens, but block_size 1024 needs")
 
 
 # ------------------------------------------------------------------------------------------------------------
