@@ -1399,17 +1399,21 @@ def test_a_checkpoint_of_an_edited_network_gets_no_certificate_without_the_edit(
 # results/certify.py
 
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, torch.enable_grad))
-def test_the_attack_whatever_torch_is_told_of_gradients(mode):
+def test_attacks_find_what_they_should_whatever_torch_is_told_of_gradients(mode):
+    """Of changes of almost 0 none alters a prediction; where every embedding can become every other, all."""
     torch.manual_seed(0)
     W, X = torch.randn(7, 12, dtype=torch.float64), torch.randn(2, 3, 12).double()
-    net, tokens = random_weights(gpt()), torch.randint(11, (30, ))
+    net, tokens = random_weights(gpt(H=2, d=8, logit_scale=6.0), 0.8), torch.randint(11, (60, ))
+    right = certify.margins(net, tokens)[1]
     with mode():
         found = certify.ascend(lambda X: X @ W.T, X, 1.0, 30)
         at_once, climbed = (certify.attack(net, 6, 4, steps, tokens) for steps in (0, 5))
         radii = certify.attack_radii(constrain.exact_model(net), net.wte(tokens[None, :6]).double(), 3)
-        assert certify.attacked(net, tokens, 1e-9).any() and radii.isfinite().all()
+        none, some, all_ = (certify.attacked(net, tokens, r) for r in (1e-12, 0.05, 3.0))
     assert found == pytest.approx(rms_norm(W).item(), rel=1e-3)  # the gain of a linear map
     assert 0 < at_once <= climbed == certify.attack(net, 6, 4, 5, tokens) <= 10 ** certified(net)
+    assert right.any() and torch.equal(none, right) and right.sum() >= some.sum() > 0 == all_.sum()
+    assert radii.isfinite().all()
 
 
 def test_what_predictions_bear():
@@ -1480,9 +1484,10 @@ def test_the_worst_case_is_no_better_than_any(options):
 TEXT_MODELS = {"paper": dict(c=3.0), "gelu alone": dict(L=1, c=0.0, position_bias=True), "maxmin": HEADS,
                "relu": dict(activation="relu"), "ball": dict(L=3, ball=0.5),
                "no residual": dict(c=0.0, alpha=1.0, mlp_layers=3, mlp_ratio=1, **HEADS)}
+of_text_models = pytest.mark.parametrize("options", TEXT_MODELS.values(), ids=TEXT_MODELS)
 
 
-def at_a_text(options, trained):
+def at_a_text(options, trained=True):
     """A net in float64, embeddings X (12, 10, 16), layer_norms and block_norms."""
     torch.manual_seed(0)
     net = random_weights(gpt(**dict(H=2, L=2, T=10, logit_scale=4.0) | options), 0.9 if trained else 1.3)
@@ -1499,87 +1504,85 @@ def at_a_text(options, trained):
 
 
 @pytest.mark.parametrize("trained", (False, True))
-@pytest.mark.parametrize("options", TEXT_MODELS.values(), ids=TEXT_MODELS)
+@of_text_models
 def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
     """Prediction by prediction; and much above the constant's with content. What is unknown has none."""
     net, X, layers, norms = at_a_text(options, trained)
-    bears, _ = certify.predictions(net, X)
-    by_constant, local = certify.local_radii(net, X, layers, norms, bears)
-    assert torch.equal(by_constant.flatten(), certify.log10_radii(net, bears, layers))
+    bears, top = (found.view(12, 10) for found in certify.predictions(net, X))
+    by_constant, local, labels = certify.local_radii(net, norms, X)
+    assert torch.equal(by_constant, certify.log10_radii(net, bears, layers)) and torch.equal(labels, top)
     assert (local >= by_constant).all() and (local[:, -1] <= certify.attack_radii(net, X)).all()
     if options.get("c", 1.0) and trained:
         assert (local - by_constant).median() > 0.5
     X[0, 3, 5] = math.nan
-    for radii in certify.local_radii(net, X, layers, norms, certify.predictions(net, X)[0]):
+    for radii in certify.local_radii(net, norms, X)[:2]:
         assert (radii[0, 3:] == -math.inf).all() and radii[1].isfinite().any()
 
 
-def below(found, most):
-    return (found <= most * (1 + 1e-9) + 1e-12).all()
+def below(change, bound):
+    """Whether numbers, or the norms of vectors, are within a bound, but for rounding."""
+    found = change.norm(dim=-1) if change.ndim > bound.ndim else change.abs()
+    return (found <= bound * (1 + 1e-9) + 1e-12).all()
 
 
-@pytest.mark.parametrize("options", TEXT_MODELS.values(), ids=TEXT_MODELS)
+@of_text_models
 def test_no_change_exceeds_a_bound_at_a_text(options):
     """Each bound of the proof by itself, for random changes of the embeddings."""
-    net, X, _, norms = at_a_text(options, trained=True)
-    facts, tables = certify.facts_at(net, X), (net.cos[:10], net.sin[:10])
+    net, X, _, norms = at_a_text(options)
+    tables = net.cos[:10], net.sin[:10]
     for r in (1e-3, 0.03, 0.3):
-        changed = certify.facts_at(net, X + r * torch.randn_like(X).sign())
-        for block, norm, fact, moved in zip(net.blocks, norms, facts, changed):
-            attn, dx = block.attn, moved["x"] - fact["x"]
+        facts, changed = (certify.facts_at(net, norms, x) for x in (X, X + r * torch.randn_like(X).sign()))
+        for at, moved in zip(facts, changed):
+            attn, alpha, mlp, ball = at.block.attn, at.block.alpha, at.block.mlp, at.block.ball
+            dx = moved.x - at.x
             delta = dx.norm(dim=-1)
-            change = (attn(moved["x"], *tables) - attn(fact["x"], *tables)).norm(dim=-1)
-            assert below(change, certify.attention_change(attn, norm, fact, delta))
-            (qk, v, _), (qk_, _, _) = (attn.heads(at["x"], *tables) for at in (fact, moved))
+            assert below(attn(moved.x, *tables) - attn(at.x, *tables), certify.attention_change(at, delta))
+            (qk, v, _), (qk_, _, _) = (attn.heads(x, *tables) for x in (at.x, moved.x))
             if qk:
                 (q, k), (q_, k_) = qk, qk_
-                by_q, by_k = certify.score_change(attn, norm, fact, delta)
-                assert below((attn.scale * (q_ - q) @ k.mT).abs(), by_q)
-                assert below((attn.scale * q_ @ (k_ - k).mT).abs(), by_k)
+                by_q, by_k = certify.score_change(at, delta)
+                assert below((attn.scale * (q_ - q) @ k.mT).tril(), by_q)
+                assert below((attn.scale * q_ @ (k_ - k).mT).tril(), by_k)
                 e = by_q + by_k
-                ratio = certify.probability_ratio(fact, e)
-                most, least = (bound * fact["p"] for bound in ratio)
-                any_scores = fact["p"].log() + (2 * torch.rand_like(e) - 1) * e
-                for p in (moved["p"], any_scores.softmax(dim=-1)):
+                most, least = (ratio * at.p for ratio in certify.probability_ratio(at, e))
+                any_scores = at.p.log() + (2 * torch.rand_like(e) - 1) * e
+                for p in (moved.p, any_scores.softmax(dim=-1)):
                     assert below(p, most) and below(least, p)
-                    assert below((p @ dx[:, None]).norm(dim=-1), certify.value_input(fact, e, ratio, delta))
-                output = ((moved["p"] - fact["p"]) @ v).norm(dim=-1)
-                assert below(output, certify.score_output(attn, norm, fact, by_q, by_k, ratio, delta))
-            y, y_ = ((1 - block.alpha) * x + block.alpha * block.mlp(x) for x in (fact["mid"], moved["mid"]))
-            delta = (y_ - y).norm(dim=-1)
-            assert below(delta, norm["mlp"] * (moved["mid"] - fact["mid"]).norm(dim=-1))
-            if block.ball is not None:
-                change = (onto_ball(y_, block.ball) - onto_ball(y, block.ball)).norm(dim=-1)
-                assert below(change, certify.ball_change(block, fact["mid"], delta))
+                    assert below(p @ dx[:, None], certify.value_input(at, e, delta))
+                assert below((moved.p - at.p) @ v, certify.score_output(at, by_q, by_k, delta))
+            y, y_ = ((1 - alpha) * x + alpha * mlp(x) for x in (at.mid, moved.mid))
+            assert below(y_ - y, at.layer.mlp_gain * (moved.mid - at.mid).norm(dim=-1))
+            if ball is not None:
+                change = certify.ball_change(at, (y_ - y).norm(dim=-1))
+                assert below(onto_ball(y_, ball) - onto_ball(y, ball), change)
 
 
-@pytest.mark.parametrize("options", TEXT_MODELS.values(), ids=TEXT_MODELS)
+@of_text_models
 def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
     """The derivatives and the gradient of a lead at random points within delta, and the prediction there."""
-    net, X, _, norms = at_a_text(options, trained=True)
-    block, norm, W = net.blocks[-1], norms[-1], net.head.weight
-    x = certify.facts_at(net, X)[-1]["mid"].flatten(0, 1)
-    activation, mlp, alpha, N = model.ACTIVATIONS[net.config.activation], block.mlp, block.alpha, len(x)
+    net, X, _, norms = at_a_text(options)
+    at, W = certify.facts_at(net, norms, X)[-1], net.head.weight
+    x, mlp, alpha = at.mid.flatten(0, 1), at.block.mlp, at.block.alpha
     half = lambda x: (1 - alpha) * x + alpha * mlp(x)
-    derivative = certify.paired_derivative if activation.sorts_pairs else certify.entry_derivative
+    derivative = certify.paired_derivative if at.activation.sorts_pairs else certify.entry_derivative
     for r in (1e-3, 0.1, 1.0):
-        delta = r * torch.rand(N, 1).double()
-        held = certify.leads_hold(block, activation, norm, W, x, delta[:, 0])
+        delta = r * torch.rand(len(x), 1).double()
+        held = certify.leads_hold(at, W, delta.view(12, 10))
         assert held.any() or r > 1e-3
-        w = W[torch.randint(11, (N, ))] - W[torch.randint(11, (N, ))]
+        w = W[torch.randint(11, (len(x), ))] - W[torch.randint(11, (len(x), ))]
         u = w @ mlp.proj.weight
         for _ in range(10):
             step = torch.randn_like(x)
-            point = x + delta * torch.rand(N, 1) * step / step.norm(dim=1, keepdim=True)
+            point = x + delta * torch.rand_like(delta) * step / step.norm(dim=1, keepdim=True)
             assert torch.equal((half(point) @ W.T).argmax(1)[held], (half(x) @ W.T).argmax(1)[held])
             if mlp.mid:
                 continue
             z, point = mlp.fc(point).requires_grad_(), point.requires_grad_()
-            known, unknown = derivative(activation, mlp.fc(x), u, mlp.fc.weight, delta)
-            there, = torch.autograd.grad((activation.f(z) * u).sum(), z)
-            assert below((there - known).norm(dim=1), unknown)
+            known, unknown = derivative(at.activation, mlp.fc(x), u, mlp.fc.weight, delta)
+            there, = torch.autograd.grad((at.activation.f(z) * u).sum(), z)
+            assert below(there - known, unknown)
             gradient, = torch.autograd.grad((half(point) * w).sum(), point)
-            assert below(gradient.norm(dim=1), certify.lead_gradient(block, activation, norm, w, x, delta))
+            assert below(gradient, certify.lead_gradient(at, w, x, delta))
 
 
 def test_distances_of_near_rows_are_never_too_small():
@@ -1599,16 +1602,6 @@ def test_distances_of_near_rows_are_never_too_small():
     moved.sum().backward()
     assert W.grad.isfinite().all()
     assert not (constrain.lead(torch.full((1, 3), math.nan), torch.tensor([0])) > 0).any()
-
-
-def test_the_attack_on_predictions_turns_over_what_it_should():
-    """At a radius of almost 0 nothing; and where every embedding can become every other, all but few."""
-    torch.manual_seed(0)
-    net, tokens = random_weights(gpt(H=2, d=8, logit_scale=6.0), 0.8), torch.randint(11, (60, ))
-    right = certify.margins(net, tokens)[1]
-    assert right.any() and torch.equal(certify.attacked(net, tokens, 1e-12), right)
-    some, all_ = (certify.attacked(net, tokens, r).sum() for r in (0.05, 3.0))
-    assert right.sum() >= some > all_ == 0
 
 
 def test_training_for_a_radius(data):
@@ -1634,43 +1627,45 @@ def test_training_for_a_radius(data):
     train.train(dict(resume=True, out_dir="for", max_steps=61))
 
 
-def read_report(monkeypatch, capsys, code=None):
-    """(the lines, the JSON) of certify.py about out/ckpt.pt, which is to end with a code."""
-    certify_it = partial(run_main, certify, monkeypatch, "out/ckpt.pt", "--steps=1")
-    capsys.readouterr()
-    assert certify_it() == code
-    lines = capsys.readouterr().out.splitlines()
-    assert certify_it("--json") == code
-    return lines, strict_json(capsys.readouterr().out)
-
-
 def strict_json(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-@pytest.mark.parametrize("what", ("nothing", "constant", "radius", "alone"))
-def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, capsys, what):
+def read_report(monkeypatch, capsys, code=None):
+    """(the lines, the JSON) of certify.py about out/ckpt.pt, which is to end with a code."""
+    printed = []
+    for form in ((), ("--json", )):
+        capsys.readouterr()
+        assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", *form) == code
+        printed.append(capsys.readouterr().out)
+    return printed[0].splitlines(), strict_json(printed[1])
+
+
+@pytest.mark.parametrize("name, wrong", (
+    (None, None), ("attack", lambda *args, **_: 1e9),
+    ("log10_radii", lambda net, bears, layers: torch.full_like(bears, 1.0)),  # all is said to be certified
+    ("attack_radii", lambda net, X: torch.full((len(X), ), -20.0))))
+def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, capsys, name, wrong):
     """In capitals, null in JSON, exit code 1."""
     train.train(TINY)
-    if what == "constant":
-        monkeypatch.setattr(certify, "attack", lambda *args, **_: 1e9)
-    elif what == "radius":  # all is said to be certified
-        monkeypatch.setattr(certify, "log10_radii", lambda net, bears, layers: torch.full_like(bears, 1.0))
-    elif what == "alone":
-        monkeypatch.setattr(certify, "attack_radii", lambda net, X: torch.full((len(X), ), -20.0))
-    lines, result = read_report(monkeypatch, capsys, None if what == "nothing" else 1)
-    assert any(line.isupper() and "ATTACK" in line for line in lines) == (what != "nothing")
-    assert ("certified" in "".join(lines)) == (what == "nothing") == (not result["alarms"])
-    assert {result[name] is None for name in certify.CERTIFIED} == {what != "nothing"}
+    if name:
+        monkeypatch.setattr(certify, name, wrong)
+    lines, result = read_report(monkeypatch, capsys, 1 if name else None)
+    assert any(line.isupper() and "ATTACK" in line for line in lines) == (name is not None)
+    assert ("certified" in "".join(lines)) == (name is None) == (not result["alarms"])
+    assert {result[what] is None for what in certify.CERTIFIED} == {name is not None}
 
 
 def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     """No right prediction, a head of zeros, one character alone: numbers or null, never a traceback."""
+    def with_head(value, *where):
+        ckpt = torch.load("out/ckpt.pt", weights_only=True)
+        ckpt["model"]["head.weight"][where] = value
+        train.save("out/ckpt.pt", ckpt)
+
     once = TINY | dict(max_steps=1, eval_interval=1)
     train.train(once)
-    ckpt = torch.load("out/ckpt.pt", weights_only=True)
-    ckpt["model"]["head.weight"].zero_()
-    train.save("out/ckpt.pt", ckpt)
+    with_head(0, ...)
     _, result = read_report(monkeypatch, capsys)
     assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
     assert set(result["certified_accuracy"].values()) == {0}
@@ -1686,10 +1681,8 @@ def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     assert found[-1] == 1 and found.count(1) == 1
     _, result = read_report(monkeypatch, capsys)
     assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
-    ckpt = torch.load("out/ckpt.pt", weights_only=True)
     for bad in (math.nan, math.inf):
-        ckpt["model"]["head.weight"][0, 0] = bad
-        train.save("out/ckpt.pt", ckpt)
+        with_head(bad, 0, 0)
         for script in (certify, constrain, model):
             one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
 
@@ -1714,25 +1707,25 @@ def test_the_tables_have_what_they_are_about(options):
 
 def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys):
     """Data prepared again under the same name are refused by all who read them; the same text is not."""
-    lines = {"a.txt": "to be or not to be, that is the question\n",
-             "c.txt": "To Be Or Not, or whether it is nobler in the mind\n"}  # more characters
-    for name, line in (lines | {"b.txt": lines["a.txt"]}).items():
+    texts = dict(a="to be or not to be, that is the question\n",
+                 b="To Be Or Not, or whether it is nobler in the mind\n")  # more characters
+    for name, line in texts.items():
         Path(name).write_text(line * 100)
     other, run = "other data than data/mine now holds", dict(max_steps=2, eval_interval=2, dataset="mine")
     for tokenizer in ("char", "gpt2"):
-        options = "--name", "mine", "--tokenizer", tokenizer
-        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, *options) is None
+        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, "--name=mine",
+                                         f"--tokenizer={tokenizer}") is None
         go_on = partial(run_main, train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=3")
-        assert prepared("a.txt")
+        assert prepared("a")
         train.train(TINY | run)
-        assert prepared("c.txt")
+        assert prepared("b")
         before = Path("out/ckpt.pt").read_bytes()
         one_line(go_on(), other)
         report, result = read_report(monkeypatch, capsys)
         assert other in report[-1] and other in result["without_text"] and "val_acc" not in result
         with pytest.raises(UserError, match="other data than"):
             prepare.open_data("data/mine", like=torch.load("out/ckpt.pt", weights_only=True)["meta"])
-        assert Path("out/ckpt.pt").read_bytes() == before and prepared("b.txt")
+        assert Path("out/ckpt.pt").read_bytes() == before and prepared("a")
         assert "val_acc" in read_report(monkeypatch, capsys)[1] and go_on() is None
 
 
