@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
                        exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound,
                        refused, rms_norm, rows_apart, sigma)
-from model import ACTIVATIONS, later, load_checkpoint, onto_ball
+from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 
@@ -410,17 +410,26 @@ def lead_gradient(at, w, x, delta):
     D^T u is known but for a part that counts with its norm, times sigma(W_in).
     """
     mlp, alpha = at.block.mlp, at.block.alpha
-    derivative = paired_derivative if at.activation.sorts_pairs else entry_derivative
     known, unknown = derivative(at.activation, mlp.fc(x), w @ mlp.proj.weight, mlp.fc.weight, delta)
     return ((1 - alpha) * w + alpha * known @ mlp.fc.weight).norm(dim=1) + alpha * at.sigma_fc * unknown
 
 
-def entry_derivative(activation, z, u, rows, delta):
+SIZE = Activation(torch.abs, slope=(-1, 1), curvature=0.0, kink=True)
+
+
+def derivative(activation, z, u, rows, delta):
     """
-    (D^T u, a bound on what it is off) for an activation of each entry by itself: f' is within curvature times
-    delta |row| of f'(z), and in its interval of slopes, of which no more is known where a kink may be passed.
+    (D^T u, a bound on what it is off) for what an activation does to z (N, hidden), each entry of which moves
+    by at most delta (N, 1) times the norm of its row. Entry by entry, f' is within curvature times that of
+    f'(z), and in its interval of slopes, of which no more is known where a kink may be passed. Sorted pairs
+    are (z_1 + z_2) / 2 +- |z_1 - z_2| / 2.
     """
-    reach, (low, high) = rows.norm(dim=1) * delta, activation.slope          # (N, hidden)
+    if activation.sorts_pairs:
+        (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
+        known, off = derivative(SIZE, z1 - z2, (u1 - u2) / 2, r1 - r2, delta)
+        middle = (u1 + u2) / 2
+        return torch.cat((middle + known, middle - known), dim=1), math.sqrt(2) * off
+    reach, (low, high) = rows.norm(dim=1) * delta, activation.slope
     with torch.enable_grad():
         at = z.detach().requires_grad_()
         slope, = torch.autograd.grad(activation.f(at).sum(), at)
@@ -429,20 +438,6 @@ def entry_derivative(activation, z, u, rows, delta):
         bend = torch.where(z.abs() > reach, bend, math.inf)
     least, most = (slope - bend).clamp_min(low), (slope + bend).clamp_max(high)
     return (least + most) / 2 * u, ((most - least) / 2 * u).norm(dim=1)
-
-
-def paired_derivative(activation, z, u, rows, delta):
-    """
-    (D^T u, a bound on what it is off) for sorted pairs: D is known for a pair whose difference cannot change
-    its sign; else D^T u lies between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from their
-    middle.
-    """
-    (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
-    sure = (z1 - z2).abs() > (r1 - r2).norm(dim=1) * delta
-    middle = (u1 + u2) / 2
-    first, second = torch.where(z1 > z2, u1, u2), torch.where(z1 > z2, u2, u1)
-    known = torch.cat((torch.where(sure, first, middle), torch.where(sure, second, middle)), dim=1)
-    return known, torch.where(sure, 0.0, u1 - u2).norm(dim=1) / math.sqrt(2)
 
 
 # ------------------------------------------------------------------------------------------------------------
