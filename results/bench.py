@@ -1,9 +1,8 @@
 """
-Where the time goes: of a training step, of every constraint, of Muon's orthogonalization.
+Where the time goes: of a training step, and of every constraint.
 
     python results/bench.py step --batch_size=64    # a step against its matrix products; options of train.py
     python results/bench.py methods                 # every constraint against an exact SVD: time and error
-    python results/bench.py polar                   # orthogonalize: time and what singular values it returns
 
 These machines are noisy, so all is relative to something measured in the same run. What `step` prints last
 is JSON.
@@ -11,7 +10,6 @@ is JSON.
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from constrain import METHODS, Step, matrices, rms_norm, soft_cap_coupling
-from optim import UPDATE_NORM, has_bf16, keep_memory, orthogonalize
+from optim import UPDATE_NORM, has_bf16, keep_memory
 from prepare import UserError, one_line_errors, say, to_json
 
 SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
@@ -152,7 +150,7 @@ def methods(_):
         for name in ("svd_cap", *(name for name in METHODS if name != "svd_cap")):
             spends = decay if name == "spectral_weight_decay" else 0.0
             step = Step(w_max, lr, spends, lr * UPDATE_NORM, dtype)
-            method = partial(METHODS[name], step=step)
+            method = lambda W: METHODS[name](W, step)
             method(W)
             ms = 1e3 * median(lambda: method(W), 5)
             svd_ms, loop, error = svd_ms or ms, "", "?"
@@ -164,21 +162,8 @@ def methods(_):
             say(f"{str(shape):>16} {name:<22} {ms:8.2f} {svd_ms / ms:7.1f} {loop:>7} {error:>14}")
 
 
-def polar(_):
-    """Time of orthogonalize, and the smallest and largest singular value that it returns."""
-    torch.manual_seed(0)
-    say(f"{'shape':>16} {'dtype':>9} {'ms':>8} {'smallest':>9} {'largest':>8}  singular value")
-    for shape in ((12, 256, 256), (3, 1024, 256), (768, 768), (3072, 768)):
-        G = torch.randn(shape)
-        for dtype in (torch.float32, torch.bfloat16):
-            apply = partial(orthogonalize, G, dtype=dtype)
-            s = torch.linalg.svdvals(apply().double())
-            ms = 1e3 * median(apply, 5)
-            say(f"{str(shape):>16} {str(dtype)[6:]:>9} {ms:8.1f} {s.min():9.4f} {s.max():8.4f}")
-
-
 def main():
-    what = {"step": step, "methods": methods, "polar": polar}
+    what = {"step": step, "methods": methods}
     with one_line_errors("bench.py"):
         if sys.argv[1:2] not in [[name] for name in what] or (sys.argv[1] != "step" and len(sys.argv) > 2):
             raise UserError(

@@ -11,6 +11,7 @@ null in JSON, and the exit code is 1. All is in float64 on the CPU.
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
                        exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound,
                        refused, rms_norm, rows_apart, sigma)
-from model import ACTIVATIONS, later, load_checkpoint, onto_ball
+from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 
@@ -106,15 +107,6 @@ def whole_windows(model, tokens, most=16):
         yield tokens[a:b].view(-1, min(T, b - a)), tokens[a + 1:b + 1]
 
 
-def smallest_lead(W, z, y):
-    """
-    min_j (z_y - z_j) / |w_y - w_j|_2 over the labels j other than y (N,), of logits z (N, V) and rows w_j of
-    W (V, d): (N,). It is negative where another logit is larger.
-    """
-    leads = (z.gather(1, y[:, None]) - z) / rows_apart(W, y).clamp_min(1e-300)
-    return leads.scatter(1, y[:, None], math.inf).amin(dim=1)
-
-
 @torch.no_grad()
 def predictions(net, X):
     """
@@ -125,8 +117,10 @@ def predictions(net, X):
     to min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
     W, z = net.head.weight, net.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
-    top = z.argmax(dim=-1)
-    return smallest_lead(W, z, top) / (net.config.logit_scale * math.sqrt(W.shape[1])), top
+    top = z.argmax(dim=-1, keepdim=True)
+    leads = (z.gather(1, top) - z) / rows_apart(W, top[:, 0]).clamp_min(1e-300)
+    nearest = leads.scatter(1, top, math.inf).amin(dim=1)
+    return nearest / (net.config.logit_scale * math.sqrt(W.shape[1])), top[:, 0]
 
 
 def margins(model, tokens):
@@ -205,26 +199,28 @@ def attack_radii(model, X, halvings=10):
 # ------------------------------------------------------------------------------------------------------------
 # Radii at one text: what its tokens' changes can do at the attention that is there. Token by token, delta
 # (B, T) bounds the L2 norm of the change of a token's vector; each function below is one bound of the proof.
+# `at` is what facts_at says of a block at the text.
 
-def local_radii(net, X, layers, norms, bears):
+def local_radii(net, norms, X):
     """
-    log10 of the certified radii of the predictions at embeddings X (B, T, d) that bear `bears` (B T,), by
-    log10_radii and by bounds at this text, two tensors (B, T): the second is never smaller, and many times
-    larger where attention looks at content. `net` is in float64, layers are its layer_norms, norms its
-    block_norms. A grid of 0.1 is searched upwards; what is certified at a radius is so at all smaller ones.
+    log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds at
+    this text, and the predictions, three tensors (B, T). The second is never smaller, and many times larger
+    where attention looks at content. `net` is in float64, norms are its block_norms. A grid of 0.1 is
+    searched upwards; what is certified at a radius is so at all smaller ones.
     """
-    by_constant = log10_radii(net, bears, layers)
-    radii, facts = by_constant.clone(), facts_at(net, X)
+    bears, top = predictions(net, X)
+    by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
+    radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
     log10_r = known.median().item() - 0.5 if len(known) else 0.0
-    while log10_r < 9 and (holding := certified_at(net, norms, facts, 10 ** log10_r)).any():
+    while log10_r < 9 and (holding := certified_at(net, facts, 10 ** log10_r)).any():
         radii[holding] = radii[holding].clamp_min(log10_r)
         log10_r += 0.1
-    return by_constant.view(X.shape[:2]), radii.view(X.shape[:2])
+    return [found.view(X.shape[:2]) for found in (by_constant, radii, top)]
 
 
 def block_norms(net, layers):
-    """Of each block the spectral norms that the bounds need, by name; those of heads are (H,)."""
+    """Of each block, with its layer_norms, the spectral norms that the bounds need; those of heads (H,)."""
     found = []
     for block, layer in zip(net.blocks, layers):
         attn, H, dh = block.attn, block.attn.n_head, block.attn.d_head
@@ -232,74 +228,74 @@ def block_norms(net, layers):
         Wo = exact(attn.proj.weight)
         Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                 # (H, d, d_head)
         OV = Wo_h @ Wv                                                # (H, d, d)
-        found.append({"v": sigma(Wv), "o": sigma(Wo), "o_h": sigma(Wo_h), "ov_h": sigma(OV),
-                      "ov": sigma(OV.transpose(0, 1).flatten(1)), "fc": sigma(exact(block.mlp.fc.weight)),
-                      "mlp": layer.mlp_gain, **dict(zip("qk", map(sigma, Wqk)))})
+        found.append({"block": block, "layer": layer, "sigma_fc": sigma(exact(block.mlp.fc.weight)),
+                      "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
+                      "sigma_ov_h": sigma(OV), "sigma_ov": sigma(OV.transpose(0, 1).flatten(1)),
+                      **dict(zip(("sigma_q", "sigma_k"), map(sigma, Wqk)))})
     return found
 
 
 @torch.no_grad()
-def facts_at(net, X):
+def facts_at(net, norms, X):
     """
-    What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: for each block its
-    input x and that with attention, mid, (B, T, d), and for every head attention p (B, H, T, T) of queries t
-    to keys s and, unless scores are free of content, |q_t|, |k_s|, |v_s - o_t| and |Cov_p(v, k)|_F.
+    What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: beside its
+    block_norms for each block its input x and that with attention, mid, (B, T, d), and for every head
+    attention p (B, H, T, T) of queries t to keys s and, unless scores are free of content, |q_t|, |k_s|,
+    |v_s - o_t| and |Cov_p(v, k)|_F.
     """
     T, x, facts = X.shape[1], X, []
     cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
-    for block in net.blocks:
+    for block, norm in zip(net.blocks, norms):
         qk, v, bias = block.attn.heads(x, cos, sin)
         scores = block.attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
         p = (scores if bias is None else scores + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
         mid = (1 - block.alpha) * x + block.alpha * block.attn(x, cos, sin)
-        fact = {"x": x, "mid": mid, "p": p, "seen": seen}
+        at = SimpleNamespace(x=x, mid=mid, p=p, activation=ACTIVATIONS[net.config.activation], **norm)
         if qk:
             q, k = qk
             o = p @ v
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
             cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
-            apart = distances(o, v)
-            fact |= {"q": q.norm(dim=-1)[..., :, None], "k": k.norm(dim=-1)[..., None, :], "apart": apart,
-                     "cov": cov.norm(dim=-1), "farthest": apart.masked_fill(~seen, 0.0).amax(-1)}
-        facts.append(fact)
+            at.q, at.k, at.cov = q.norm(dim=-1)[..., :, None], k.norm(dim=-1)[..., None, :], cov.norm(dim=-1)
+            at.apart = distances(o, v).masked_fill(~seen, 0.0)
+        facts.append(at)
         x = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
         x = x if block.ball is None else onto_ball(x, block.ball)
     return facts
 
 
 @torch.no_grad()
-def certified_at(net, norms, facts, r):
+def certified_at(net, facts, r):
     """
     Which predictions no change of the embeddings by at most r in RMS norm, of all tokens at once, alters:
-    (B T,), at the text of facts_at, with the norms of block_norms.
+    (B T,), at the text of facts_at.
 
     Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
     half to its global gain times delta. A ball takes it to ball_change; behind the last block it multiplies
     all logits of a token by one positive number, which changes no prediction, so it is left out there.
     """
-    delta = torch.full(facts[0]["x"].shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
-    for i, (block, norm, fact) in enumerate(zip(net.blocks, norms, facts)):
-        change = attention_change(block.attn, norm, fact, delta)
-        delta = (1 - block.alpha) * delta + block.alpha * change
-        if i == len(norms) - 1:
-            x, activation = fact["mid"].flatten(0, 1), ACTIVATIONS[net.config.activation]
-            return leads_hold(block, activation, norm, net.head.weight, x, delta.flatten())
-        delta = norm["mlp"] * delta
-        if block.ball is not None:
-            delta = ball_change(block, fact["mid"], delta)
+    delta = torch.full(facts[0].x.shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
+    for at in facts:
+        alpha = at.block.alpha
+        delta = (1 - alpha) * delta + alpha * attention_change(at, delta)
+        if at is not facts[-1]:
+            delta = ball_change(at, at.layer.mlp_gain * delta)
+    return leads_hold(at, net.head.weight, delta)
 
 
-def ball_change(block, mid, delta):
+def ball_change(at, delta):
     """
-    Behind the ball, of L2 radius rho: delta or, where the token and all within delta of it are longer than
-    m >= rho, delta rho / m, as x rho / |x| has the derivative (I - x x^T / |x|^2) rho / |x|.
+    Behind the ball, if there is one, of L2 radius rho: delta or, where the token and all within delta of it
+    are longer than m >= rho, delta rho / m, as x rho / |x| has the derivative (I - x x^T / |x|^2) rho / |x|.
     """
-    y = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
-    rho = block.ball * math.sqrt(y.shape[-1])
+    if at.block.ball is None:
+        return delta
+    y = (1 - at.block.alpha) * at.mid + at.block.alpha * at.block.mlp(at.mid)
+    rho = at.block.ball * math.sqrt(y.shape[-1])
     return delta * (rho / (y.norm(dim=-1) - delta).clamp_min(rho))
 
 
-def attention_change(attn, norm, fact, delta):
+def attention_change(at, delta):
     """
     A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input. In one head
 
@@ -309,63 +305,57 @@ def attention_change(attn, norm, fact, delta):
     heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h, sigma([W_o^1 W_v^1 ...]) |c|
     and sigma(W_o) |sigma_v c|, and S_h of the second each of sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
     """
-    inputs, outputs = (fact["p"] * delta[:, None, None, :]).sum(-1), torch.zeros(())   # (B, H, T)
-    if "q" in fact:
-        by_q, by_k = score_change(attn, norm, fact, delta)
-        ratio = probability_ratio(fact, by_q + by_k)
-        inputs = value_input(fact, by_q + by_k, ratio, delta)
-        outputs = score_output(attn, norm, fact, by_q, by_k, ratio, delta)
-    outputs = outputs.expand_as(inputs)
     across = lambda c: c.square().sum(1).sqrt()
-    total = lambda name, c: (norm[name][:, None] * c).sum(1)
-    value = torch.minimum(torch.minimum(total("ov_h", inputs), norm["ov"] * across(inputs)),
-                          norm["o"] * across(norm["v"][:, None] * inputs))
-    return attn.out_scale * (value + torch.minimum(total("o_h", outputs), norm["o"] * across(outputs)))
-
-
-def score_change(attn, norm, fact, delta):
-    """
-    Bounds (B, H, T, T) on the change of the scores b <q_t, k_s>, b = softmax_scale / d_head, by dq_t at k_s
-    and by dk_s at q_t + dq_t: b sigma_q delta_t |k_s| and b (|q_t| + sigma_q delta_t) sigma_k delta_s. RoPE
-    and the bias, which depend on positions alone, change none of that.
-    """
-    sigma_q, sigma_k = norm["q"][:, None, None], norm["k"][:, None, None]
-    delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
-    by_q = attn.scale * sigma_q * delta_t * fact["k"]
-    by_k = attn.scale * sigma_k * delta_s * (fact["q"] + sigma_q * delta_t)
-    return by_q, by_k
+    total = lambda sigma_h, c: (sigma_h[:, None] * c).sum(1)
+    inputs, of_scores = (at.p * delta[:, None, None, :]).sum(-1), 0.0                  # (B, H, T)
+    if hasattr(at, "q"):
+        by_q, by_k = score_change(at, delta)
+        inputs, outputs = value_input(at, by_q + by_k, delta), score_output(at, by_q, by_k, delta)
+        of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
+    of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
+                              at.sigma_o * across(at.sigma_v[:, None] * inputs))
+    return at.block.attn.out_scale * (of_values + of_scores)
 
 
 LARGEST = 300.0  # a change of a score by more says nothing, and its exponential would overflow
 
 
-def mean(fact, f):
-    """The mean of f (B, H, T, T) over keys under attention: (B, H, T, 1)."""
-    return (fact["p"] * f).sum(-1, keepdim=True)
+def score_change(at, delta):
+    """
+    Bounds (B, H, T, T) on the change of the scores b <q_t, k_s>, b = softmax_scale / d_head, by dq_t at k_s
+    and by dk_s at q_t + dq_t: b sigma_q delta_t |k_s| and b (|q_t| + sigma_q delta_t) sigma_k delta_s; 0 for
+    keys that are not seen, infinite together from LARGEST on. RoPE and the bias, which depend on positions
+    alone, change none of that.
+    """
+    scale, sigma_q, sigma_k = at.block.attn.scale, at.sigma_q[:, None, None], at.sigma_k[:, None, None]
+    delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
+    by_q = scale * sigma_q * delta_t * at.k
+    by_k = scale * sigma_k * delta_s * (at.q + sigma_q * delta_t)
+    return by_q.tril(), torch.where(by_q + by_k < LARGEST, by_k, math.inf).tril()
 
 
-def beyond(fact, e):
-    """Infinite for queries (B, H, T) that see a score which may change by LARGEST or more, else 0."""
-    return torch.where((fact["seen"] & ~(e < LARGEST)).any(-1), math.inf, 0.0)
+def mean(at, f):
+    """The mean of f (B, H, T, T) over keys under attention, infinite if f is: (B, H, T, 1)."""
+    return (at.p * f).sum(-1, keepdim=True).nan_to_num(math.inf, math.inf)
 
 
-def probability_ratio(fact, e):
+def probability_ratio(at, e):
     """
     Bounds on p'_s / p_s from above and below, if scores change by at most e: p'_s = p_s exp(da_s) / E exp(da)
     lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), E being the mean under p.
     """
-    up, down = e.clamp_max(LARGEST).exp(), (-e.clamp_max(LARGEST)).exp()
-    return up / mean(fact, down), down / mean(fact, up)
+    up, down = e.exp(), (-e).exp()
+    return up / mean(at, down), down / mean(at, up)
 
 
-def value_input(fact, e, ratio, delta):
+def value_input(at, e, delta):
     """A bound (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest."""
-    most, _ = ratio
-    weighed = mean(fact, most * delta[:, None, None, :])[..., 0] + beyond(fact, e)
+    most, _ = probability_ratio(at, e)
+    weighed = mean(at, most * delta[:, None, None, :])[..., 0]
     return torch.minimum(weighed, delta.cummax(dim=1).values[:, None])
 
 
-def score_output(attn, norm, fact, by_q, by_k, ratio, delta):
+def score_output(at, by_q, by_k, delta):
     """
     A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
     - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
@@ -376,63 +366,70 @@ def score_output(attn, norm, fact, by_q, by_k, ratio, delta):
       exp(a_s) / (1 - E(exp(a) - 1)) without its terms of order 0 and 1 is, with plus for all signs and e for
       |a|, that of the right side.
     """
-    e = (by_q + by_k).clamp_max(LARGEST)
-    most, least = ratio
-    shares = mean(fact, torch.maximum(most - 1, 1 - least) * fact["apart"])[..., 0]
-    up = e.exp()
-    mean_up = mean(fact, up)
-    rest = torch.where(mean_up < 2, up / (2 - mean_up) - 1 - e - mean(fact, e), 1e300)
-    covariance = attn.scale * fact["cov"] * (norm["q"][:, None] * delta[:, None])
-    series = covariance + mean(fact, (by_k + rest) * fact["apart"])[..., 0]
-    return torch.minimum(fact["farthest"], torch.minimum(shares, series) + beyond(fact, by_q + by_k))
+    e = by_q + by_k
+    most, least = probability_ratio(at, e)
+    shares = mean(at, torch.maximum(most - 1, 1 - least) * at.apart)[..., 0]
+    mean_up = mean(at, e.exp())
+    rest = torch.where(mean_up < 2, e.exp() / (2 - mean_up) - 1 - e - mean(at, e), math.inf)
+    covariance = at.block.attn.scale * at.cov * (at.sigma_q[:, None] * delta[:, None])
+    series = covariance + mean(at, (by_k + rest) * at.apart)[..., 0]
+    return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series))
 
 
-def leads_hold(block, activation, norm, W, x, delta):
+def leads_hold(at, W, delta):
     """
-    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (N,)
-    in L2 norm of x (N, d), for the head's rows w_j of W: (N,).
+    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (B, T)
+    in L2 norm of at.mid, for the head's rows w_j of W: (B T,).
 
     The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
     the norm of its gradient, which is |w_i - w_j| times the MLP half's gain or less; and for an MLP of two
     layers less than lead_gradient. Rivals that the first of both settles are not looked at again.
     """
-    y = (1 - block.alpha) * x + block.alpha * block.mlp(x)
-    z = y @ W.T
-    top = z.argmax(dim=-1)
-    leads, apart = z.gather(1, top[:, None]) - z, rows_apart(W, top)         # (N, V)
+    x, delta, block = at.mid.flatten(0, 1), delta.flatten()[:, None], at.block
+    z = ((1 - block.alpha) * x + block.alpha * block.mlp(x)) @ W.T
+    top = z.argmax(dim=-1, keepdim=True)
+    leads, apart = z.gather(1, top) - z, rows_apart(W, top[:, 0])            # (N, V)
     enough = lambda lead, change: lead > (1 + ROUNDING) * change             # false for NaN
-    open_ = ~enough(leads, norm["mlp"] * apart * delta[:, None])
-    open_.scatter_(1, top[:, None], False)
+    held = enough(leads, at.layer.mlp_gain * apart * delta).scatter(1, top, True)
     if block.mlp.mid:
-        return ~open_.any(dim=1)
-    nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top[:, None], math.inf).argmin(dim=1)
-    first = torch.zeros_like(open_).scatter_(1, nearest[:, None], True) & open_
-    lost = torch.zeros_like(top, dtype=torch.bool)                           # to the nearest rival: enough
-    for n, j in (part.unbind(1) for which in (first, open_ & ~first) for part in which.nonzero().split(4096)):
-        n, j = n[~lost[n]], j[~lost[n]]                                      # predictions, and rivals
-        gradient = lead_gradient(block, activation, norm, W[top[n]] - W[j], x[n], delta[n, None])
-        lost[n[~enough(leads[n, j], gradient * delta[n])]] = True
+        return held.all(dim=1)
+    nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top, math.inf).argmin(dim=1, keepdim=True)
+    first = torch.zeros_like(held).scatter(1, nearest, True) & ~held
+    lost = torch.zeros(len(x), dtype=torch.bool)                             # to the nearest rival: enough
+    for pairs in (*first.nonzero().split(4096), *(~first & ~held).nonzero().split(4096)):
+        n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
+        gradient = lead_gradient(at, W[top[n, 0]] - W[j], x[n], delta[n])
+        lost[n[~enough(leads[n, j], gradient * delta[n, 0])]] = True
     return ~lost
 
 
-def lead_gradient(block, activation, norm, w, x, delta):
+def lead_gradient(at, w, x, delta):
     """
     A bound (N,) on the gradient of <w, y>, y = (1 - alpha) x + alpha W_out f(W_in x), everywhere within delta
     (N, 1) of x (N, d): (1 - alpha) w + alpha W_in^T D^T u with u = W_out^T w, D the derivative of f, of which
     D^T u is known but for a part that counts with its norm, times sigma(W_in).
     """
-    mlp, alpha = block.mlp, block.alpha
-    derivative = paired_derivative if activation.sorts_pairs else entry_derivative
-    known, unknown = derivative(activation, mlp.fc(x), w @ mlp.proj.weight, mlp.fc.weight, delta)
-    return ((1 - alpha) * w + alpha * known @ mlp.fc.weight).norm(dim=1) + alpha * norm["fc"] * unknown
+    mlp, alpha = at.block.mlp, at.block.alpha
+    known, unknown = derivative(at.activation, mlp.fc(x), w @ mlp.proj.weight, mlp.fc.weight, delta)
+    return ((1 - alpha) * w + alpha * known @ mlp.fc.weight).norm(dim=1) + alpha * at.sigma_fc * unknown
 
 
-def entry_derivative(activation, z, u, rows, delta):
+SIZE = Activation(torch.abs, slope=(-1, 1), curvature=0.0, kink=True)
+
+
+def derivative(activation, z, u, rows, delta):
     """
-    (D^T u, a bound on what it is off) for an activation of each entry by itself: f' is within curvature times
-    delta |row| of f'(z), and in its interval of slopes, of which no more is known where a kink may be passed.
+    (D^T u, a bound on what it is off) for what an activation does to z (N, hidden), each entry of which moves
+    by at most delta (N, 1) times the norm of its row. Entry by entry, f' is within curvature times that of
+    f'(z), and in its interval of slopes, of which no more is known where a kink may be passed. Sorted pairs
+    are (z_1 + z_2) / 2 +- |z_1 - z_2| / 2.
     """
-    reach, (low, high) = rows.norm(dim=1) * delta, activation.slope          # (N, hidden)
+    if activation.sorts_pairs:
+        (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
+        known, off = derivative(SIZE, z1 - z2, (u1 - u2) / 2, r1 - r2, delta)
+        middle = (u1 + u2) / 2
+        return torch.cat((middle + known, middle - known), dim=1), math.sqrt(2) * off
+    reach, (low, high) = rows.norm(dim=1) * delta, activation.slope
     with torch.enable_grad():
         at = z.detach().requires_grad_()
         slope, = torch.autograd.grad(activation.f(at).sum(), at)
@@ -441,20 +438,6 @@ def entry_derivative(activation, z, u, rows, delta):
         bend = torch.where(z.abs() > reach, bend, math.inf)
     least, most = (slope - bend).clamp_min(low), (slope + bend).clamp_max(high)
     return (least + most) / 2 * u, ((most - least) / 2 * u).norm(dim=1)
-
-
-def paired_derivative(activation, z, u, rows, delta):
-    """
-    (D^T u, a bound on what it is off) for sorted pairs: D is known for a pair whose difference cannot change
-    its sign; else D^T u lies between (u_1, u_2) and (u_2, u_1), at most |u_1 - u_2| / sqrt(2) from their
-    middle.
-    """
-    (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
-    sure = (z1 - z2).abs() > (r1 - r2).norm(dim=1) * delta
-    middle = (u1 + u2) / 2
-    first, second = torch.where(z1 > z2, u1, u2), torch.where(z1 > z2, u2, u1)
-    known = torch.cat((torch.where(sure, first, middle), torch.where(sure, second, middle)), dim=1)
-    return known, torch.where(sure, 0.0, u1 - u2).norm(dim=1) / math.sqrt(2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -475,18 +458,23 @@ def share(which):
     return which.double().mean().item()
 
 
+def median(x):
+    """The median of a tensor of log10, -inf for none."""
+    return x.median().item() if len(x) else -math.inf
+
+
 def at_radii(net, text, right, log10_radii):
     """
     {radius: accuracies} at each of RADII: certified on all of text (N,), and of its first ATTACKED tokens
     what is certified, what an attack leaves, the plain one, and how many certified ones the attack altered.
     """
     n, found = at_most(ATTACKED, net), {}
-    few, first = right[:n - 1], log10_radii[:n - 1]
     for r in RADII:
-        certified, left = few & (first > math.log10(r)), attacked(net, text[:n], r)
-        found[f"{r:g}"] = {"certified": share(right & (log10_radii > math.log10(r))),
-                           "certified_first": share(certified), "attack_first": share(left),
-                           "plain_first": share(few), "broken": (certified & ~left).sum().item()}
+        safe, left = right & (log10_radii > math.log10(r)), attacked(net, text[:n], r)
+        few = safe[:n - 1]
+        found[f"{r:g}"] = {"certified": share(safe), "certified_first": share(few),
+                           "attack_first": share(left), "plain_first": share(right[:n - 1]),
+                           "broken": (few & ~left).sum().item()}
     return found
 
 
@@ -495,21 +483,18 @@ def at_text(net, layers, text):
     Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions;
     and of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
     """
-    norms, median, found = block_norms(net, layers), lambda x: x.median().item(), []
-    for x, y in whole_windows(net, text[:at_most(LOCAL, net) + 1], 1):
-        bears, top = predictions(net, net.wte(x))
-        found.append((*local_radii(net, net.wte(x), layers, norms, bears), top == y))
-    by_constant, local, right = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
+    norms, names = block_norms(net, layers), ("constant", "local", "attack")
+    windows = whole_windows(net, text[:at_most(LOCAL, net) + 1], 1)
+    found = [(*local_radii(net, norms, net.wte(x)), y.view_as(x)) for x, y in windows]
+    *both, top, y = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
+    right = top == y
     n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
     starts = torch.linspace(0, len(text) - n, max(1, count)).long()
     X = net.wte(torch.stack([text[i:i + n] for i in starts]))
-    alone = [radii[:, -1] for radii in local_radii(net, X, layers, norms, predictions(net, X)[0])]
-    alone.append(attack_radii(net, X))
-    names = ("constant", "local", "attack")
-    at = lambda x: [share(right & (radii > x)) for radii in (by_constant, local)]
-    medians = [median(radii[right]) for radii in (by_constant, local)] if right.any() else [-math.inf] * 2
-    return {"log10_median": dict(zip(names, medians)),
-            "certified_accuracy": {f"1e{x}": at(x) for x in range(-5, 0)},
+    alone = [radii[:, -1] for radii in local_radii(net, norms, X)[:2]] + [attack_radii(net, X)]
+    return {"log10_median": {name: median(radii[right]) for name, radii in zip(names, both)},
+            "certified_accuracy": {f"1e{x}": [share(right & (radii > x)) for radii in both]
+                                   for x in range(-5, 0)},
             "log10_median_alone": {name: median(radii) for name, radii in zip(names, alone)},
             "alone": [dict(zip(names, radii)) for radii in zip(*(radii.tolist() for radii in alone))]}
 
@@ -527,7 +512,7 @@ def rounding(model, net, text):
         for dtype in off:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 off[dtype] = max(off[dtype], (model(x)[0].double() - z).abs().max().item())
-    return off | {"median_lead": torch.cat(leads).median().item()}
+    return off | {"median_lead": median(torch.cat(leads))}
 
 
 def certified_predictions(model, layers, text):
@@ -538,14 +523,13 @@ def certified_predictions(model, layers, text):
     net = exact_model(model)
     bears, right = margins(net, text)
     radii = log10_radii(net, bears, layers)
-    median = radii[right].median().item() if right.any() else -math.inf  # -inf: a tie has radius 0
-    middle = round(median) if median > -math.inf else 0
-    certified = {f"1e{x}": share(right & (radii > x)) for x in range(middle - 2, middle + 2)}
+    middle = median(radii[right])
+    first = round(middle) - 2 if middle > -math.inf else -2                  # -inf: a tie has radius 0
     characters = zip(text[1:257].tolist(), right[:256].tolist(), radii[:256].tolist())
-    return {"tokens": len(text), "val_acc": share(right), "certified_accuracy": certified,
+    return {"tokens": len(text), "val_acc": share(right), "log10_median_radius": middle,
+            "certified_accuracy": {f"1e{x}": share(right & (radii > x)) for x in range(first, first + 4)},
             "radii": at_radii(net, text, right, radii), "local": at_text(net, layers, text),
             "rounding": rounding(model, net, text),
-            "log10_median_radius": median if median > -math.inf else None,
             "characters": [{"token": t, "right": r, "log10_radius": x} for t, r, x in characters]}
 
 
@@ -572,19 +556,20 @@ def report(model, ckpt, text, steps=100):
     The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
     None, certified predictions. "refused" says why there is no certificate, "alarms" what broke it.
     """
-    why = ckpt.get("refused") or refused(model)
-    layers, paper = (None, None) if why else (layer_norms(model), paper_bound(model))
-    certified, parts = (None, []) if why else certificate(model, layers)
+    found = log10(attack(model, steps=steps, tokens=text))
     result = {"step": ckpt["step"], "method": ckpt["config"]["method"], "w_max": ckpt["config"]["w_max"],
               "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()},
-              "embedding": embedding_norm(model), "log10_layers": parts, "refused": why,
-              "log10_attack": log10(attack(model, steps=steps, tokens=text)), "log10_certified": certified,
-              "log10_paper": paper}
-    if paper is not None:  # the authors' networks are scaled too, but their formula does not count it
-        result["log10_paper_unscaled"] = paper - log10(model.config.logit_scale)
-    result["paper_broken"] = paper is not None and result["log10_attack"] > paper
-    if text is not None and not why:
-        result |= certified_predictions(model, layers, text)
+              "embedding": embedding_norm(model), "refused": ckpt.get("refused") or refused(model),
+              "log10_layers": [], "log10_attack": found, "log10_certified": None, "log10_paper": None,
+              "paper_broken": False}
+    if not result["refused"]:
+        layers, paper = layer_norms(model), paper_bound(model)
+        result["log10_certified"], result["log10_layers"] = certificate(model, layers)
+        if paper is not None:  # the authors' networks are scaled too, but their formula does not count it
+            result |= {"log10_paper": paper, "log10_paper_unscaled": paper - log10(model.config.logit_scale),
+                       "paper_broken": found > paper}
+        if text is not None:
+            result |= certified_predictions(model, layers, text)
     result["alarms"] = list(alarms(result))
     if result["alarms"]:
         result |= {name: None for name in CERTIFIED if name in result}
@@ -598,21 +583,20 @@ def words(model, result):
     if result["alarms"] or result["refused"]:
         yield from result["alarms"] or [result["refused"]]
     else:
-        numbers = (result[name] for name in ("log10_certified", "log10_layers", "log10_paper"))
-        yield from bound_lines(model, *numbers)
+        yield from bound_lines(model, *(result[f"log10_{name}"] for name in ("certified", "layers", "paper")))
     yield f"attack {result['log10_attack']:.4f}" + ", above the published formula" * result["paper_broken"]
     if result.get("radii") is None:
         return
     yield f"\naccuracy on {result['tokens']:,} tokens of the validation split: {result['val_acc']:.2%}"
-    if result["log10_median_radius"] is not None:
+    if result["log10_median_radius"] > -math.inf:
         yield f"median certified radius of a right prediction: {10 ** result['log10_median_radius']:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in result["certified_accuracy"].items())
     yield f"certified accuracy at radius {at}"
     few = at_most(ATTACKED, model)
     yield f"\naccuracy at radius  certified   of the first {few:,}: certified, attack, plain"
     for radius, accuracy in result["radii"].items():
-        first = ", ".join(f"{accuracy[f'{kind}_first']:.2%}" for kind in ("certified", "attack", "plain"))
-        yield f"{radius:>18}  {accuracy['certified']:9.2%}   {first}"
+        yield (f"{radius:>18}  {{certified:9.2%}}   {{certified_first:.2%}}, {{attack_first:.2%}}, "
+               "{plain_first:.2%}").format(**accuracy)
     local = result["local"]
     medians = " -> ".join(f"{10 ** x:.1e}" for x in local["log10_median"].values())
     at = ", ".join(f"{r}: {a:.1%} -> {b:.1%}" for r, (a, b) in local["certified_accuracy"].items())

@@ -15,7 +15,6 @@ It shows how a loop of one's own uses optim.py and constrain.py.
 import argparse
 import copy
 import dataclasses
-import hashlib
 import math
 import os
 import sys
@@ -23,7 +22,6 @@ import tarfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +38,9 @@ from certify import ascend
 from constrain import HOLDS, METHODS, Step, lead, log10, rms_norm, sigma, svd_cap, worst_case
 from model import maxmin
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
+from parts import at_strengths, bracket, pairs, strengths, tuning_loss
 from prepare import (Parser, UserError, append_line, commit, download, number, one_line_errors, option,
-                     read_lines, say, to_json)
+                     read_lines, say)
 
 # ------------------------------------------------------------------------------------------------------------
 # Options. The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which
@@ -99,7 +98,7 @@ def configure(options):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data: {"train" or "val": (images (N, 3072) uint8, labels (N,) int64)}
+# Data: {"train" or "val": (images (N, 3072) uint8, labels (N,) int64)}, in one file
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9dddda3db29a59bca1dd"
@@ -123,40 +122,29 @@ def prepare():
 
 
 def write_images(folder, arrays, source):
-    """Write {train,val}_{images,labels}.npy; meta.json goes first and comes last: with it all is whole."""
-    folder, digest = Path(folder), hashlib.sha256()
+    """Write folder/images.npz: {train,val}_{images,labels} and where they are from, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        digest.update(np.ascontiguousarray(array))
-        with open(folder / f"{name}.part", "wb") as f:
-            np.save(f, array)
-    (folder / "meta.json").unlink(missing_ok=True)
-    for name in arrays:
-        os.replace(folder / f"{name}.part", folder / f"{name}.npy")
-    meta = {"images": 3072, "source": source, "classes": 10, "sha256": digest.hexdigest()}
-    (folder / "meta.json").write_text(to_json(meta))
+    with open(folder / "images.part", "wb") as f:
+        np.savez(f, source=source, **arrays)
+    os.replace(folder / "images.part", folder / "images.npz")
     say(f"{folder}: {len(arrays['train_images']):,} training and {len(arrays['val_images']):,} test images")
 
 
 def read_images():
-    """The data in DATA, memory-mapped, or UserError."""
-    if not (DATA / "meta.json").exists():
-        raise UserError(f"{DATA} holds no images; get them with python results/cifar.py prepare")
+    """The data in DATA, or UserError."""
     try:
-        data = {split: [np.load(DATA / f"{split}_{kind}.npy", mmap_mode="r") for kind in ("images", "labels")]
-                for split in BATCHES}
-        for images, labels in data.values():
-            kinds = (images.shape, images.dtype, labels.dtype)
-            if kinds != ((len(labels), 3072), np.uint8, np.int64) or not {*labels.tolist()} <= {*range(10)}:
-                raise ValueError("images and labels do not fit")
-        return data
-    except (OSError, ValueError, EOFError, TypeError) as e:
-        raise UserError(f"{DATA} is damaged ({e}); make it again with python results/cifar.py prepare")
+        with np.load(DATA / "images.npz") as file:
+            return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in BATCHES}
+    except FileNotFoundError:
+        raise UserError(f"{DATA} holds no images; get them with python results/cifar.py prepare")
+    except Exception as e:  # numpy and zipfile raise all kinds
+        raise UserError(f"{DATA}/images.npz is damaged ({e}); make it again with python results/cifar.py "
+                        "prepare")
 
 
 def inputs(split, rows, device="cpu"):
     """Images (B, 3072) of values in [0, 1] and labels (B,)."""
-    images, labels = (torch.from_numpy(np.array(array[rows])).to(device) for array in split)
+    images, labels = (torch.from_numpy(array[rows]).to(device) for array in split)
     return images.float() / 255, labels
 
 
@@ -338,7 +326,7 @@ def train(config, data, device):
         """What a step with learning rate lr asks of matrices (..., m, n)."""
         update_norm = lr * UPDATE_NORM if muon else math.inf  # AdamW's steps have no fixed norm
         step = Step(config.w_max, lr, lr * config.weight_decay, update_norm, dtype)
-        return partial(METHODS[config.method], step=step)
+        return lambda W: METHODS[config.method](W, step)
 
     try:
         constraint(config.lr)(torch.zeros(1, 1))
@@ -403,8 +391,7 @@ def train(config, data, device):
 # choices from the lines of those before it.
 
 RECORDS = RESULTS / "cifar.jsonl"
-OPTIMIZERS = {"muon": 0.2, "adamw": 0.0013}  # and the learning rates to begin the search with
-PAIRS = [(method, optimizer) for method in METHODS for optimizer in OPTIMIZERS]
+FIRST_LR = {"muon": 0.2, "adamw": 0.0013}  # to begin the search with
 # The strengths of a method, weakest bound last: w_max or, with the two decays, weight_decay, in units of 1/lr
 CAPS = [1.0, 2.0, 4.0, 8.0]
 DECAYS = {("none", "muon"): [1.0, 0.4, 0.15, 0.0], ("none", "adamw"): [100.0, 30.0, 10.0, 0.0],
@@ -417,12 +404,6 @@ ADAMW = {"preset": "cifar10", "optimizer": "adamw", "method": "none", "lr": 0.00
 FULL = [options | {"seed": seed} for seed in (0, 1, 2) for options in (
     {"preset": "cifar10"}, ADAMW, ADAMW | {"max_steps": 4900, "eval_interval": 980},
     {"preset": "cifar10-tight"})]
-PARTS = ("cifar", "cifar-lr", "cifar-grid", "cifar-pairs")
-
-
-def strengths(pair):
-    """[options] for every strength of a (method, optimizer)."""
-    return [{"weight_decay": x} for x in DECAYS[pair]] if pair in DECAYS else [{"w_max": x} for x in CAPS]
 
 
 def run(part, options):
@@ -452,40 +433,18 @@ def run(part, options):
     return record
 
 
-def final_loss(record):
-    """The mean training loss of the last steps of a run."""
-    return math.inf if "error" in record else sum(record["trace"]["train_loss"][-2:]) / 2
-
-
-def bracket(lr, run_at):
-    """
-    Run at learning rates around lr, twice as large each, until the one with the smallest training loss is not
-    at an end: that one.
-    """
-    losses = {i: final_loss(run_at(lr * 2.0 ** i)) for i in (-1, 0, 1)}
-    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
-        i = best + (1 if best == max(losses) else -1)
-        losses[i] = final_loss(run_at(lr * 2.0 ** i))
-    return lr * 2.0 ** best
-
-
-def options_of(pair, strength, lr, steps, every):
-    return {"preset": "cifar10", "method": pair[0], "optimizer": pair[1], **strength, "lr": lr,
-            "max_steps": steps, "eval_interval": every}
-
-
 def tune(pair):
     """The best learning rate of a (method, optimizer), at the second strength."""
-    options = partial(options_of, pair, strengths(pair)[1], steps=200, every=50)
-    return bracket(OPTIMIZERS[pair[1]], lambda lr: run("cifar-lr", options(lr) | {"attack_images": 16}))
+    options = {"preset": "cifar10", **strengths(*pair, CAPS, DECAYS)[1], "max_steps": 200,
+               "eval_interval": 50, "attack_images": 16}
+    return bracket(FIRST_LR[pair[1]], lambda lr: run("cifar-lr", options | {"lr": lr}))
 
 
 def grid(pair):
     """A (method, optimizer) at all its strengths, at that learning rate; unconstrained at its own best."""
-    tuned = tune(pair)
-    for strength in strengths(pair):
-        run_at = lambda lr: run("cifar-grid", options_of(pair, strength, lr, steps=500, every=250))
-        bracket(tuned, run_at) if strength == {"weight_decay": 0.0} else run_at(tuned)
+    common = {"preset": "cifar10", "max_steps": 500, "eval_interval": 250}
+    at_strengths(lambda options: run("cifar-grid", common | options), strengths(*pair, CAPS, DECAYS),
+                 tune(pair))
 
 
 def equal_pairs():
@@ -496,23 +455,17 @@ def equal_pairs():
     """
     runs, found = [r for r in read_lines(RECORDS) if r["part"] == "cifar-grid" and "val_acc" in r], []
     free = [r for r in runs if r["options"].get("weight_decay") == 0]
-    for optimizer in OPTIMIZERS:
-        base = min((r for r in free if r["options"]["optimizer"] == optimizer), key=final_loss)
+    for optimizer in FIRST_LR:
+        base = min((r for r in free if r["options"]["optimizer"] == optimizer), key=tuning_loss)
         as_good = [r for r in runs if r not in free and r["val_acc"] >= base["val_acc"] - EQUAL]
         found += [base["options"], min(as_good, key=lambda r: r["log10_certified"])["options"]]
     return [options | {"seed": seed} for seed in (1, 2, 3) for options in found]
 
 
-def sweep(parts):
-    """Make the runs of PARTS that are not recorded, one process at a time."""
-    with FileLock(RECORDS.with_suffix(".part")):
-        for part in parts:
-            if part in ("cifar", "cifar-pairs"):
-                for options in equal_pairs() if part == "cifar-pairs" else FULL:
-                    run(part, options)
-            else:
-                for pair in PAIRS:
-                    tune(pair) if part == "cifar-lr" else grid(pair)
+PARTS = {"cifar": lambda: [run("cifar", options) for options in FULL],
+         "cifar-lr": lambda: [tune(pair) for pair in pairs()],
+         "cifar-grid": lambda: [grid(pair) for pair in pairs()],
+         "cifar-pairs": lambda: [run("cifar-pairs", options) for options in equal_pairs()]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -550,7 +503,9 @@ def main():
         elif command == "sweep":
             if unknown := {*given["part"]} - {*PARTS}:
                 raise UserError(f"the parts are {', '.join(PARTS)}, not {', '.join(unknown)}")
-            sweep(given["part"])
+            with FileLock(RECORDS.with_suffix(".part")):
+                for part in given["part"]:
+                    PARTS[part]()
         else:
             out = given.pop("out_dir", Path("out") / given.get("preset", "cifar10"))
             model, log = train(configure(given), read_images(), find_device())

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,15 +45,12 @@ def run(name, seconds, *command):
     with open(path, "w") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            try:
-                code = process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
+        for patience, end in ((seconds, signal.SIGINT), (60, signal.SIGKILL)):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+                break
+            process.send_signal(end)
+        code = process.wait()
     text = path.read_text(errors="replace")
     if code:
         raise Failed(f"exit code {code}: {text.strip().splitlines()[-1] if text.strip() else 'no output'}")

@@ -122,29 +122,31 @@ def best_short(records):
 # Searches: jobs of several runs. `run` takes options and gives the record
 
 def bracket(lr, run_at):
-    """Run at rates around lr, twice as large each, until the one of the smallest loss is not at an end."""
+    """Run at rates around lr, twice as large each, until the one of least loss is not at an end: that one."""
     loss = lambda i: tuning_loss(run_at(lr * 2.0 ** i))
     losses = {i: loss(i) for i in (-1, 0, 1)}
     while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
         i = best + (1 if best == max(losses) else -1)
         losses[i] = loss(i)
+    return lr * 2.0 ** best
 
 
 def tune(run, pair):
     """Learning rates for a (method, optimizer) at the middle strength."""
-    options = {"method": pair[0], "optimizer": pair[1], **strengths(*pair)[2], "max_steps": 100}
+    options = strengths(*pair)[2] | {"max_steps": 100}
     bracket(FIRST_LR[pair[1]], lambda lr: run(options | {"lr": lr}))
 
 
+def at_strengths(run, strengths, lr):
+    """A (method, optimizer) at each of its strengths."""
+    for options in strengths:
+        run_at = lambda lr: run(options | {"lr": lr})
+        # without decay the rate, which was tuned with some, says little
+        bracket(lr, run_at) if options.get("weight_decay") == 0 else run_at(lr)
+
+
 def grid(run, pair):
-    """A method at each of its strengths."""
-    lr = lr_of(pair)
-    for strength in strengths(*pair):
-        options = {"method": pair[0], "optimizer": pair[1], **strength}
-        if strength == {"weight_decay": 0.0}:  # the rate was tuned with decay, so that it says little
-            bracket(lr, lambda lr: run(options | {"lr": lr}))
-        else:
-            run(options | {"lr": lr})
+    at_strengths(run, strengths(*pair), lr_of(pair))
 
 
 def short(run, kind):
@@ -186,11 +188,11 @@ def pairs():
     return [(method, optimizer) for method in METHODS for optimizer in OPTIMIZERS]
 
 
-def strengths(method, optimizer):
+def strengths(method, optimizer, caps=CAPS, decays=DECAYS):
     """[options of train.py] for every strength of a method, weakest bound last."""
-    if (method, optimizer) in DECAYS:
-        return [{"weight_decay": decay} for decay in DECAYS[method, optimizer]]
-    return [{"w_max": w_max} for w_max in CAPS]
+    decays = decays.get((method, optimizer))
+    name, values = ("weight_decay", decays) if decays else ("w_max", caps)
+    return [{"method": method, "optimizer": optimizer, name: value} for value in values]
 
 
 # A search over shapes and scales, of about 2 M parameters like the paper's model. One layer makes the
@@ -253,8 +255,7 @@ def equals():
 def balls():
     """The grid's soft cap with Muon at w_max 2."""
     pair = "soft_cap", "muon"
-    return [{"method": pair[0], "optimizer": pair[1], **strengths(*pair)[2], "lr": lr_of(pair),
-             "eval_interval": STEPS // 2}]
+    return [strengths(*pair)[2] | {"lr": lr_of(pair), "eval_interval": STEPS // 2}]
 
 
 # The paper's headline: its shape with a published bound, without the scale, of at most 2 (at w_max 1.19 it is
