@@ -441,12 +441,13 @@ getcontext().Emax = MAX_EMAX  # a deep one's exceeds 10^999,999 too
 def lipschitz_bounds(model, layers=None):
     """
     {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits, both in the largest RMS norm over
-    tokens, logit_scale included: `certified` (see certificate), infinite if the model is `refused`, and
-    `paper`, the authors' formula (see paper_bound), or None. `layers` saves computing layer_norms again.
+    tokens: `certified` (see certificate), infinite if the model is `refused`, and `paper` and `published`, the
+    authors' formula (see paper_bound), or None. `layers` saves computing layer_norms again.
     """
     if refused(model):
-        return {"certified": math.inf, "paper": None}
-    return {"certified": certificate(model, layers)[0], "paper": paper_bound(model)}
+        return {"certified": math.inf, "paper": None, "published": None}
+    return {"certified": certificate(model, layers)[0], "paper": paper_bound(model),
+            "published": paper_bound(model, published=True)}
 
 
 def certificate(model, layers=None):
@@ -607,22 +608,26 @@ def log10(x):
     return float(Decimal(x).log10()) if x >= 0 else math.inf
 
 
-def paper_bound(model):
+def paper_bound(model, published=False):
     """
-    log10 of the published bound (calculate_lipschitz_constant in the authors' code), times logit_scale; None
-    for a model with options that theirs do not have.
+    log10 of the authors' bound (calculate_lipschitz_constant in their code, commit 158692e), or None for a
+    model with options that theirs do not have. `published` is their formula to the letter: it leaves out
+    logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. Else it counts both.
 
-    Not an upper bound: it takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and lets
-    softmax_scale multiply the value path as well. position_bias, which theirs do not have, changes nothing.
+    Neither is an upper bound: the formula takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and
+    lets softmax_scale multiply the value path as well. position_bias, which theirs lack, changes nothing.
     """
     config = model.config
-    ours = ("per_head", "attn_scale", "alpha", "activation", "mlp_layers", "mlp_ratio", "ball")
+    ours = ("per_head", "attn_scale", "activation", "mlp_layers", "mlp_ratio", "ball")
     if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
         return None
     norms = lambda layer: map(Decimal, rms_norm(layer.weight).view(-1).tolist())
-    alpha, c, slope = map(Decimal, (config.residual_weight, config.softmax_scale, GELU_SLOPE))
+    alpha, scale = config.residual_weight, config.logit_scale
+    if published:
+        alpha, scale = 1 / (2 * config.n_layer), 1.0
+    alpha, scale, c, slope = map(Decimal, (alpha, scale, config.softmax_scale, GELU_SLOPE))
     (head, ), R = norms(model.head), Decimal(1)
-    K = Decimal(config.logit_scale) * Decimal(embedding_norm(model)) * head
+    K = scale * Decimal(embedding_norm(model)) * head
     for block in model.blocks:
         (q, k, v), (w, ), (i, ), (o, ) = map(norms, (block.attn.qkv, block.attn.proj, block.mlp.fc,
                                                      block.mlp.proj))
@@ -709,13 +714,12 @@ def norm_table(model):
     return table("RMS->RMS norms", rows)
 
 
-def bound_lines(model, bound, parts, paper):
-    """The lines of a certificate, its parts and the published formula's value or None."""
+def bound_lines(bound, parts, paper, published):
+    """The lines of a certificate, its parts and both readings of the authors' formula, or None."""
     yield from table("log10 of", parts, "   (R: norm of the layer's input)")
     yield f"\nlog10 of the Lipschitz constant, embeddings -> logits: certified {bound:.4f}"
     if paper is not None:
-        unscaled = paper - log10(model.config.logit_scale)  # the authors' networks are scaled too
-        yield f"published formula {paper:.4f}, without logit_scale {unscaled:.4f} (no upper bound in general)"
+        yield f"the authors' formula {paper:.4f}, to the letter {published:.4f} (no upper bound in general)"
 
 
 def main():
@@ -729,7 +733,7 @@ def main():
         say("\n".join(norm_table(model)))
         say(f"embedding {embedding_norm(model):.4f}, head {rms_norm(model.head.weight).item():.4f}, "
             f"logit_scale {model.config.logit_scale:g}\n")
-        say(why or "\n".join(bound_lines(model, *certificate(model), paper_bound(model))))
+        say(why or "\n".join(bound_lines(*certificate(model), paper_bound(model), paper_bound(model, True))))
 
 
 if __name__ == "__main__":

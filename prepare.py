@@ -125,23 +125,6 @@ def to_json(x):
     return json.dumps(json.loads(text, parse_constant=lambda word: None))
 
 
-def read_lines(path):
-    """The dicts in a JSON-lines file, without lines that a crash tore; an empty list if there is no file."""
-    records = []
-    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else ():
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
-
-
-def append_line(path, record):
-    """Append a dict to a JSON-lines file, on a line of its own where the last one was torn."""
-    with open(path, "ab+") as f:
-        f.seek(max(0, f.tell() - 1))
-        torn = f.read() not in (b"", b"\n")
-        f.write(b"\n" * torn + to_json(record).encode() + b"\n")
-
-
 def commit():
     """The commit of the code, "-dirty" if it has been changed since; "" where git cannot say."""
     here = Path(__file__).parent

@@ -149,7 +149,7 @@ def run_in(folder, test, values):
 
 def log_lines(out="out", key="val_loss"):
     """The evaluations in log.jsonl, or its lines with another key, without what depends on the clock."""
-    lines = prepare.read_lines(Path(out) / "log.jsonl")
+    lines = parts.read_lines(Path(out) / "log.jsonl")
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines
             if key in line]
 
@@ -884,24 +884,26 @@ def test_bounds_by_hand(H, L, s, R):
     """
     All matrices s times an identity, embeddings of norm R. Of a head W_q^h, W_k^h, W_v^h have sigma = s and
     W_o^h W_v^h is s^2 times a projection: A_V = s^2 sqrt(H), A_QK = 2 c H s^4, a third of both; and W_out
-    W_in = s^2 I. The published formula begins with R, takes the norm 1 inside and has other factors.
+    W_in = s^2 I. The authors' formula begins with R, takes the norm 1 inside and has other factors; to the
+    letter it counts neither alpha nor logit_scale.
     """
-    c, a, K, inside, paper, paper_inside = 0.5, 1 / (2 * L), 3 * s, R, 3 * s * R, 1.0
-    net = identities(exact_gpt(H=H, L=L, c=c, logit_scale=3.0), s)
-    net.wte.weight.mul_(R / constrain.embedding_norm(net))
-    A_V, A_QK = math.sqrt(H) * s ** 2 / 3, 2 * c * H * s ** 4 / 3
-    assert constrain.attention_norms(net.blocks[0].attn, c) == (pytest.approx(A_V), pytest.approx(A_QK))
-    for _ in range(L):
-        K *= (1 - a + a * (A_V + A_QK * inside ** 2)) * (1 - a + a * s ** 2)
-        inside *= (1 - a + a * A_V) * (1 - a + a * s ** 2 / GELU_SLOPE)
-        paper *= 1 - a + a * c / 3 * s * (s + 2 * s * paper_inside ** 2 * s ** 2)
-        paper *= 1 - a + a * s ** 2 / GELU_SLOPE
-        paper_inside *= (1 - a + a * s ** 2 / 3) * (1 - a + a * s ** 2 / GELU_SLOPE)
-    assert certified(net) == pytest.approx(math.log10(K * (1 + constrain.ROUNDING)), abs=1e-9)
-    assert lipschitz_bounds(net)["paper"] == pytest.approx(math.log10(paper), abs=1e-9)
-    with_bias = exact_gpt(H=H, L=L, c=c, logit_scale=3.0, position_bias=True)
-    with_bias.load_state_dict(net.state_dict(), strict=False)  # the formula takes no notice of the bias
-    assert lipschitz_bounds(with_bias)["paper"] == lipschitz_bounds(net)["paper"]
+    c, papers = 0.5, []
+    for a, options in ((1 / (2 * L), {}), (0.7, {"alpha": 0.7, "position_bias": True})):
+        K, inside, paper, paper_inside = 3 * s, R, 3 * s * R, 1.0
+        net = identities(exact_gpt(H=H, L=L, c=c, logit_scale=3.0, **options), s)
+        net.wte.weight.mul_(R / constrain.embedding_norm(net))
+        A_V, A_QK = math.sqrt(H) * s ** 2 / 3, 2 * c * H * s ** 4 / 3
+        assert constrain.attention_norms(net.blocks[0].attn, c) == (pytest.approx(A_V), pytest.approx(A_QK))
+        for _ in range(L):
+            K *= (1 - a + a * (A_V + A_QK * inside ** 2)) * (1 - a + a * s ** 2)
+            inside *= (1 - a + a * A_V) * (1 - a + a * s ** 2 / GELU_SLOPE)
+            paper *= 1 - a + a * c / 3 * s * (s + 2 * s * paper_inside ** 2 * s ** 2)
+            paper *= 1 - a + a * s ** 2 / GELU_SLOPE
+            paper_inside *= (1 - a + a * s ** 2 / 3) * (1 - a + a * s ** 2 / GELU_SLOPE)
+        papers.append(paper)
+        expected = {"certified": K * (1 + constrain.ROUNDING), "paper": paper, "published": papers[0] / 3}
+        found = lipschitz_bounds(net)
+        assert found == {kind: pytest.approx(math.log10(x), abs=1e-9) for kind, x in expected.items()}
 
 
 def test_bounds_of_the_smallest_and_largest():
@@ -1164,7 +1166,7 @@ def test_what_has_no_bound_has_no_certificate(data, monkeypatch):
                      "blocks.1.attn.proj.weight", "head.weight"):
             net = random_weights(gpt(L=2))
             net.get_parameter(name).data.view(-1)[3] = bad
-            assert constrain.lipschitz_bounds(net) == {"certified": math.inf, "paper": None}
+            assert constrain.lipschitz_bounds(net) == {"certified": math.inf, "paper": None, "published": None}
             if "blocks" in name:
                 assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
     some[1:] = math.inf
@@ -1208,7 +1210,7 @@ def test_what_is_proved_is_what_the_model_computes(options):
     assert constrain.refused(net) is None
     net.blocks[0].mlp.fc.weight.data[0, 0] = math.nan
     assert "not finite" in constrain.refused(net)
-    assert constrain.lipschitz_bounds(net) == {"certified": math.inf, "paper": None}
+    assert constrain.lipschitz_bounds(net) == {"certified": math.inf, "paper": None, "published": None}
 
 
 @pytest.mark.parametrize("preset", (None, *train.PRESETS))
@@ -1268,7 +1270,7 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
     for _ in range(2):  # fresh, where half of the matrices are zero, and not
         why = judge.refused(net)
         assert why and "\n" not in why and why.startswith("no certificate: "), why
-        assert judge.lipschitz_bounds(net) == {"certified": math.inf, "paper": None}
+        assert judge.lipschitz_bounds(net) == {"certified": math.inf, "paper": None, "published": None}
         random_weights(net)
 
 
@@ -1628,9 +1630,9 @@ def test_the_tables_have_what_they_are_about(options):
     assert len(rows) == len(net.blocks)
     assert dict(zip(head, rows[-1])) == {name: f"{rms_norm(W).max():.4f}" for name, W in columns.items()}
     (bound, parts), paper = constrain.certificate(net), constrain.paper_bound(net)
-    text = "\n".join(constrain.bound_lines(net, bound, parts, paper))
+    text = "\n".join(constrain.bound_lines(bound, parts, paper, paper))
     assert re.findall(r"\nlayer .* (\S+)", text) == [f"{part['gain']:.4f}" for part in parts]
-    assert f"certified {bound:.4f}" in text and ("published" in text) == (options == {})
+    assert f"certified {bound:.4f}" in text and ("authors" in text) == (options == {})
 
 
 def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys):
@@ -1759,7 +1761,7 @@ def test_rehearsal_of_the_gpu(folder, monkeypatch):
     for name in ("train.py", "model.py", "constrain.py", "optim.py", "prepare.py", "results"):
         (folder / name).symlink_to(HERE / name)
     assert gpu.main(argparse.Namespace(jobs=["default", "w1"], tiny=True, minutes=1)) is None
-    default, w1 = prepare.read_lines(folder / "out/gpu/tiny.jsonl")
+    default, w1 = parts.read_lines(folder / "out/gpu/tiny.jsonl")
     assert (default["job"], w1["job"]) == ("default", "w1")
     assert default["step"] == 4 and default["trace"]["step"] == [2, 4] and "bench" in w1["error"]
 
@@ -2710,15 +2712,15 @@ def test_damaged_meta_is_one_line(tmp_path):
 
 def test_json_lines(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert prepare.read_lines(path) == []
-    prepare.append_line(path, {"a": math.nan, "b": [1, -math.inf, {"c": (2.5, None)}]})
+    assert parts.read_lines(path) == []
+    parts.append_line(path, {"a": math.nan, "b": [1, -math.inf, {"c": (2.5, None)}]})
     assert path.read_text() == '{"a": null, "b": [1, null, {"c": [2.5, null]}]}\n'
     for torn in (b'{"a": 1, "b', b'\x80\xff', b'{"a": 2}'):  # the last one lacks its line's end alone
         path.write_bytes(b'{"a": 0}\n[1]\n\n' + torn)
-        prepare.append_line(path, {"a": 3})
-        prepare.append_line(path, {"a": 4})
+        parts.append_line(path, {"a": 3})
+        parts.append_line(path, {"a": 4})
         whole = [{"a": 2}] if torn == b'{"a": 2}' else []
-        assert prepare.read_lines(path) == [{"a": 0}, *whole, {"a": 3}, {"a": 4}]
+        assert parts.read_lines(path) == [{"a": 0}, *whole, {"a": 3}, {"a": 4}]
 
 
 # ------------------------------------------------------------------------------------------------------------

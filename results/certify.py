@@ -561,12 +561,12 @@ def report(model, ckpt, text, steps=100):
               "norms": {name: rms_norm(W).flatten().tolist() for name, W in matrices(model).items()},
               "embedding": embedding_norm(model), "refused": ckpt.get("refused") or refused(model),
               "log10_layers": [], "log10_attack": found, "log10_certified": None, "log10_paper": None,
-              "paper_broken": False}
+              "log10_published": None, "paper_broken": False}
     if not result["refused"]:
         layers, paper = layer_norms(model), paper_bound(model)
         result["log10_certified"], result["log10_layers"] = certificate(model, layers)
-        if paper is not None:  # the authors' networks are scaled too, but their formula does not count it
-            result |= {"log10_paper": paper, "log10_paper_unscaled": paper - log10(model.config.logit_scale),
+        if paper is not None:
+            result |= {"log10_paper": paper, "log10_published": paper_bound(model, published=True),
                        "paper_broken": found > paper}
         if text is not None:
             result |= certified_predictions(model, layers, text)
@@ -583,8 +583,9 @@ def words(model, result):
     if result["alarms"] or result["refused"]:
         yield from result["alarms"] or [result["refused"]]
     else:
-        yield from bound_lines(model, *(result[f"log10_{name}"] for name in ("certified", "layers", "paper")))
-    yield f"attack {result['log10_attack']:.4f}" + ", above the published formula" * result["paper_broken"]
+        yield from bound_lines(*(result[f"log10_{name}"] for name in ("certified", "layers", "paper",
+                                                                      "published")))
+    yield f"attack {result['log10_attack']:.4f}" + ", above the authors' formula" * result["paper_broken"]
     if result.get("radii") is None:
         return
     yield f"\naccuracy on {result['tokens']:,} tokens of the validation split: {result['val_acc']:.2%}"

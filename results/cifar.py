@@ -38,9 +38,8 @@ from certify import ascend
 from constrain import HOLDS, METHODS, Step, lead, log10, rms_norm, sigma, svd_cap, worst_case
 from model import maxmin
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from parts import at_strengths, bracket, pairs, strengths, tuning_loss
-from prepare import (Parser, UserError, append_line, commit, download, number, one_line_errors, option,
-                     read_lines, say)
+from parts import append_line, at_strengths, bracket, pairs, read_lines, strengths, tuning_loss
+from prepare import Parser, UserError, commit, download, number, one_line_errors, option, say
 
 # ------------------------------------------------------------------------------------------------------------
 # Options. The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which

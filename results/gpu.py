@@ -23,8 +23,8 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from prepare import (Parser, UserError, append_line, commit, number, one_line_errors, read_lines, say,
-                     to_json)
+from parts import append_line, read_lines
+from prepare import Parser, UserError, commit, number, one_line_errors, say, to_json
 
 OUT = ROOT / "out" / "gpu"
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "accumulate": 1,

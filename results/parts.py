@@ -2,8 +2,10 @@
 Which runs sweep.py makes: PARTS, at the end, has for each part its jobs, what its runs have in common, the
 file of its records and what is measured. A part may take its choices from the records of those before it.
 """
+import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -14,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from prepare import UserError, read_lines
+from prepare import UserError, to_json
 
 METHODS = ("soft_cap", "hard_cap", "svd_cap", "spectral_normalize", "stiefel", "spectral_hammer",
            "spectral_weight_decay", "none")
@@ -24,6 +26,23 @@ BOUNDS = ("log10_certified", "log10_paper")
 
 # ------------------------------------------------------------------------------------------------------------
 # Records, and what is chosen from them
+
+def read_lines(path):
+    """The dicts in a JSON-lines file, without lines that a crash tore; an empty list if there is no file."""
+    records = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def append_line(path, record):
+    """Append a dict to a JSON-lines file, on a line of its own where the last one was torn."""
+    with open(path, "ab+") as f:
+        f.seek(max(0, f.tell() - 1))
+        torn = f.read() not in (b"", b"\n")
+        f.write(b"\n" * torn + to_json(record).encode() + b"\n")
+
 
 def read(path):
     """The records of a file. One without a certificate, as an attack has passed it, has an infinite one."""

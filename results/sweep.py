@@ -30,9 +30,8 @@ from certify import alarms
 from measure import measurements
 from model import load_checkpoint
 from optim import keep_memory
-from parts import PARTS, read
-from prepare import (Parser, UserError, append_line, commit, number, one_line_errors, open_data, read_lines,
-                     say)
+from parts import PARTS, append_line, read, read_lines
+from prepare import Parser, UserError, commit, number, one_line_errors, open_data, say
 from train import configure
 
 RUNS = ROOT / "out" / "sweep"
