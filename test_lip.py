@@ -1519,6 +1519,34 @@ def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
             assert below(gradient, certify.lead_gradient(at, w, x, delta))
 
 
+@pytest.mark.parametrize("options", (
+    dict(c=0.0, position_bias=True, per_head=True, alpha=1.0, activation="maxmin"),
+    dict(c=0.0, position_bias=True, activation="relu"), dict(c=0.1, L=2, position_bias=True, ball=1.0),
+    dict(c=0.1, alpha=0.9, position_bias=True)))
+def test_the_last_tokens_that_decide_a_prediction(options):
+    """No other text before them alters it: none of many, nor the attack's, which alters what is not proved."""
+    torch.manual_seed(0)
+    net = constrain.exact_model(random_weights(gpt(d=16, T=24, vocab=7, **options), 0.6))
+    for W in (net.head.weight, net.wte.weight):
+        W.copy_(torch.randn(W.shape))
+    for block in net.blocks:
+        block.attn.bias.copy_(12 * F.one_hot(torch.tensor([0, 1, 2, 4]), 24))  # so that 4 do not suffice
+    ids = torch.randint(7, (16, 24))
+    sizes = certify.deciding(net, constrain.layer_norms(net), ids)
+    assert sizes.shape == (16, 8 if options["c"] == 0 else 1) and sizes.isfinite().any()
+    at_once, n, top = sizes.shape[1] > 1, sizes.shape[1], net(ids)[0].argmax(-1)
+    for D in (1, 2, 4, 8, 16):
+        for t in range(24 - n, 24):
+            proved = sizes[:, t - 24] <= D
+            for _ in range(5):
+                other = ids.clone()
+                other[:, :t - D + 1] = torch.randint(7, (16, t - D + 1))
+                same = net(other)[0][:, t].argmax(-1) == top[:, t]
+                assert same[proved].all() and (at_once or t == 23)
+        assert not (certify.altered(net, ids, D) & (sizes[:, -1] <= D)).any()
+    assert certify.altered(net, ids, 4).any() or "alpha" not in options
+
+
 def test_distances_of_near_rows_are_never_too_small():
     """Pairs 3e-4 and 3e-9 apart, rows of size 1e-25: what products in float32 make 0, or 40 times as far."""
     torch.manual_seed(0)

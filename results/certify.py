@@ -3,6 +3,7 @@ Attack the certificate of a checkpoint, and certify its predictions.
 
     python results/certify.py out/shakespeare/ckpt.pt            # norms, bounds, an attack, certified radii
     python results/certify.py out/shakespeare/ckpt.pt --json     # the same for programs
+    python results/certify.py out/tight/ckpt.pt --deciding       # and which last tokens decide a prediction
 
 An attack from below and the certificate of constrain.py from above say where the Lipschitz constant is. An
 attack above a certificate would be a fault of one of them: it is said in capitals, what was certified is
@@ -269,12 +270,19 @@ def certified_at(net, facts, r):
     """
     Which predictions no change of the embeddings by at most r in RMS norm, of all tokens at once, alters:
     (B T,), at the text of facts_at.
+    """
+    delta = torch.full(facts[0].x.shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
+    return certified_under(net, facts, delta)
+
+
+def certified_under(net, facts, delta):
+    """
+    Which predictions no change of each token's embedding by at most delta (B, T) in L2 norm alters: (B T,).
 
     Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
     half to its global gain times delta. A ball takes it to ball_change; behind the last block it multiplies
     all logits of a token by one positive number, which changes no prediction, so it is left out there.
     """
-    delta = torch.full(facts[0].x.shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
     for at in facts:
         alpha = at.block.alpha
         delta = (1 - alpha) * delta + alpha * attention_change(at, delta)
@@ -441,6 +449,106 @@ def derivative(activation, z, u, rows, delta):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Which last tokens decide a prediction: whatever stands in the older ones' place, it is the same
+
+DECIDING = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@torch.no_grad()
+def deciding(net, layers, ids):
+    """
+    The smallest D of DECIDING for which no text in the place of all tokens but the last D alters a prediction
+    at tokens ids (B, T), inf where none is proved: (B, n), of the last n predictions of each row, which see
+    more than D tokens. `net` is in float64, layers are its layer_norms.
+
+    A change of 0 on the last D tokens, and on an older one of the largest distance of its embedding to any
+    other's, goes through the steps of certified_under, which prove the last prediction (n = 1). One layer of
+    heads that are free of content proves all at once, see moves (n = T less the largest D).
+    """
+    T, norms, found = ids.shape[1], block_norms(net, layers), []
+    position, sizes = torch.arange(T), [D for D in DECIDING if D < T]
+    back = position[:, None] - position
+    at_once = len(net.blocks) == 1 and not net.config.softmax_scale
+    table = moves(*facts_at(net, norms, net.wte(ids[:1])), net.wte.weight) if at_once else None
+    for rows in ids.split(8):
+        facts, smallest = facts_at(net, norms, net.wte(rows)), torch.full(rows.shape, math.inf).double()
+        if at_once:
+            moved = facts[0].block.alpha * torch.stack([table[row, :, position].mT for row in rows])
+        else:
+            far = distances(net.wte(rows), net.wte.weight).amax(dim=-1)
+        for D in reversed(sizes):
+            if at_once:
+                held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1))
+            else:
+                held = certified_under(net, facts, far * (back[-1] >= D))
+            smallest[held.view(rows.shape)] = D
+        found.append(smallest[:, -(T - max(sizes) if at_once else 1):])
+    return torch.cat(found)
+
+
+def moves(at, embeddings):
+    """
+    (V, T, T): how far another token in the place of token i at s moves attention's output at t, at most, if
+    scores do not depend on tokens; the moves of all s add. It is the largest norm, over the embeddings e_j,
+    (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i).
+    """
+    attn, p = at.block.attn, at.p[0].permute(1, 2, 0)                           # (T, T, H)
+    H, d = attn.n_head, len(attn.proj.weight)
+    W = attn.proj.weight.view(d, H, -1).transpose(0, 1) @ attn.qkv.weight.view(H, -1, d)  # (H, d, d)
+    values, found = attn.out_scale * embeddings @ W.mT, []                      # (H, V, d)
+    for i in range(len(embeddings)):
+        apart = values - values[:, i, None]
+        gram = torch.einsum("hjd,gjd->hjg", apart, apart).flatten(1)            # (H, V H)
+        squares = ((p @ gram).unflatten(-1, (-1, H)) * p[:, :, None]).sum(-1)   # (T, T, V)
+        found.append(squares.amax(dim=-1).clamp_min(0).sqrt())
+    return torch.stack(found)
+
+
+def altered(net, ids, D, restarts=3, rounds=4):
+    """
+    Which last predictions of tokens ids (B, T) an attack alters by other tokens in the place of all but the
+    last D: (B,). It begins at those there or at random ones, and replaces all at once by those that the
+    gradient of the lead says make it smallest.
+    """
+    g, y = torch.Generator().manual_seed(0), net(ids)[0][:, -1:].argmax(dim=-1)
+    n, found = ids.shape[1] - D, torch.zeros(len(ids), dtype=torch.bool)
+    for restart in range(restarts):
+        new = ids.clone()
+        if restart:
+            new[:, :n] = torch.randint(net.config.vocab_size, (len(ids), n), generator=g)
+        for _ in range(rounds):
+            X = net.wte(new).detach().requires_grad_()
+            leads = lead(net.forward_embeddings(X)[:, -1:], y)
+            found |= leads[:, 0] <= 0
+            gradient, = torch.autograd.grad(leads.sum(), X)
+            new[:, :n] = (gradient[:, :n] @ net.wte.weight.T).argmin(dim=-1)
+    return found
+
+
+def decided(model, layers, text, attacked=64):
+    """
+    Of predictions of text (N,) the shares that are right and decided by the last D tokens, of all D; of the
+    last predictions of `attacked` windows those decided and those that an attack does not alter; and the
+    first windows' characters, with the D of each.
+    """
+    net, T = exact_model(model), model.config.block_size
+    windows = text[:9000].unfold(0, T + 1, T // 2)[:32]                         # (B, T + 1)
+    starts = torch.linspace(0, len(text) - T - 1, attacked).long()
+    alone = torch.stack([text[i:i + T] for i in starts])
+    sizes, proved = deciding(net, layers, torch.cat((windows[:, :-1], alone))).split((len(windows), attacked))
+    y, proved = windows[:, -sizes.shape[1]:], proved[:, -1]
+    top = torch.cat([net(rows)[0].argmax(dim=-1) for rows in windows[:, :-1].split(8)])
+    right = top[:, -y.shape[1]:] == y
+    stays = {D: ~altered(net, alone, D) for D in DECIDING if D < T}
+    return {"predictions": sizes.numel(), "right": share(right),
+            "decided": {D: share(right & (sizes <= D)) for D in stays},
+            "alone": {D: share(proved <= D) for D in stays},
+            "attack": {D: share(stay) for D, stay in stays.items()},
+            "broken": sum((~stay & (proved <= D)).sum().item() for D, stay in stays.items()),
+            "characters": list(zip(*(x.flatten()[:1024].tolist() for x in (y, right, sizes))))}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The report: every number once, in a dict; its text is made from that
 
 ATTACKED = 2048             # tokens, at once
@@ -541,6 +649,8 @@ def alarms(result):
     for r, accuracy in result.get("radii", {}).items():
         if accuracy.get("broken") or accuracy["attack_first"] < accuracy["certified_first"]:
             yield f"AN ATTACK ALTERED PREDICTIONS THAT WERE CERTIFIED AT A RADIUS OF {r}"
+    if result.get("deciding", {}).get("broken"):
+        yield "AN ATTACK ALTERED PREDICTIONS THAT THEIR LAST TOKENS WERE CERTIFIED TO DECIDE"
     for radii in result.get("local", {}).get("alone", ()):
         certified = max(radii["constant"], radii["local"])
         if not radii["attack"] >= certified:
@@ -548,13 +658,14 @@ def alarms(result):
 
 
 CERTIFIED = ("log10_certified", "log10_layers", "certified_accuracy", "radii", "local", "log10_median_radius",
-             "characters")  # what a report does not claim after an alarm
+             "characters", "deciding")  # what a report does not claim after an alarm
 
 
-def report(model, ckpt, text, steps=100):
+def report(model, ckpt, text, steps=100, last=False):
     """
     The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
-    None, certified predictions. "refused" says why there is no certificate, "alarms" what broke it.
+    None, certified predictions, with `last` also what their last tokens decide. "refused" says why there is
+    no certificate, "alarms" what broke it.
     """
     found = log10(attack(model, steps=steps, tokens=text))
     result = {"step": ckpt["step"], "method": ckpt["config"]["method"], "w_max": ckpt["config"]["w_max"],
@@ -570,6 +681,7 @@ def report(model, ckpt, text, steps=100):
                        "paper_broken": found > paper}
         if text is not None:
             result |= certified_predictions(model, layers, text)
+            result |= {"deciding": decided(model, layers, text)} if last else {}
     result["alarms"] = list(alarms(result))
     if result["alarms"]:
         result |= {name: None for name in CERTIFIED if name in result}
@@ -607,6 +719,11 @@ def words(model, result):
            ", ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))
     yield ("rounding moves a logit by up to {float32:.1e} in float32, {bfloat16:.1e} in bfloat16; the "
            "largest logit leads by {median_lead:.2f} in the median".format(**result["rounding"]))
+    if deciding := result.get("deciding"):
+        for name, words in (("decided", f"of {deciding['predictions']:,} predictions right and decided"),
+                            ("alone", "of a sample, decided"), ("attack", "not altered by an attack")):
+            yield f"by their last tokens, {words}: " + ", ".join(
+                f"{D}: {x:.1%}" for D, x in deciding[name].items())
 
 
 def validation_text(ckpt, vocab_size):
@@ -625,12 +742,14 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--steps", type=number(int, 0, 10 ** 9), default=100,
                         help="of the attack's gradient ascent [100]")
+    parser.add_argument("--deciding", action="store_true", help="which last tokens decide predictions, too")
     args = parser.parse_args()
     keep_memory()
     with one_line_errors("certify.py"):
         model, ckpt = load_checkpoint(args.ckpt)
         text, without = validation_text(ckpt, model.config.vocab_size)
-        result = {"checkpoint": args.ckpt, "without_text": without} | report(model, ckpt, text, args.steps)
+        result = {"checkpoint": args.ckpt, "without_text": without}
+        result |= report(model, ckpt, text, args.steps, args.deciding)
         if args.json:
             say(to_json(result))
         else:
