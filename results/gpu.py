@@ -27,7 +27,7 @@ from torch.profiler import profile
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
-sys.path[:0] = [str(ROOT), str(RESULTS)]
+sys.path.insert(0, str(ROOT))
 
 import bench
 import model
@@ -64,7 +64,8 @@ def run(name, seconds, *command, **environment):
 
 # ------------------------------------------------------------------------------------------------------------
 # nanoGPT's architecture (karpathy/nanoGPT) as a baseline, with its settings for GPT-2: layer norm, GELU, no
-# biases, a table that is the output matrix too, AdamW. Its positions are RoPE's, as ours, in place of learned
+# biases, one table for input and output, AdamW, gradients clipped, a learning rate that rises for 100 steps
+# and falls as a cosine to a tenth. Positions are RoPE's, as in our transformer, instead of learned
 
 class NanoBlock(model.Block):
     def __init__(self, config, layer):
@@ -92,7 +93,6 @@ class NanoGPT(model.GPT):
 
 
 def warmup_and_cosine(optimizers, step, config):
-    """The learning rate rises for 100 steps, and falls to a tenth."""
     falling = 0.1 + 0.9 * (1 + math.cos(math.pi * step / config.max_steps)) / 2
     for group in train.param_groups(optimizers):
         group["lr"] = lr = config.lr * min((step + 1) / 100, falling)
@@ -124,12 +124,12 @@ def profiled(argv):
         step_ms, kind = 1e3 * bench.median(step, 10, device), "CUDA" if device.type == "cuda" else "CPU"
         with profile() as profiler:
             seconds(lambda: [step() for _ in range(10)], device)
+        # calls and milliseconds of one step
         spent = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
         rows = [{"name": event.key[:60], "calls": event.count / 10, "ms": getattr(event, spent) / 1e4}
-                for event in profiler.key_averages()  # both a step
+                for event in profiler.key_averages()
                 if event.device_type.name == kind and not event.is_user_annotation]
-        total = sum(row["ms"] for row in rows)
-        costliest = sorted(rows, key=lambda row: -row["ms"])[:20]
+        total, costliest = sum(row["ms"] for row in rows), sorted(rows, key=lambda row: -row["ms"])[:20]
         say(to_json({"step_ms": step_ms, "kernels_ms": total, "calls": sum(row["calls"] for row in rows),
                      "kernels": [row | {"share": row["ms"] / total} for row in costliest]}))
         sys.exit()
@@ -175,8 +175,7 @@ def a_step(*command, **environment):
 
 def on_books(args, share):
     """Options for a share of --tokens, 65,536 at a step in as few parts as fit, with eight evaluations."""
-    fits = [r["batch_size"] for r in read_lines(args.records)
-            if r["job"] == "bench" and "batch_size" in r]
+    fits = [r["batch_size"] for r in read_lines(args.records) if r["job"] == "bench" and "error" not in r]
     eighth = max(1, round(share * args.tokens / (8 * 65_536)))
     return {"dataset": "books", "batch_size": 64, "accumulate": 64 // fits[-1] if fits else 1,
             "max_steps": 8 * eighth, "eval_interval": eighth, "eval_tokens": 262_144}
@@ -247,7 +246,7 @@ def main(args):
 if __name__ == "__main__":
     with one_line_errors("gpu.py"):
         children = {"nanogpt": nanogpt, "profiled": profiled, "one-graph": one_graph}  # processes of jobs
-        if child := children.get(sys.argv[1] if sys.argv[1:] else None):
+        if child := children.get(*sys.argv[1:2] or [None]):
             sys.exit(child(sys.argv[2:]))
         parser = Parser(description=__doc__.strip().split("\n")[0])
         add = parser.add_argument
