@@ -28,7 +28,7 @@ import time
 import tracemalloc
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +65,7 @@ import measure
 import parts
 import plot
 import sweep
+import tables
 from results import rebuild
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -1788,10 +1789,37 @@ def test_rehearsal_of_the_gpu(folder, monkeypatch):
     monkeypatch.setattr(gpu, "OUT", folder / "out" / "gpu")
     for name in ("train.py", "model.py", "constrain.py", "optim.py", "prepare.py", "results"):
         (folder / name).symlink_to(HERE / name)
-    assert gpu.main(argparse.Namespace(jobs=["default", "w1"], tiny=True, minutes=1)) is None
-    default, w1 = parts.read_lines(folder / "out/gpu/tiny.jsonl")
-    assert (default["job"], w1["job"]) == ("default", "w1")
-    assert default["step"] == 4 and default["trace"]["step"] == [2, 4] and "bench" in w1["error"]
+    log, books = folder / "out/gpu/baseline/log.jsonl", folder / "data/books"
+    books.symlink_to("shakespeare")
+
+    def records(*jobs):
+        args = argparse.Namespace(jobs=jobs, tiny=True, tokens=1e8, minutes=10)
+        assert gpu.main(args) is None
+        return parts.read(args.records)[-len(jobs):]
+
+    jobs = "profile", "bench-one-graph", "w8", "none", "baseline", "default"
+    found = dict(zip(jobs, records(*jobs), strict=True))
+    assert [found[job]["job"] for job in jobs] == [*jobs]
+    assert 0.2 < sum(kernel["share"] for kernel in found["profile"]["kernels"]) < 1 + 1e-6
+    assert found["bench-one-graph"]["tokens_per_second"] > 0
+    for job in jobs[2:]:
+        assert found[job]["step"] == 4 and found[job]["trace"]["step"] == [2, 4]
+    lines = log.read_text().splitlines(True)
+    log.write_text("".join(lines[:-1]))  # as if it had been stopped
+    again, = records("baseline")
+    assert again["trace"] == found["baseline"]["trace"]
+    assert [line["step"] for line in parts.read_lines(log) if "options" in line] == [0, 4]
+
+    runs = {f"gpu, {job}": [found[job]] for job in plot.LARGE}
+    assert not plot.large_runs(runs | {"gpu, none": []}) and len(plot.large_runs(runs)) == 3
+    (_, table), = tables.large_tables(runs)
+    assert "| no constraint |" in table and table.count("\n") == 5
+    with suppress(ImportError):
+        from matplotlib import pyplot
+        pyplot.switch_backend("agg")
+        plot.large(runs, pyplot).draw_without_rendering()
+    books.unlink()
+    assert "no data/books" in records("w1")[0]["error"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from parts import METHODS, OPTIMIZERS, RESULTS, ROOT, frontier, pairs, read, seeds, trained, unscaled
 from prepare import Parser, UserError, one_line_errors
-from tables import (BOUND_LABELS, LABELS, OPTIMIZER_LABELS, all_tables, book_name, by_bound, by_strength,
-                    longest_books, of_pair, papers, power)
+from tables import (BOUND_LABELS, LABELS, LARGE, OPTIMIZER_LABELS, all_tables, book_name, by_bound,
+                    by_strength, large_runs, longest_books, of_pair, papers, power)
 
 TEXTS = ROOT / "README.md", *(RESULTS / f"{name}.md" for name in ("README", "tables", "speed"))
 
@@ -41,6 +41,8 @@ def load():
             runs[record["part"]].append(record)
     for record in read(RESULTS / "speed.jsonl"):
         runs[f"speed, {record['what']}"].append(record)
+    for record in read(RESULTS / "gpu.jsonl"):
+        runs[f"gpu, {record['job']}"] += [record] * ("trace" in record)
     return runs
 
 
@@ -265,6 +267,20 @@ def speed(runs, plt):
     return figure
 
 
+def large(runs, plt):
+    """145 M parameters on the books: loss and largest entry of an activation over training."""
+    figure, axes = panels(plt, 1, 2, (12, 4.5))
+    for run, color in zip(large_runs(runs), COLORS.values()):
+        millions = [step * 65_536 / 1e6 for step in run["trace"]["step"]]
+        for ax, y in zip(axes, ("val_loss", "act_max")):
+            ax.plot(millions, run["trace"][y], "o-", markersize=4, color=color, label=LARGE[run["job"]])
+    for ax, label in zip(axes, ("loss on held-out books, nats per token", "largest entry of an activation")):
+        ax.set(xlabel="tokens trained on, millions", ylabel=label)
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False)
+    return figure
+
+
 FIGURES = tradeoff, norms, headline, radius, tight, cifar, books, activations, speed
 
 
@@ -293,7 +309,7 @@ def main():
             import matplotlib.pyplot as plt
         except ImportError:
             raise UserError("the figures need matplotlib: pip install matplotlib")
-        for draw in FIGURES:
+        for draw in FIGURES + (large, ) * bool(large_runs(runs)):
             draw(runs, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 

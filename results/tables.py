@@ -17,6 +17,7 @@ LABELS = {name: name.replace("_", " ") for name in METHODS} | {"none": "weight d
 OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
 BOUND_LABELS = dict(zip(BOUNDS, ("certified Lipschitz bound (a theorem)", "published formula (not a bound)")))
 TARGETS = (2, None), (10, None), (30, 45), (300, 50), (1e4, 54)  # accuracy in %, or the best, for the presets
+LARGE = {"w8": "w_max 8", "none": "no constraint", "baseline": "nanoGPT's, AdamW"}  # jobs of gpu.py
 IMAGE_RADII = 36, 72, 108  # in 255ths of a pixel's range
 
 
@@ -53,6 +54,12 @@ def first_seeds(runs):
 def longest_books(runs):
     last = max((r["options"]["max_steps"] for r in runs["books"]), default=0)
     return seeds(r for r in runs["books"] if r["options"]["max_steps"] == last)
+
+
+def large_runs(runs):
+    """The last of each job in LARGE, or nothing while one is missing."""
+    found = [runs[f"gpu, {job}"][-1:] for job in LARGE]
+    return sum(found, []) if all(found) else []
 
 
 def who(options):
@@ -354,7 +361,18 @@ def books_tables(runs):
             ("training losses", "losses"), ("norm / w_max", "largest entries", "log10 certified")))
 
 
+def large_tables(runs):
+    rows = each(large_runs(runs))
+    if rows:
+        yield "145 M parameters", table(
+            rows, "model", "accuracy", "loss", "largest entry", "certified", "paper", "tokens/s",
+            **{"model": lambda row: LARGE[row[0]["job"]],
+               "paper": lambda row: most_of("log10_paper")(row) if row[0]["log10_paper"] is not None else "",
+               "tokens/s": lambda row: f"{row[0]['tokens_per_second']:,.0f}"})
+
+
 def all_tables(runs):
     """{title: Markdown}."""
-    makers = speed_tables, grid_tables, headline_tables, tight_tables, cifar_tables, books_tables
+    makers = (speed_tables, grid_tables, headline_tables, tight_tables, cifar_tables, books_tables,
+              large_tables)
     return dict(made for make in makers for made in make(runs))
