@@ -36,7 +36,7 @@ WIDEST = 20  # log10 of the largest bound that is drawn
 def load():
     """{part: records}, those of speed.jsonl under "speed, WHAT"."""
     runs = defaultdict(list)
-    for name in ("shakespeare", "tight", "cifar", "books"):
+    for name in ("shakespeare", "tight", "cifar", "books", "published", "deciding"):
         for record in read(RESULTS / f"{name}.jsonl"):
             runs[record["part"]].append(record)
     for record in read(RESULTS / "speed.jsonl"):
@@ -281,7 +281,33 @@ def large(runs, plt):
     return figure
 
 
-FIGURES = tradeoff, norms, headline, radius, tight, cifar, books, activations, speed
+def deciding(runs, plt, columns=76, lines=12):
+    """Validation text, each character on the color of how many before it were proved to decide it."""
+    run = runs["deciding"][0]
+    figure, (ax, ) = panels(plt, size=(11, 3.6))
+    colors = dict(zip(run["deciding"]["decided"], plt.cm.YlGn_r([x / 8 for x in range(8)])))
+    row, column = 0, 0
+    for token, right, D in run["deciding"]["characters"]:
+        character = run["vocabulary"][token]
+        if character != "\n":
+            color = colors.get(str(D and int(D)), "white")
+            ax.text(column, -row, character, family="monospace", fontsize=9, ha="center", va="center",
+                    color="black" if right else "#c00000",
+                    bbox=dict(facecolor=color, edgecolor="none", boxstyle="square,pad=0.12"))
+        column += 1
+        if character == "\n" or column == columns:
+            row, column = row + 1, 0
+        if row == lines:
+            break
+    ax.set(xlim=(-1, columns), ylim=(-lines, 1))
+    ax.axis("off")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=D) for D, color in colors.items()]
+    ax.legend(handles=handles, title="decided by the last", ncols=8, frameon=False, loc="upper center",
+              bbox_to_anchor=(0.5, 1.15))
+    return figure
+
+
+FIGURES = tradeoff, norms, headline, radius, tight, cifar, books, activations, speed, deciding
 
 
 def fill(text, tables):

@@ -182,7 +182,7 @@ COLUMNS = {
     "in training": lambda row: f"{row[0].get('train_loss') or row[0]['trace']['train_loss'][-1]:.2f}",
     "certified": most_of("log10_certified"), "certified bound": most_of("log10_certified"),
     "with a ball": most_of("log10_certified_ball"),
-    "paper": most_of("log10_paper"),
+    "paper": most_of("log10_paper"), "published": most_of("log10_published"),
     "paper, no scale": lambda row: power(max(map(unscaled, row))),
     "attack": most_of("log10_attack"),
     "median radius": median_radius, "median certified radius": median_radius,
@@ -299,6 +299,27 @@ def headline_tables(runs):
         "paper, no scale", "certified")
 
 
+def published_tables(runs):
+    yield "published, search", table(
+        each(runs["published-search"] + runs["published-long"]), "changes", "characters", "training loss",
+        "on 32,768", "published", "certified", **{
+            "changes": lambda row: row[0]["name"], "characters": lambda row: f"{row[0]['characters']:,}",
+            "on 32,768": lambda row: f"{row[0]['val_acc']:.1%}",
+            "training loss": lambda row: f"{row[0]['train_loss_last_tenth']:.3f}"})
+    yield "published, a head of norm 10^-8", table(
+        seeds(runs["published-whole"]), "accuracy", "paper protocol", "loss", "published", "paper", "certified")
+
+
+def deciding_tables(runs):
+    rows = []
+    for run in runs["deciding"]:
+        found = run["deciding"]
+        for name, what in (("decided", "right and decided"), ("alone", "of a sample: decided"),
+                           ("attack", "of it: an attack leaves")):
+            rows.append([run["name"], what, *(f"{x:.1%}" for x in found[name].values())])
+    yield "deciding", markdown(["model", "by the last", *runs["deciding"][0]["deciding"]["decided"]], rows)
+
+
 def tight_tables(runs):
     presets, robust = by_bound(runs["tight"]), by_bound(runs["robust"])
     yield "tight, in short", table(presets, "preset", "certified", "attack", "accuracy",
@@ -373,6 +394,6 @@ def large_tables(runs):
 
 def all_tables(runs):
     """{title: Markdown}."""
-    makers = (speed_tables, grid_tables, headline_tables, tight_tables, cifar_tables, books_tables,
-              large_tables)
+    makers = (speed_tables, grid_tables, headline_tables, published_tables, deciding_tables, tight_tables,
+              cifar_tables, books_tables, large_tables)
     return dict(made for make in makers for made in make(runs))
