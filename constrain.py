@@ -441,8 +441,8 @@ getcontext().Emax = MAX_EMAX  # a deep one's exceeds 10^999,999 too
 def lipschitz_bounds(model, layers=None):
     """
     {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits, both in the largest RMS norm over
-    tokens: `certified` (see certificate), infinite if the model is `refused`, and `paper` and `published`, the
-    authors' formula (see paper_bound), or None. `layers` saves computing layer_norms again.
+    tokens: `certified` (see certificate), infinite if the model is `refused`, and the authors' formula,
+    `paper` and `published` (see paper_bound), or None. `layers` saves computing layer_norms again.
     """
     if refused(model):
         return {"certified": math.inf, "paper": None, "published": None}

@@ -281,10 +281,10 @@ def large(runs, plt):
     return figure
 
 
-def deciding(runs, plt, columns=76, lines=12):
-    """Validation text, each character on the color of how many before it were proved to decide it."""
+def deciding(runs, plt, columns=48, lines=12):
+    """Validation text, each character on the color of how many before it decide it; wrong ones are red."""
     run = runs["deciding"][0]
-    figure, (ax, ) = panels(plt, size=(11, 3.6))
+    figure, (ax, ) = panels(plt, size=(8, 3.6))
     colors = dict(zip(run["deciding"]["decided"], plt.cm.YlGn_r([x / 8 for x in range(8)])))
     row, column = 0, 0
     for token, right, D in run["deciding"]["characters"]:

@@ -307,7 +307,8 @@ def published_tables(runs):
             "on 32,768": lambda row: f"{row[0]['val_acc']:.1%}",
             "training loss": lambda row: f"{row[0]['train_loss_last_tenth']:.3f}"})
     yield "published, a head of norm 10^-8", table(
-        seeds(runs["published-whole"]), "accuracy", "paper protocol", "loss", "published", "paper", "certified")
+        seeds(runs["published-whole"]), "accuracy", "paper protocol", "loss", "published", "paper",
+        "certified")
 
 
 def deciding_tables(runs):
