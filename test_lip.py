@@ -1592,12 +1592,12 @@ def strict_json(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def read_report(monkeypatch, capsys, code=None):
+def read_report(monkeypatch, capsys, code=None, *argv):
     """(the lines, the JSON) of certify.py about out/ckpt.pt, which is to end with a code."""
     printed = []
     for form in ((), ("--json", )):
         capsys.readouterr()
-        assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", *form) == code
+        assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", *argv, *form) == code
         printed.append(capsys.readouterr().out)
     return printed[0].splitlines(), strict_json(printed[1])
 
@@ -1605,13 +1605,14 @@ def read_report(monkeypatch, capsys, code=None):
 @pytest.mark.parametrize("name, wrong", (
     (None, None), ("attack", lambda *args, **_: 1e9),
     ("log10_radii", lambda net, bears, layers: torch.full_like(bears, 1.0)),  # all is said to be certified
-    ("attack_radii", lambda net, X: torch.full((len(X), ), -20.0))))
+    ("attack_radii", lambda net, X: torch.full((len(X), ), -20.0)),
+    ("deciding", lambda net, layers, ids: torch.zeros(len(ids), 1))))
 def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, capsys, name, wrong):
     """In capitals, null in JSON, exit code 1."""
     train.train(TINY)
     if name:
         monkeypatch.setattr(certify, name, wrong)
-    lines, result = read_report(monkeypatch, capsys, 1 if name else None)
+    lines, result = read_report(monkeypatch, capsys, 1 if name else None, "--deciding")
     assert any(line.isupper() and "ATTACK" in line for line in lines) == (name is not None)
     assert ("certified" in "".join(lines)) == (name is None) == (not result["alarms"])
     assert {result[what] is None for what in certify.CERTIFIED} == {name is not None}

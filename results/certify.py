@@ -649,7 +649,7 @@ def alarms(result):
     for r, accuracy in result.get("radii", {}).items():
         if accuracy.get("broken") or accuracy["attack_first"] < accuracy["certified_first"]:
             yield f"AN ATTACK ALTERED PREDICTIONS THAT WERE CERTIFIED AT A RADIUS OF {r}"
-    if result.get("deciding", {}).get("broken"):
+    if (result.get("deciding") or {}).get("broken"):
         yield "AN ATTACK ALTERED PREDICTIONS THAT THEIR LAST TOKENS WERE CERTIFIED TO DECIDE"
     for radii in result.get("local", {}).get("alone", ()):
         certified = max(radii["constant"], radii["local"])
@@ -681,7 +681,7 @@ def report(model, ckpt, text, steps=100, last=False):
                        "paper_broken": found > paper}
         if text is not None:
             result |= certified_predictions(model, layers, text)
-            result |= {"deciding": decided(model, layers, text)} if last else {}
+            result["deciding"] = decided(model, layers, text) if last else None
     result["alarms"] = list(alarms(result))
     if result["alarms"]:
         result |= {name: None for name in CERTIFIED if name in result}
@@ -747,6 +747,8 @@ def main():
     keep_memory()
     with one_line_errors("certify.py"):
         model, ckpt = load_checkpoint(args.ckpt)
+        if args.deciding and (model.config.vocab_size > 1000 or model.config.block_size == 1):
+            raise UserError("--deciding is for models of characters that look at more than one; leave it out")
         text, without = validation_text(ckpt, model.config.vocab_size)
         result = {"checkpoint": args.ckpt, "without_text": without}
         result |= report(model, ckpt, text, args.steps, args.deciding)
