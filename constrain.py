@@ -213,7 +213,8 @@ def soft_cap(W, step):
     have no fixed norm; after those it promises nothing. It is for W that had norm <= w_max before the step:
     far above its cap the polynomial makes norms larger, so matrices from elsewhere need `project` first.
     """
-    alpha = soft_cap_coupling(step.w_max, step.decay, step.lr * UPDATE_NORM)
+    update_norm = step.update_norm if math.isfinite(step.update_norm) else step.lr * UPDATE_NORM
+    alpha = soft_cap_coupling(step.w_max, step.decay, update_norm)
     return soft_cap_polynomial(W, alpha, step.dtype if step.small else torch.float32)
 
 

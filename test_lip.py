@@ -747,7 +747,7 @@ def test_methods_keep_what_they_promise(method, dtype):
     for w_max in (0.5, 6.0):
         for lr in (0.01 * w_max, 0.1 * w_max, w_max, math.inf):
             W, decay = constrain.project(50 * torch.randn(3, 12, 20), w_max), 0.01
-            step = Step(w_max, lr, decay, lr * UPDATE_NORM, dtype)
+            step = Step(w_max, lr / 2, decay, lr * UPDATE_NORM, dtype)  # of an optimizer that moves twice lr
             for G in (W, torch.randn(W.shape), torch.randn(W.shape)):
                 update = min(lr, 100.0) * constrain.rms_unit(W) * orthogonalize(G)
                 if constrain.holds_w_max(method, lr):
@@ -799,7 +799,7 @@ def test_caps_in_bfloat16_hold_what_they_say():
     cases = [(partial(constrain.hard_cap, step=step), size) for size in (1, 1.01, 1.1)]
     cases += [(partial(constrain.spectral_normalize, step=step), size) for size in (1, 1.01, 5)]
     for lr in (0.001, 0.02, 0.03):
-        soft = partial(constrain.soft_cap, step=step._replace(lr=lr))
+        soft = partial(constrain.soft_cap, step=step._replace(lr=lr, update_norm=lr * UPDATE_NORM))
         cases += [(soft, size) for size in (1 + lr, 1.0, 1 + lr / 2)]
     for m, n in ((1, 1), (2, 2), (3, 3), (16, 16), (65, 64), (64, 256), (256, 64), (128, 128)):
         for kind, W in zoo(m, n).items():

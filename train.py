@@ -155,7 +155,8 @@ def configure(given, ckpt=None):
         if not lr * config.weight_decay < (most := 2 if config.method == "spectral_weight_decay" else 1):
             raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must be "
                              f"below {most}, or a step turns weights round")
-        METHODS[config.method](torch.zeros(1, 1), Step(config.w_max, lr, lr * config.weight_decay))
+        step = Step(config.w_max, lr, lr * config.weight_decay, lr * OPTIMIZERS[config.optimizer].update_norm)
+        METHODS[config.method](torch.zeros(1, 1), step)
     except (ValueError, TypeError) as e:
         raise UserError(f"--{e}" if "=" in str(e).split()[0] else e)
     if resume and ckpt["step"] > config.max_steps:
