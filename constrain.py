@@ -443,12 +443,11 @@ def lipschitz_bounds(model, layers=None):
     """
     {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits, both in the largest RMS norm over
     tokens: `certified` (see certificate), infinite if the model is `refused`, and the authors' formula,
-    `paper` and `published` (see paper_bound), or None. `layers` saves computing layer_norms again.
+    `paper` and `published` (see paper_bounds), or None. `layers` saves computing layer_norms again.
     """
     if refused(model):
         return {"certified": math.inf, "paper": None, "published": None}
-    return {"certified": certificate(model, layers)[0], "paper": paper_bound(model),
-            "published": paper_bound(model, published=True)}
+    return {"certified": certificate(model, layers)[0]} | paper_bounds(model)
 
 
 def certificate(model, layers=None):
@@ -609,11 +608,11 @@ def log10(x):
     return float(Decimal(x).log10()) if x >= 0 else math.inf
 
 
-def paper_bound(model, published=False):
+def paper_bounds(model):
     """
-    log10 of the authors' bound (calculate_lipschitz_constant in their code, commit 158692e), or None for a
-    model with options that theirs do not have. `published` is their formula to the letter: it leaves out
-    logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. Else it counts both.
+    {kind: log10 of the authors' bound} (calculate_lipschitz_constant in their code, commit 158692e), None for
+    a model with options that theirs do not have. `published` is their formula to the letter: it leaves out
+    logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both.
 
     Neither is an upper bound: the formula takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and
     lets softmax_scale multiply the value path as well. position_bias, which theirs lack, changes nothing.
@@ -621,21 +620,22 @@ def paper_bound(model, published=False):
     config = model.config
     ours = ("per_head", "attn_scale", "activation", "mlp_layers", "mlp_ratio", "ball")
     if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
-        return None
-    norms = lambda layer: map(Decimal, rms_norm(layer.weight).view(-1).tolist())
-    alpha, scale = config.residual_weight, config.logit_scale
-    if published:
-        alpha, scale = 1 / (2 * config.n_layer), 1.0
-    alpha, scale, c, slope = map(Decimal, (alpha, scale, config.softmax_scale, GELU_SLOPE))
-    (head, ), R = norms(model.head), Decimal(1)
-    K = scale * Decimal(embedding_norm(model)) * head
-    for block in model.blocks:
-        (q, k, v), (w, ), (i, ), (o, ) = map(norms, (block.attn.qkv, block.attn.proj, block.mlp.fc,
-                                                     block.mlp.proj))
-        L_att, L_mlp = c / 3 * w * (v + 2 * v * R ** 2 * q * k), i * o / slope
-        K *= (1 - alpha + alpha * L_att) * (1 - alpha + alpha * L_mlp)
-        R *= (1 - alpha + alpha / 3 * w * v) * (1 - alpha + alpha * L_mlp)
-    return log10(K)
+        return {"paper": None, "published": None}
+    norms = lambda *layers: [Decimal(x) for W in layers for x in rms_norm(W.weight).view(-1).tolist()]
+    blocks = [norms(block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj) for block in model.blocks]
+    ends = norms(model.head)[0] * Decimal(embedding_norm(model))
+    c, slope = Decimal(config.softmax_scale), Decimal(GELU_SLOPE)
+
+    def formula(alpha, scale):
+        alpha, K, R = Decimal(alpha), Decimal(scale) * ends, Decimal(1)
+        for q, k, v, w, i, o in blocks:
+            L_att, L_mlp = c / 3 * w * (v + 2 * v * R ** 2 * q * k), i * o / slope
+            K *= (1 - alpha + alpha * L_att) * (1 - alpha + alpha * L_mlp)
+            R *= (1 - alpha + alpha / 3 * w * v) * (1 - alpha + alpha * L_mlp)
+        return log10(K)
+
+    return {"paper": formula(config.residual_weight, config.logit_scale),
+            "published": formula(1 / (2 * config.n_layer), 1.0)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -734,7 +734,7 @@ def main():
         say("\n".join(norm_table(model)))
         say(f"embedding {embedding_norm(model):.4f}, head {rms_norm(model.head.weight).item():.4f}, "
             f"logit_scale {model.config.logit_scale:g}\n")
-        say(why or "\n".join(bound_lines(*certificate(model), paper_bound(model), paper_bound(model, True))))
+        say(why or "\n".join(bound_lines(*certificate(model), **paper_bounds(model))))
 
 
 if __name__ == "__main__":

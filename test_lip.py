@@ -911,7 +911,7 @@ def test_bounds_of_the_smallest_and_largest():
     """Fresh, where zeros leave the residual factors and the head alone; and beyond the largest float."""
     assert certified(gpt(L=3)) == pytest.approx(6 * math.log10(1 - 1 / 6), abs=1e-6)
     net = identities(gpt(L=24, d=32), 1e3)
-    assert 308 < constrain.paper_bound(net) < constrain.certificate(net)[0] < math.inf
+    assert 308 < constrain.paper_bounds(net)["paper"] < constrain.certificate(net)[0] < math.inf
     layer = constrain.layer_norms(net)[0]._replace(alpha=1.0)
     assert 2e6 < constrain.body_bound(1000 * [layer], 1.0)[0] < math.inf
 
@@ -1109,7 +1109,7 @@ def random_net(seed, tight):
 def test_no_attack_exceeds_the_certificate(seed, tight):
     """Of the whole, and of each part of a block."""
     net = random_net(seed, tight)
-    bound, paper = certified(net), constrain.paper_bound(net)
+    bound, paper = certified(net), constrain.paper_bounds(net)["paper"]
     found = certify.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50, )))
     assert (tight or math.isfinite(paper)) and math.log10(found) <= bound
     net = constrain.exact_model(net)
@@ -1660,7 +1660,7 @@ def test_the_tables_have_what_they_are_about(options):
     columns |= {"W_mid": torch.stack([layer.weight for layer in mlp.mid])} if mlp.mid else {}
     assert len(rows) == len(net.blocks)
     assert dict(zip(head, rows[-1])) == {name: f"{rms_norm(W).max():.4f}" for name, W in columns.items()}
-    (bound, parts), paper = constrain.certificate(net), constrain.paper_bound(net)
+    (bound, parts), paper = constrain.certificate(net), constrain.paper_bounds(net)["paper"]
     text = "\n".join(constrain.bound_lines(bound, parts, paper, paper))
     assert re.findall(r"\nlayer .* (\S+)", text) == [f"{part['gain']:.4f}" for part in parts]
     assert f"certified {bound:.4f}" in text and ("authors" in text) == (options == {})

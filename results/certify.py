@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
-                       exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bound,
+                       exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bounds,
                        refused, rms_norm, rows_apart, sigma)
 from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball
 from optim import keep_memory
@@ -674,11 +674,10 @@ def report(model, ckpt, text, steps=100, last=False):
               "log10_layers": [], "log10_attack": found, "log10_certified": None, "log10_paper": None,
               "log10_published": None, "paper_broken": False}
     if not result["refused"]:
-        layers, paper = layer_norms(model), paper_bound(model)
+        layers, authors = layer_norms(model), paper_bounds(model)
         result["log10_certified"], result["log10_layers"] = certificate(model, layers)
-        if paper is not None:
-            result |= {"log10_paper": paper, "log10_published": paper_bound(model, published=True),
-                       "paper_broken": found > paper}
+        result |= {f"log10_{kind}": value for kind, value in authors.items()}
+        result["paper_broken"] = authors["paper"] is not None and found > authors["paper"]
         if text is not None:
             result |= certified_predictions(model, layers, text)
             result["deciding"] = decided(model, layers, text) if last else None
