@@ -108,6 +108,11 @@ def whole_windows(model, tokens, most=16):
         yield tokens[a:b].view(-1, min(T, b - a)), tokens[a + 1:b + 1]
 
 
+def spread(tokens, n, count):
+    """So many windows of n tokens, from all over tokens (N,): (count, n)."""
+    return torch.stack([tokens[i:i + n] for i in torch.linspace(0, len(tokens) - n, count).long()])
+
+
 @torch.no_grad()
 def predictions(net, X):
     """
@@ -471,11 +476,12 @@ def deciding(net, layers, ids):
     at_once = len(net.blocks) == 1 and not net.config.softmax_scale
     table = moves(*facts_at(net, norms, net.wte(ids[:1])), net.wte.weight) if at_once else None
     for rows in ids.split(8):
-        facts, smallest = facts_at(net, norms, net.wte(rows)), torch.full(rows.shape, math.inf).double()
+        X, smallest = net.wte(rows), torch.full(rows.shape, math.inf, dtype=torch.float64)
+        facts = facts_at(net, norms, X)
         if at_once:
             moved = facts[0].block.alpha * torch.stack([table[row, :, position].mT for row in rows])
         else:
-            far = distances(net.wte(rows), net.wte.weight).amax(dim=-1)
+            far = distances(X, net.wte.weight).amax(dim=-1)
         for D in reversed(sizes):
             if at_once:
                 held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1))
@@ -533,8 +539,7 @@ def decided(model, layers, text, attacked=64):
     """
     net, T = exact_model(model), model.config.block_size
     windows = text[:9000].unfold(0, T + 1, T // 2)[:32]                         # (B, T + 1)
-    starts = torch.linspace(0, len(text) - T - 1, attacked).long()
-    alone = torch.stack([text[i:i + T] for i in starts])
+    alone = spread(text, T + 1, attacked)[:, :-1]
     sizes, proved = deciding(net, layers, torch.cat((windows[:, :-1], alone))).split((len(windows), attacked))
     y, proved = windows[:, -sizes.shape[1]:], proved[:, -1]
     top = torch.cat([net(rows)[0].argmax(dim=-1) for rows in windows[:, :-1].split(8)])
@@ -597,8 +602,7 @@ def at_text(net, layers, text):
     *both, top, y = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
     right = top == y
     n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
-    starts = torch.linspace(0, len(text) - n, max(1, count)).long()
-    X = net.wte(torch.stack([text[i:i + n] for i in starts]))
+    X = net.wte(spread(text, n, max(1, count)))
     alone = [radii[:, -1] for radii in local_radii(net, norms, X)[:2]] + [attack_radii(net, X)]
     return {"log10_median": {name: median(radii[right]) for name, radii in zip(names, both)},
             "certified_accuracy": {f"1e{x}": [share(right & (radii > x)) for radii in both]
