@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from model import ACTIVATIONS, GELU_SLOPE, GPTConfig, load_checkpoint, rotary_tables
-from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps
+from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps, top_singular
 from prepare import Parser, one_line_errors, say
 
 
@@ -60,38 +60,6 @@ def matrices(model):
     """{name: weight (..., m, n)} of what is constrained: all but the embedding table and position biases."""
     return {name.removesuffix(".weight"): p for name, p in model.named_parameters()
             if p.ndim >= 2 and not name.endswith(("wte.weight", "bias"))}
-
-
-def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
-    """
-    The largest singular triple of each matrix (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n, 1).
-
-    Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps at the price of a
-    few matrix products. Started from the largest column of A^512 it needs no memory and no random numbers.
-    sigma = |W v| is below the true one, by less than 0.1 % however close the other singular values are.
-    `dtype` is that of A^8 and on: bfloat16 changes the norm of A^4 by 0.2 % at most, and so what the
-    iteration takes for sigma by 0.03 %.
-    """
-    scale = W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-    X = W / scale
-    tall = W.shape[-2] >= W.shape[-1]
-    A = X.mT @ X if tall else X @ X.mT
-    for i in range(squarings):
-        if i % 2 == 0:
-            A = A / A.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-        if i == 2:
-            A = A.to(dtype)
-        A = A @ A
-    A = A.to(X.dtype)
-    column = A.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None].expand(*A.shape[:-1], 1)
-    x = A.gather(-1, column)
-    unit = lambda x: x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
-    for _ in range(steps):
-        x = A @ unit(x)
-    x = unit(x)
-    y = X @ x if tall else X.mT @ x  # the other singular vector, times sigma
-    u, v = (unit(y), x) if tall else (x, unit(y))
-    return y.norm(dim=-2, keepdim=True) * scale, u, v
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,6 +135,29 @@ def spectral_normalize(W, step):
     """W min(1, w_max / |W|): the whole matrix scaled down (Miyato et al. 2018; the paper, section 3)."""
     sigma, _, _ = top_singular(W, step.dtype)
     return W * (step.w_max * rms_unit(W) / sigma.clamp_min(torch.finfo(W.dtype).tiny)).clamp_max(1)
+
+
+@constraint(holds="always")
+def spectral_sphere(W, step):
+    """
+    W w_max / |W|, up as well as down: the norm is w_max (Xie et al. 2026, arXiv 2601.08393: their MuonSphere
+    or, with train.py --tangent, their spectral sphere optimizer, see optim.sphere_tangent). Zeros stay zero.
+    """
+    sigma, _, _ = top_singular(W, step.dtype)
+    return W / sigma.clamp_min(torch.finfo(W.dtype).tiny) * (step.w_max * rms_unit(W))
+
+
+@constraint()
+def hyperball(W, step):
+    """
+    W R / |W|_F with R = w_max sqrt(m/n) sqrt(min(m, n)), the Frobenius norm if all singular values were w_max
+    (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It fixes the size of a matrix, and
+    caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is lr R in size;
+    Muon's is lr R / w_max by itself, up to small singular values that its iteration leaves below 1.
+    """
+    X = W / W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+    size = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    return X / size * (step.w_max * rms_unit(W) * math.sqrt(min(W.shape[-2:])))
 
 
 @constraint()

@@ -48,6 +48,7 @@ from torch.utils._pytree import tree_map
 
 import constrain
 import model
+import optim
 import prepare
 import train
 from constrain import HOLDS, METHODS, Step, lipschitz_bounds, matrices, rms_norm, soft_cap_coupling
@@ -686,6 +687,8 @@ IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
     "hard_cap": lambda s, w: s.clamp_max(w),
     "svd_cap": lambda s, w: s.clamp_max(w),
     "spectral_normalize": lambda s, w: s * (w / s[..., :1].clamp_min(1e-300)).clamp_max(1),
+    "spectral_sphere": lambda s, w: s * (w / s[..., :1].clamp_min(1e-300)),
+    "hyperball": lambda s, w: s * (w * s.shape[-1] ** 0.5 / s.norm(dim=-1, keepdim=True).clamp_min(1e-300)),
     "spectral_hammer": lambda s, w: s - (top(s) - w).clamp_min(0),
     "spectral_weight_decay": lambda s, d: s - d * top(s),
     "stiefel": lambda s, w: torch.full_like(s, w),
@@ -721,6 +724,7 @@ def test_maps_against_svd(name):
 def test_maps_on_extreme_inputs(name):
     torch.manual_seed(0)
     promised, (step, image) = HOLDS[name] != "never", step_and_image(name, 1.0)
+    lost = ("mixed sizes", "denormal" if name == "spectral_sphere" else None)
     for m, n in ((12, 12), (30, 8), (8, 30)):
         for kind, W in zoo(m, n).items():
             if name == "soft_cap":  # a polynomial: its domain is norms of the order of w_max
@@ -730,7 +734,7 @@ def test_maps_on_extreme_inputs(name):
             assert not promised or rms_norm(result) <= 1.001, (kind, m, n, rms_norm(result))
             if kind == "zeros":
                 assert (result == 0).all()
-            elif name != "stiefel" and kind != "mixed sizes":  # not unique or lost in float32
+            elif name != "stiefel" and kind not in lost:  # not unique or lost in float32
                 s = sigma(W) / unit
                 error = (sigma(result) / unit - image(s).sort(descending=True).values).abs().max()
                 assert error <= 0.01 * max(1, 0 if promised else s[0]), (kind, m, n, error)
@@ -832,18 +836,55 @@ def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
     assert calls and (s - 2).abs().max() < 1e-3
 
 
+def polar_of(A):
+    U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U @ Vh
+
+
+@pytest.mark.parametrize("shape", ((3, 24, 24), (2, 40, 10), (2, 10, 40), (64, 48)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_tangent_steps(shape, dtype):
+    """They stay on the manifold to first order, and no step of norm 1 that does goes farther down."""
+    torch.manual_seed(0)
+    polar, exact = partial(orthogonalize, dtype=dtype), torch.float64
+    for M in (torch.randn(shape), torch.randn(*shape[:-1], 5) @ torch.randn(5, shape[-1]) + torch.randn(shape)):
+        W = torch.randn(shape)
+        M = M + 20 * W / W.norm()  # also along W itself, which is the way that is forbidden
+        u, v = optim.top_singular(W)[1:]
+        update = optim.sphere_tangent(1e3 * M, W, polar)
+        along = (u.mT @ update @ v).abs().max()
+        assert along < 0.03 < 2 * (u.mT @ polar(M) @ v).abs().max()
+        nuclear = lambda x: torch.linalg.svdvals(M + x * u @ v.mT).sum(dim=-1)
+        least = torch.stack([nuclear(x) for x in torch.linspace(-60, 60, 600)]).amin(0)
+        assert torch.all((M * update).sum(dim=(-2, -1)) > 0.97 * least)
+        assert sigma(update).max() <= 1 + 1e-2
+
+        X = polar_of(W)
+        off = lambda A: (X.mT @ A + A.mT @ X if shape[-2] >= shape[-1] else X @ A.mT + A @ X.mT).norm() / 2
+        update = optim.stiefel_tangent(1e3 * M, 7 * X, polar)
+        best = optim.stiefel_tangent(M.to(exact), X.to(exact), polar_of, steps=400).float()
+        assert off(update) < 0.1 * off(polar(M)) and off(best) < 0.05 * off(polar(M))
+        assert torch.all((M * update).sum(dim=(-2, -1)) > 0.97 * (M * best).sum(dim=(-2, -1)))
+        if shape[-2] == shape[-1]:  # M's tangent part is X times a skew matrix, and so is its polar factor
+            S = X.mT @ M
+            assert (X @ polar_of((S - S.mT) / 2) - best).abs().max() < 1e-4
+    free = torch.zeros(shape)  # nothing to stay on yet
+    for tangent in optim.TANGENTS.values():
+        assert torch.allclose(tangent(M, free, polar), polar(M), atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_top_singular_with_close_singular_values(dtype):
     torch.manual_seed(0)
     steps = torch.arange(64)
     for s in (0 * steps + 1.0, 1 - 1e-4 * steps, 1 - 1e-3 * steps, [1.0, 0.9999] + [0.1] * 62):
         W = from_singular_values(s, 64, 64)
-        value, u, v = constrain.top_singular(W, dtype)
+        value, u, v = optim.top_singular(W, dtype)
         assert 0.999 < value.item() <= 1.00001
         assert u.norm().item() == pytest.approx(1, rel=1e-5) and v.norm().item() == pytest.approx(1, rel=1e-5)
         assert (W @ v - value * u).norm() < 1e-5
     W = torch.randn(2, 300, 200)
-    value, _, _ = constrain.top_singular(W, dtype)
+    value, _, _ = optim.top_singular(W, dtype)
     assert torch.allclose(value.flatten(), torch.linalg.svdvals(W)[:, 0], rtol=1e-3)
 
 
@@ -1885,7 +1926,7 @@ def test_bad_values_of_train_are_one_line(data, monkeypatch, name):
     works = {"max_steps": "9", "eval_interval": "9", "log_interval": "9", "momentum_warmup": "0 9",
              "out_dir": "0 -1 9 n 1 \u00bd -i"}
     zero = ("softmax_scale", "weight_decay", "lr_floor", "zero_head", "radius", "nesterov", "momentum",
-            "seed", "compile", "resume", "position_bias", "per_head")
+            "seed", "compile", "resume", "position_bias", "per_head", "tangent")
     works = works.get(name, "0" if name in zero else "").split()
     for value in BAD:
         few = flags(max_steps=1, eval_interval=1, eval_tokens=50)
@@ -3162,9 +3203,10 @@ def test_a_sweep_of_what_is_recorded_makes_no_run():
         done = parts.of_part(name)
         assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done), name
     tuned = parts.of_part("lr")  # a best rate at the end of those tried is none
-    for pair in parts.pairs():
-        best = parts.chosen_lr(pair, tuned)
-        assert parts.chosen_lr(pair, [r for r in tuned if r["options"]["lr"] <= best]) is None
+    for method, optimizer in parts.pairs():
+        kind = {"method": method, "optimizer": optimizer}
+        best = parts.chosen_lr(kind, tuned)
+        assert parts.chosen_lr(kind, [r for r in tuned if r["options"]["lr"] <= best]) is None
 
 
 def test_finalists_are_the_best_under_a_limit(monkeypatch):

@@ -42,7 +42,7 @@ from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, la
                        lipschitz_bounds, logit_reach, matrices, project, refused, rms_norm, svd_cap,
                        worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
-from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
+from optim import TANGENTS, UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import (Parser, Tokenizer, UserError, alone, commit, data_folder, one_line_errors, open_data,
                      option, say, to_json)
 
@@ -85,6 +85,8 @@ class Config(GPTConfig):
                                  "singular value, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
     nesterov: bool = option(True, "Muon's Nesterov momentum")
+    tangent: bool = option(False, "Muon's steps stay within the manifold of spectral_sphere or stiefel, see "
+                           "optim.TANGENTS")
     momentum_warmup: int = option(0, "steps over which Muon's momentum rises from 0.85", 0, 10 ** 12)
     batch_size: int = option(16, "sequences per step", 1, 10 ** 7)
     accumulate: int = option(1, "parts of a batch that take turns in the model, for less memory", 1, 10 ** 7)
@@ -151,6 +153,8 @@ def configure(given, ckpt=None):
     try:
         config = Config(**options | given)
         config.lr = config.lr or OPTIMIZERS[config.optimizer].lr
+        if config.tangent and (config.optimizer != "muon" or config.method not in TANGENTS):
+            raise ValueError(f"tangent=True is for muon and {' or '.join(TANGENTS)}")
         lr = config.lr * max(1, config.head_lr)
         if not lr * config.weight_decay < (most := 2 if config.method == "spectral_weight_decay" else 1):
             raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must be "
@@ -404,7 +408,8 @@ def optimizer(lr, update_norm=math.inf):
 @optimizer(lr=0.1, update_norm=UPDATE_NORM)
 def muon(groups, table, config, dtype, mine):
     """Muon on the matrices, and on the table too or, with --embedding=adam, Adam."""
-    options = dict(lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, dtype=dtype, mine=mine)
+    options = dict(lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, dtype=dtype, mine=mine,
+                   tangent=config.method if config.tangent else None)
     if config.embedding == "adam":
         return [Muon(groups, **options),
                 torch.optim.Adam([table], lr=config.lr, betas=(0.8, 0.95), eps=1e-10)]

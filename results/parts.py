@@ -63,16 +63,20 @@ def tuning_loss(record):
     return math.inf if "error" in record else sum(record["trace"]["train_loss"][-2:]) / 2
 
 
-def chosen_lr(pair, records):
-    """The best learning rate of a (method, optimizer) in records; None unless it is between two others."""
-    losses = {r["options"]["lr"]: tuning_loss(r) for r in records
-              if (r["options"]["method"], r["options"]["optimizer"]) == pair}
+def of_kind(records, kind):
+    """The records of the options in kind."""
+    return [r for r in records if r["options"] == r["options"] | kind]
+
+
+def chosen_lr(kind, records):
+    """The best learning rate of a kind of runs in records; None unless it is between two others."""
+    losses = {r["options"]["lr"]: tuning_loss(r) for r in of_kind(records, kind)}
     best = min(losses, key=losses.get, default=None)
     return None if not losses or best in (min(losses), max(losses)) else best
 
 
 def lr_of(pair):
-    lr = chosen_lr(pair, of_part("lr"))
+    lr = chosen_lr(dict(zip(("method", "optimizer"), pair)), of_part("lr"))
     if lr is None:
         raise UserError(f"no learning rate has been chosen for {' and '.join(pair)}; first run "
                         "python results/sweep.py lr")
@@ -168,6 +172,20 @@ def grid(run, pair):
     at_strengths(run, strengths(*pair), lr_of(pair))
 
 
+def tune_sphere(run, kind):
+    """A learning rate for one of SPHERES."""
+    options = kind | {"w_max": CAPS[2], "max_steps": 100}
+    bracket(FIRST_LR["muon"], lambda lr: run(options | {"lr": lr}))
+
+
+def sphere_grid(run, kind):
+    lr = chosen_lr(kind, of_part("sphere-lr"))
+    if lr is None:
+        raise UserError(f"no learning rate has been chosen for {kind}; first run sweep.py sphere-lr")
+    for w_max in CAPS:
+        run(kind | {"w_max": w_max, "lr": lr})
+
+
 def short(run, kind):
     """Choose one value after the other for a (method, number of heads)."""
     options = SHORT | {"method": kind[0], "n_head": kind[1]}
@@ -212,6 +230,22 @@ def strengths(method, optimizer, caps=CAPS, decays=DECAYS):
     decays = decays.get((method, optimizer))
     name, values = ("weight_decay", decays) if decays else ("w_max", caps)
     return [{"method": method, "optimizer": optimizer, name: value} for value in values]
+
+
+# The constraints of 2026, all with Muon, and the steps that stay within two of the manifolds. Then the best of
+# each by training loss, and of the others, at 1,200 steps
+SPHERES = [{"method": method, "tangent": tangent, "optimizer": "muon"} for method, tangent in (
+    ("spectral_sphere", False), ("hyperball", False), ("stiefel", True), ("spectral_sphere", True))]
+
+
+def best_of_kinds():
+    """Options of the run of the smallest training loss of each of SPHERES, and of the paper's with Muon."""
+    kinds = [(kind, of_part("sphere-grid")) for kind in SPHERES]
+    kinds += [({"method": method, "optimizer": "muon"}, of_part("grid")) for method in METHODS]
+    best = [min(found, key=tuning_loss)["options"] for kind, records in kinds
+            if (found := of_kind(trained(records), kind))]
+    return [options | {"seed": seed, "max_steps": TIGHT_STEPS, "eval_interval": TIGHT_STEPS // 10}
+            for seed in (0, 1, 2) for options in best]
 
 
 # A search over shapes and scales, of about 2 M parameters like the paper's model. One layer makes the
@@ -404,6 +438,9 @@ BOOKS = {"records": "books"}
 PARTS = {
     "lr": Part(pairs, tune, **LOG),
     "grid": Part(pairs, grid),
+    "sphere-lr": Part(lambda: SPHERES, tune_sphere, **LOG),
+    "sphere-grid": Part(lambda: SPHERES, sphere_grid),
+    "sphere-final": Part(best_of_kinds, **FULL),
     "headline": Part(headline),
     "seeds": Part(frontier_seeds),
     "final": Part(finalists, partial(final, steps=400), **BALL),

@@ -254,7 +254,8 @@ def speed_tables(runs):
 def grid_tables(runs):
     grid, first = trained(runs["grid"]), first_seeds(runs)
     yield "learning rates", markdown(["", *OPTIMIZER_LABELS.values()], [
-        [LABELS[m], *(chosen_lr((m, o), runs["lr"]) or "unfinished" for o in OPTIMIZERS)] for m in METHODS])
+        [LABELS[m], *(chosen_lr({"method": m, "optimizer": o}, runs["lr"]) or "unfinished"
+                      for o in OPTIMIZERS)] for m in METHODS])
     of_seeds = {id(r): row for row in seeds(first + trained(runs["seeds"])) for r in row}
     for bound, label in BOUND_LABELS.items():
         yield f"frontier, {label}", numbered(
@@ -360,7 +361,7 @@ def cifar_tables(runs):
                                "certified"), ("options", ))
     cell = lambda r: f"{r['val_acc']:.1%} at {power(r['log10_certified'])}" if "val_acc" in r else "diverged"
     yield "CIFAR-10, accuracy and bound", markdown(["", "lr", "strongest constraint", "", "", "weakest"], [
-        [who({"method": m, "optimizer": o}), chosen_lr((m, o), runs["cifar-lr"]),
+        [who({"method": m, "optimizer": o}), chosen_lr({"method": m, "optimizer": o}, runs["cifar-lr"]),
          *map(cell, by_strength(grid, m, o))] for m, o in pairs()])
     yield "CIFAR-10, pairs of equal accuracy", numbered(
         seeds(runs["cifar-pairs"]), ("accuracy", "certified", PIXELS, "attacked at 36, 72, 108, 255"),
