@@ -121,8 +121,8 @@ def map_by_shape(fn, tensors, *more):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Steps within a manifold: for a constraint that puts W back onto one, the update that is steepest among those
-# that stay on it to first order. M and W are batches (..., m, n), polar is orthogonalize; W = 0 is as if free.
+# Steps within a manifold, for a constraint that puts W back onto one: the steepest update that stays on it to
+# first order. M and W are batches (..., m, n), polar is orthogonalize. W = 0 does not hold an update back.
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """
@@ -208,8 +208,8 @@ class Muon(torch.optim.Optimizer):
         M <- momentum M + (1 - momentum) G,   W <- (1 - lr weight_decay) W - lr sqrt(m/n) orthogonalize(M)
     with (1 - momentum) G + momentum M in place of M if nesterov: it moves W by RMS->RMS norm lr, or up to 1 %
     less. `tangent`, a name in TANGENTS, keeps the update within a manifold. A group with embedding=True holds
-    tables (V, n) or vectors instead; rows move by RMS norm lr (see dual_rows). With `mine`, a list of parameters, only those move: one process's share, while every process
-    keeps the momentum of all.
+    tables (V, n) or vectors instead; rows move by RMS norm lr (see dual_rows). With `mine`, a list of
+    parameters, only those move: one process's share, while every process keeps the momentum of all.
     """
     def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, embedding=False,
                  coefficients=POLAR, dtype=torch.float32, mine=None, tangent=None):

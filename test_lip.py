@@ -847,7 +847,8 @@ def test_tangent_steps(shape, dtype):
     """They stay on the manifold to first order, and no step of norm 1 that does goes farther down."""
     torch.manual_seed(0)
     polar, exact = partial(orthogonalize, dtype=dtype), torch.float64
-    for M in (torch.randn(shape), torch.randn(*shape[:-1], 5) @ torch.randn(5, shape[-1]) + torch.randn(shape)):
+    low_rank = torch.randn(*shape[:-1], 5) @ torch.randn(5, shape[-1])
+    for M in (torch.randn(shape), low_rank + torch.randn(shape)):
         W = torch.randn(shape)
         M = M + 20 * W / W.norm()  # also along W itself, which is the way that is forbidden
         u, v = optim.top_singular(W)[1:]
