@@ -232,8 +232,8 @@ def strengths(method, optimizer, caps=CAPS, decays=DECAYS):
     return [{"method": method, "optimizer": optimizer, name: value} for value in values]
 
 
-# The constraints of 2026, all with Muon, and the steps that stay within two of the manifolds. Then the best of
-# each by training loss, and of the others, at 1,200 steps
+# The constraints of 2026, with Muon, and steps that stay within two of the manifolds. Then the best of each by
+# training loss, and of the others, at 1,200 steps
 SPHERES = [{"method": method, "tangent": tangent, "optimizer": "muon"} for method, tangent in (
     ("spectral_sphere", False), ("hyperball", False), ("stiefel", True), ("spectral_sphere", True))]
 
