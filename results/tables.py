@@ -9,8 +9,8 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS, SPHERES,
-                   best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind, pairs, seeds,
-                   trained, tuning_loss, unscaled)
+                   WIDTHS, best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind, pairs,
+                   seeds, trained, tuning_loss, unscaled)
 from constrain import RADII
 
 LABELS = {name: name.replace("_", " ") for name in (*METHODS, "spectral_sphere", "hyperball")}
@@ -318,6 +318,14 @@ def sphere_kinds(runs):
     return [(kind, of_kind(records, kind)) for kind, records in kinds]
 
 
+def transfer_kinds(runs):
+    """[(who, runs, smallest learning rate first)] of the part "transfer"."""
+    kinds = {}
+    for r in sorted(runs["transfer"], key=lambda r: r["options"]["lr"]):
+        kinds.setdefault(who(r["options"]), []).append(r)
+    return list(kinds.items())
+
+
 def sphere_tables(runs):
     kinds = sphere_kinds(runs)
     best = lambda found, limit: best_under(found, "log10_certified", limit)
@@ -328,6 +336,10 @@ def sphere_tables(runs):
     yield "spheres, grid", table(
         each(r for kind, found in kinds if "tangent" in kind for r in found), "method", "changes",
         "accuracy", "loss", "certified", "attack", "largest entry", "s/step")
+    yield "spheres, learning rates at three widths", markdown(
+        ["", *(f"{width}, lr / 2, 1, 2" for width in WIDTHS)], [
+            [method, *(" ".join(f"{tuning_loss(r):.3f}" for r in found if r["options"]["n_embd"] == width)
+                       for width in WIDTHS)] for method, found in transfer_kinds(runs)])
     yield "spheres, 1,200 steps", table(
         by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
         "attack", "median radius", "largest entry", "s/step")
