@@ -15,6 +15,7 @@ has float64. results/certify.py attacks the bound and certifies predictions.
 """
 import copy
 import math
+from collections import namedtuple
 from decimal import MAX_EMAX, Decimal, getcontext
 from typing import NamedTuple
 
@@ -472,15 +473,8 @@ def body_bound(layers, R):
     return log10(K), parts
 
 
-class LayerNorms(NamedTuple):
-    """What a block's bound needs of its weights, whatever the ball; see body_bound."""
-    alpha: float
-    A_V: float
-    A_QK: float
-    mlp_gain: float
-    score_gain: float
-    mlp_growth: float
-    ball: float
+# What a block's bound needs of its weights, whatever the ball; see body_bound
+LayerNorms = namedtuple("LayerNorms", "alpha A_V A_QK mlp_gain score_gain mlp_growth ball")
 
 
 def layer_norms(model):
