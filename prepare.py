@@ -199,11 +199,11 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     goes on where a body broke off. No two processes may download to the same path at a time.
     """
     path, session = Path(path), requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
     retries = Patience(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
                        backoff_factor=1)
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retries))
-    session.headers["Accept-Encoding"] = "identity"
     try:
         for _ in range(attempts):
             try:
@@ -216,7 +216,7 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
                 for other in path.parent.glob(f"{path.name}.*.part"):  # of other versions
                     other.unlink()
                 return path
-            except HTTPError as e:  # urllib3's; those of requests were tried again before they came
+            except HTTPError as e:  # of the body: requests has its own for what it tried again
                 problem = e
             except UserError as e:
                 problem = e
@@ -230,7 +230,7 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
 def fetch(get, url, path):
     """
     One try to get all of url, as a part of path. It is named by URL, version and length of the file; if there
-    is one of just this file, it goes on from there. Raises HTTPError where the body breaks off.
+    is one of just this file, it goes on from there. Raises HTTPError, of urllib3, where the body breaks off.
     """
     response = get()
     if response.status_code != 200:
@@ -241,8 +241,7 @@ def fetch(get, url, path):
     if version.startswith('"') and part.exists():  # a weak version, W/"…", need not change with the file
         have = part.stat().st_size
         rest = get(headers={"Range": f"bytes={have}-", "If-Range": version})
-        sent = rest.status_code, rest.headers.get("Content-Range"), rest.headers.get("ETag", version)
-        if sent == (206, f"bytes {have}-{length - 1}/{length}", version):
+        if rest.headers.get("Content-Range") == f"bytes {have}-{length - 1}/{length}":
             response = rest
     with response, open(part, "ab" if response.status_code == 206 else "wb") as f, tqdm.wrapattr(
             f, "write", length or None, initial=f.tell(), desc=path.name, leave=False, disable=None) as body:
