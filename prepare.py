@@ -56,7 +56,8 @@ def one_line_errors(script, interrupted="interrupted"):
     """End the program with one line for what is the user's to mend."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="replace")  # an encoding may lack a letter
+    with suppress(AttributeError):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace")  # others may lack a letter
     try:
         yield
     except (UserError, OSError) as e:
@@ -356,7 +357,7 @@ def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
     with replaced(out, meta), tempfile.TemporaryFile(dir=out) as spool:
         for text in tqdm(pieces, unit=" pieces", leave=False, disable=None):
             spool.write(np.array(tok.encode(text), dtype=np.uint16))
-            digest.update(text.encode())
+            digest.update((text if tokenizer == "char" else text.replace(END_OF_TEXT, "")).encode())
         spool.flush()
         total = spool.tell() // 2
         n = int(0.9 * total)

@@ -2429,6 +2429,9 @@ def test_letters_that_the_terminal_lacks(data, monkeypatch):
     assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "h\u00e9") is None
     printed = terminal.buffer.getvalue()
     assert b"?" in printed and b"accuracy" in printed and b"\nh?" in printed and len(log_lines()) == 2
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook
+    assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "h\u00e9") is None
+    assert sys.stdout.getvalue().startswith("h\u00e9")
 
 
 # ------------------------------------------------------------------------------------------------------------
