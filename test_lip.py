@@ -2765,6 +2765,19 @@ def test_several_at_once_leave_one_whole_data_set(here):
     assert is_whole("data/mine")
 
 
+def test_a_data_set_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    write, read = lambda text: prepare.write_dataset([text * 300], tmp_path, text), prepare.read_shard
+
+    def read_later(*args):
+        monkeypatch.setattr(prepare, "read_shard", read)
+        write("b")
+        return read(*args)
+
+    write("a")
+    monkeypatch.setattr(prepare, "read_shard", read_later)
+    assert prepare.open_data(tmp_path)[0]["source"] == "b"
+
+
 @pytest.mark.parametrize("damage", ("absent", "empty", "truncated", "binary", "odd"))
 @pytest.mark.parametrize("kind", ("char", "gpt2"))
 def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage):
