@@ -153,8 +153,8 @@ def hyperball(W, step):
     """
     W R / |W|_F with R = w_max sqrt(m/n) sqrt(min(m, n)), the Frobenius norm if all singular values were w_max
     (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It fixes the size of a matrix, and
-    caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is lr R in size;
-    Muon's is lr R / w_max by itself, up to small singular values that its iteration leaves below 1.
+    caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is of fixed size
+    too: train.py --tangent, see optim.relative_size.
     """
     X = W / W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     size = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-30)

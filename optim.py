@@ -121,8 +121,9 @@ def map_by_shape(fn, tensors, *more):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Steps within a manifold, for a constraint that puts W back onto one: the steepest update that stays on it to
-# first order. M and W are batches (..., m, n), polar is orthogonalize. W = 0 does not hold an update back.
+# Steps made for a manifold, when the constraint puts W back onto it: the steepest update that stays on it to
+# first order or, on the hyperball, one of fixed size. M and W are batches (..., m, n), polar is orthogonalize.
+# W = 0 does not hold an update back.
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """
@@ -194,7 +195,18 @@ def stiefel_tangent(M, W, polar, steps=16):
     return polar(M - X @ L)
 
 
-TANGENTS = {"spectral_sphere": sphere_tangent, "stiefel": stiefel_tangent}
+def relative_size(M, W, polar):
+    """
+    polar(M) times the factor that makes its Frobenius norm sqrt(min(m, n)), as if all singular values were 1:
+    the step is then lr / w_max of W on the sphere of constrain.hyperball (Wen et al., arXiv 2606.16899). Of
+    momentum with many small singular values Muon's own is down to half of it, and this exceeds UPDATE_NORM.
+    """
+    update = polar(M)
+    size = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    return update * (math.sqrt(min(M.shape[-2:])) / size)
+
+
+TANGENTS = {"spectral_sphere": sphere_tangent, "stiefel": stiefel_tangent, "hyperball": relative_size}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +219,7 @@ class Muon(torch.optim.Optimizer):
     Parameters are matrices (..., m, n), stacks of them counting as separate matrices; a step is
         M <- momentum M + (1 - momentum) G,   W <- (1 - lr weight_decay) W - lr sqrt(m/n) orthogonalize(M)
     with (1 - momentum) G + momentum M in place of M if nesterov: it moves W by RMS->RMS norm lr, or up to 1 %
-    less. `tangent`, a name in TANGENTS, keeps the update within a manifold. A group with embedding=True holds
+    less. `tangent`, a name in TANGENTS, makes the update for a manifold. A group with embedding=True holds
     tables (V, n) or vectors instead; rows move by RMS norm lr (see dual_rows). With `mine`, a list of
     parameters, only those move: one process's share, while every process keeps the momentum of all.
     """

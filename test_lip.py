@@ -874,8 +874,14 @@ def test_tangent_steps(shape, dtype):
         if shape[-2] == shape[-1]:  # M's tangent part is X times a skew matrix, and so is its polar factor
             S = X.mT @ M
             assert (X @ polar_of((S - S.mT) / 2) - best).abs().max() < 1e-4
+        update, step = optim.relative_size(1e3 * M, W, polar), Step(2.0)
+        ball = constrain.hyperball(W, step)
+        size = lambda A: torch.linalg.vector_norm(A, dim=(-2, -1))
+        assert torch.allclose(size(update * constrain.rms_unit(W)) / size(ball), torch.tensor(0.5), rtol=1e-3)
+        unit = lambda A: A / size(A)[..., None, None]
+        assert torch.allclose(unit(update), unit(polar(M)), atol=5e-3)
     free = torch.zeros(shape)  # nothing to stay on yet
-    for tangent in optim.TANGENTS.values():
+    for tangent in (optim.sphere_tangent, optim.stiefel_tangent):
         assert torch.allclose(tangent(M, free, polar), polar(M), atol=0.02)
 
 

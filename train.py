@@ -85,8 +85,8 @@ class Config(GPTConfig):
                                  "singular value, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
     nesterov: bool = option(True, "Muon's Nesterov momentum")
-    tangent: bool = option(False, "Muon's steps stay within the manifold of spectral_sphere or stiefel, see "
-                           "optim.TANGENTS")
+    tangent: bool = option(False, "make Muon's steps for the manifold of spectral_sphere, stiefel or "
+                           "hyperball, see optim.TANGENTS")
     momentum_warmup: int = option(0, "steps over which Muon's momentum rises from 0.85", 0, 10 ** 12)
     batch_size: int = option(16, "sequences per step", 1, 10 ** 7)
     accumulate: int = option(1, "parts of a batch that take turns in the model, for less memory", 1, 10 ** 7)

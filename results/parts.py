@@ -235,7 +235,8 @@ def strengths(method, optimizer, caps=CAPS, decays=DECAYS):
 # The constraints of 2026, with Muon, and steps within two of the manifolds. Then the best of each by training
 # loss, and of the others, at 1,200 steps
 SPHERES = [{"method": method, "tangent": tangent, "optimizer": "muon"} for method, tangent in (
-    ("spectral_sphere", False), ("hyperball", False), ("stiefel", True), ("spectral_sphere", True))]
+    ("spectral_sphere", False), ("hyperball", False), ("hyperball", True), ("stiefel", True),
+    ("spectral_sphere", True))]
 
 
 def best_of_kinds():

@@ -64,7 +64,7 @@ def large_runs(runs):
 
 
 def who(options):
-    tangent = ", tangent steps" * options.get("tangent", False)
+    tangent = ", its own steps" * options.get("tangent", False)
     return f"{OPTIMIZER_LABELS[options.get('optimizer', 'muon')]}, {LABELS[options['method']]}{tangent}"
 
 
