@@ -206,6 +206,11 @@ def sigma(W):
     return torch.linalg.svdvals(W.double())
 
 
+def polar_of(A):
+    U, _, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U @ Vh
+
+
 def from_singular_values(s, m, n, generator=None):
     """A random float32 (m, n) matrix with the singular values s of its RMS->RMS normalized form."""
     U, _, Vh = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64, generator=generator),
@@ -708,22 +713,18 @@ def test_methods_keep_what_they_promise(method, dtype):
                     assert rms_norm(W).max() <= w_max * (1 + 1e-3), (w_max, lr)
 
 
-def test_project_is_for_what_soft_cap_cannot_take():
-    """Far above its cap soft_cap makes norms larger; project caps them, and leaves small ones alone."""
+def test_project_caps_matrices_from_elsewhere():
     torch.manual_seed(0)
-    step = partial(constrain.soft_cap, step=Step(2.0, lr=0.2, update_norm=0.2))
     for m, n in ((12, 20), (20, 12), (8, 8)):
         spread = lambda size: from_singular_values(torch.linspace(size, 0, min(m, n)), m, n)
         for size in (2.01, 40.0, 4e4, 1e20):
             W = spread(size)
             capped = constrain.project(W, 2.0)
-            assert (sigma(capped) / constrain.rms_unit(W) - 2).max() <= 1e-5 and rms_norm(step(capped)) <= 2
+            assert (sigma(capped) / constrain.rms_unit(W) - 2).max() <= 1e-5
             assert size > 40 or rms_norm(capped - reference(W, lambda s: s.clamp_max(2))) <= 1e-6 * size
-            assert size < 40 or not rms_norm(step(W)) <= 10 * size
         for small in map(spread, (1.99, 2.0002)):  # what rounding leaves of a step counts as within the cap
             both = constrain.project(torch.stack((W, small)), 2.0)
             assert torch.equal(both[1], small) and torch.equal(both[0], capped)
-            assert torch.equal(constrain.project(small, 2.0), small)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -773,21 +774,12 @@ def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
     for shape in ((4, 64, 64), (2, 16, 128), (128, 16), (1, 7)):
         unit = math.sqrt(shape[-2] / shape[-1])
         for w_max in (0.3, 4.0):
-            W = torch.empty(shape)
-            for matrix in W.view(-1, *shape[-2:]):
-                torch.nn.init.orthogonal_(matrix, gain=w_max * unit)
-            W -= 0.1 * w_max * unit * slow(torch.randn(shape))
+            W = w_max * unit * (polar_of(torch.randn(shape)) - 0.1 * slow(torch.randn(shape)))
             result = constrain.stiefel(W, Step(w_max, dtype=dtype))
-            expected = reference(W, lambda s: torch.full_like(s, w_max))
             assert (sigma(result) / unit / w_max - 1).abs().max() < 1e-4 and not calls
-            assert (result - expected).abs().max() < 1e-3 * w_max * unit
+            assert (result / w_max / unit - polar_of(W.double())).abs().max() < 1e-3
     s = sigma(constrain.stiefel(torch.randn(64, 20), Step(2.0, dtype=dtype))) / math.sqrt(64 / 20)
     assert calls and (s - 2).abs().max() < 1e-3
-
-
-def polar_of(A):
-    U, _, Vh = torch.linalg.svd(A, full_matrices=False)
-    return U @ Vh
 
 
 @pytest.mark.parametrize("shape", ((3, 24, 24), (2, 40, 10), (2, 10, 40), (64, 48)))
@@ -830,32 +822,23 @@ def test_top_singular_with_close_singular_values(dtype):
     for s in (0 * steps + 1.0, 1 - 1e-4 * steps, 1 - 1e-3 * steps, [1.0, 0.9999] + [0.1] * 62):
         W = from_singular_values(s, 64, 64)
         value, u, v = optim.top_singular(W, dtype)
-        assert 0.999 < value.item() <= 1.00001
-        assert u.norm().item() == pytest.approx(1, rel=1e-5) and v.norm().item() == pytest.approx(1, rel=1e-5)
+        assert 0.999 < value.item() <= 1.00001 and v.norm().item() == pytest.approx(1, rel=1e-5)
         assert (W @ v - value * u).norm() < 1e-5
-    W = torch.randn(2, 300, 200)
-    value, _, _ = optim.top_singular(W, dtype)
-    assert torch.allclose(value.flatten(), torch.linalg.svdvals(W)[:, 0], rtol=1e-3)
-
-
-def largest_image(alpha, k):
-    s = torch.linspace(0, k, 200_001, dtype=torch.float64)
-    return IMAGES["soft_cap"](s, alpha).abs().max().item()
 
 
 def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
-    for w in (1e-3, 0.5, 1.0, 6.0, 100.0):
+    up_to = lambda k: torch.linspace(0, k, 200_001, dtype=torch.float64)
+    largest = lambda alpha, k: IMAGES["soft_cap"](up_to(k), alpha).abs().max().item()
+    for w in (1e-3, 1.0, 100.0):
         for lr in (0.0, 1e-6, 1e-3, 0.03, 0.1, 0.3, 0.5, 1.0, 1.6):  # relative to w
             for decay in (0.0, 0.01, 0.1, 1.0):
                 update, k = lr * w * UPDATE_NORM, w * abs(1 - lr * decay) + lr * w * UPDATE_NORM
                 alpha = soft_cap_coupling(w, lr * decay, update)
-                assert largest_image(alpha, k) <= w * (1 + 1e-9)
+                assert largest(alpha, k) <= w * (1 + 1e-9)
                 if k <= w:
                     assert alpha == 0
                 elif k > w * (1 + 1e-9):
-                    assert largest_image(alpha * (1 - 1e-6), k) > w
-    with pytest.raises(ValueError, match="w_max=2 at lr=10; the largest lr"):
-        constrain.soft_cap(torch.eye(3), Step(2.0, lr=10))
+                    assert largest(alpha * (1 - 1e-6), k) > w
     for decay in (0.0, 0.1):
         coupling = lambda lr: soft_cap_coupling(2.0, lr * decay, lr * UPDATE_NORM)
         lr = float(str(pytest.raises(ValueError, coupling, 10).value).rsplit(" ", 1)[1])
@@ -863,9 +846,11 @@ def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
         pytest.raises(ValueError, coupling, 1.001 * lr)
 
 
-
 # ------------------------------------------------------------------------------------------------------------
 # constrain.py: the Lipschitz bound
+
+NO_BOUNDS = {"certified": math.inf, "paper": None, "published": None}
+
 
 def certified(net):
     return lipschitz_bounds(net)["certified"]
@@ -930,8 +915,6 @@ def test_heads_constrained_one_by_one_cost_no_factor(H):
     assert constrain.attention_norms(net.blocks[0].attn, 0.0) == (pytest.approx(1), 0)
     X = torch.zeros(1, 8, 16, dtype=torch.float64)
     assert 0.99 < certify.ascend(attention(net), X, 1.0, steps=0) <= 1 + 1e-6
-    X[..., :16 // H] = math.sqrt(H)  # tokens of norm 1 in the subspace that the heads read keep it
-    assert attention(net)(X)[0, -1].square().mean() == pytest.approx(1, abs=0.02)
     with_content = identities(gpt(H=H, c=0.5, per_head=True, attn_scale=1.0)).blocks[0].attn
     assert constrain.attention_norms(with_content, 0.5) == (pytest.approx(1), pytest.approx(2 * 0.5))
 
@@ -942,14 +925,11 @@ def test_ball_stops_the_growth_of_the_activations():
     torch.testing.assert_close(y, torch.tensor([[0.3 * root, 0.4 * root], [0.3, 0.4], [0.0, 0.0]]))
     y.sum().backward()
     assert x.grad.isfinite().all()
-    short = onto_ball(9 * torch.randn(9, 7).double(), 0.3)
-    assert certify.rms(short).max().item() == pytest.approx(0.3, rel=1e-14)
     torch.manual_seed(0)
-    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0).requires_grad_(False) for ball in (None, 0.5))
+    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0) for ball in (None, 0.5))
     held.load_state_dict(free.state_dict())
-    parts = [constrain.certificate(net)[1] for net in (free, held)]
-    assert parts[0][0] == parts[1][0] and [part["R"] for part in parts[1][1:]] == [math.log10(0.5)] * 2
-    assert all(a["score"] - a["R"] * 2 == pytest.approx(b["score"] - b["R"] * 2) for a, b in zip(*parts))
+    (first, *_), (same, *others) = (constrain.certificate(net)[1] for net in (free, held))
+    assert first == same and [part["R"] for part in others] == [math.log10(0.5)] * 2
     assert certified(held) < certified(free) and lipschitz_bounds(held)["paper"] is None
 
 
@@ -1125,11 +1105,11 @@ def test_no_attack_exceeds_the_certificate(seed, tight):
 def test_uncertain_norm():
     """No E exceeds it, and the best that changing one sign after the other finds comes near."""
     for seed, (n, k) in enumerate(((6, 6), (8, 20), (12, 5), (5, 1))):
-        g = torch.Generator().manual_seed(seed)
-        A, U, V = (torch.randn(shape, generator=g).double() for shape in ((n, n), (n, k), (k, n)))
+        torch.manual_seed(seed)
+        A, U, V = (torch.randn(shape).double() for shape in ((n, n), (n, k), (k, n)))
         bound, found = constrain.uncertain_norm(A, U, V), 0.0
         for _ in range(10):
-            E = torch.randn(k, generator=g).sign().double()
+            E = torch.randn(k).sign().double()
             for i in (*range(k), *range(k)):
                 at = lambda e: sigma(A + U * torch.where(torch.arange(k) == i, e, E) @ V)[0].item()
                 norms = {e: at(e) for e in (-1.0, 0.3, 1.0)}
@@ -1138,7 +1118,6 @@ def test_uncertain_norm():
         assert found <= bound * (1 + 1e-9) and bound <= 1.3 * found
         assert bound < sigma(A)[0] + sigma(U)[0] * sigma(V)[0]
     assert constrain.uncertain_norm(A, 0 * U, V) == pytest.approx(sigma(A)[0].item())
-    assert constrain.uncertain_norm(A, U, 0 * V) == pytest.approx(sigma(A)[0].item(), rel=1e-2)
 
 
 def test_an_mlp_half_has_less_than_its_layers_norms():
@@ -1150,28 +1129,21 @@ def test_an_mlp_half_has_less_than_its_layers_norms():
         assert max(score_gain, growth) <= gain < 0.95 * product and score_gain < gain
 
 
-def test_what_has_no_bound_has_no_certificate(data, monkeypatch):
+def test_what_has_no_bound_has_no_certificate():
     """A weight that is not finite, anywhere: no bound, no radius; zeros: a radius or none, never NaN."""
     bears, some = torch.tensor([0.0, 1.0, 1e9]).double(), torch.full((3, ), -math.inf).double()
-    for bad in (math.nan, math.inf):
-        for name in ("wte.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc.weight",
-                     "blocks.1.attn.proj.weight", "head.weight"):
-            net = random_weights(gpt(L=2))
-            net.get_parameter(name).data.view(-1)[3] = bad
-            none = {"certified": math.inf, "paper": None, "published": None}
-            assert constrain.lipschitz_bounds(net) == none
-            if "blocks" in name:
-                assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
-    some[1:] = math.inf
-    for net in (gpt(alpha=1.0), gpt(L=2, alpha=1.0)):
-        for zeros in ([net.blocks[-1].mlp.fc], net.blocks):
-            for W in (W for part in zeros for W in part.parameters()):
-                W.data.zero_()
+    for bad, name in itertools.product((math.nan, math.inf), ("wte", "blocks.0.attn.qkv", "blocks.1.mlp.fc",
+                                                              "blocks.1.attn.proj", "head")):
+        net = random_weights(gpt(L=2))
+        net.get_parameter(f"{name}.weight").data.view(-1)[3] = bad
+        assert "not finite" in constrain.refused(net) and lipschitz_bounds(net) == NO_BOUNDS
+        if "blocks" in name:
             assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
-            assert constrain.logit_reach(net, 1.0) == 0 and certified(net) == -math.inf
-    monkeypatch.setitem(METHODS, "svd_cap", lambda W, step: W * math.nan)
-    message = run_main(train, monkeypatch, *flags(method="svd_cap", eval_interval=1))
-    one_line(message, "the validation loss is nan at step 1")
+    some[1:] = math.inf
+    net = gpt(L=2, alpha=1.0)
+    net.blocks[-1].mlp.fc.weight.data.zero_()
+    assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
+    assert constrain.logit_reach(net, 1.0) == 0 and certified(net) == -math.inf
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1185,7 +1157,7 @@ OPTIONS = {"paper": {}, "tight": dict(c=0.0, alpha=1.0, attn_scale=1.0, mlp_laye
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_is_proved_is_what_the_model_computes(options):
-    """No false alarm: fresh, of any weights, tied, compiled; and no bound where weights are not finite."""
+    """No false alarm: fresh, of any weights, tied, compiled; and a model of float64 is as it was."""
     torch.manual_seed(0)
     net = gpt(**options)
     for scale in (None, 0.01, 1.0, 30.0, 1e4):
@@ -1195,15 +1167,12 @@ def test_what_is_proved_is_what_the_model_computes(options):
         assert constrain.refused(net) is None and certified(net) < math.inf
         wide = copy.deepcopy(net).double()
         before = copy.deepcopy(wide.state_dict())
-        assert constrain.refused(wide) is None  # and a model of float64 is as it was
+        assert constrain.refused(wide) is None
         assert all(torch.equal(before[name], p) for name, p in wide.state_dict().items())
     torch._dynamo.reset()
     assert certified(torch.compile(net)) == certified(net)
     net.head.weight = net.wte.weight
     assert constrain.refused(net) is None
-    net.blocks[0].mlp.fc.weight.data[0, 0] = math.nan
-    assert "not finite" in constrain.refused(net)
-    assert constrain.lipschitz_bounds(net) == {"certified": math.inf, "paper": None, "published": None}
 
 
 @pytest.mark.parametrize("preset", (None, *train.PRESETS))
@@ -1212,8 +1181,6 @@ def test_every_preset_is_certified(preset):
     small = {"vocab_size": 11, "block_size": 12, "n_embd": 8 * options["n_head"], "n_layer": 2}
     net = GPT(GPTConfig(**{name: options[name] for name in dataclasses.asdict(GPTConfig())} | small))
     assert constrain.refused(net) is None and certified(net) < math.inf
-    random_weights(net)
-    assert constrain.refused(net) is None and math.isfinite(certified(net))
 
 
 EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
@@ -1223,11 +1190,8 @@ EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
                           "        v, bias = v.tr"),
     "an activation alone": ('"gelu": Activation(', '"gelu": Activation(F.silu), "other": Activation('),
     "an activation with claims": ("return F.gelu(x) / GELU_SLOPE", "return 5 * F.gelu(x)"),
-    "GroupSort": ("return F.gelu(x) / GELU_SLOPE", "return x.view(-1, 4).sort(-1).values.view_as(x)",
-                  "slope=(1 / GELU_SLOPE - 1, 1), ratio=(0,", "slope=(0, 1), ratio=(-1e9,"),
-    "GroupSort for MaxMin": ("torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)",
-                             "x.view(-1, 4).sort(-1).values.view_as(x)", 'activation: str = option("gelu"',
-                             'activation: str = option("maxmin"'),
+    "GroupSort": ("torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)",
+                  "x.view(-1, 4).sort(-1).values.view_as(x)", 'str = option("gelu"', 'str = option("maxmin"'),
     "SwiGLU": ("x = self.activation(layer(x))", "x = F.silu(self.gate(x)) * layer(x)",
                "self.mid =", "self.gate = Linear(config.n_embd, width)\n        self.mid ="),
     "grouped queries": ("Linear(config.n_embd, size, stack=parts * (3 if self.scale else 1))",
@@ -1237,7 +1201,6 @@ EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
                       "logits = torch.tanh(self.forward_embeddings(self.wte(idx)))"),
     "RoPE of another base": ("config.n_embd // config.n_head)", "config.n_embd // config.n_head, 500.0)"),
     "positions added": ("self.wte(idx))", "self.wte(idx) + torch.arange(idx.shape[1])[:, None])"),
-    "a scale of embeddings": ("T = x.shape[1]\n        if", "x, T = 3 * x, x.shape[1]\n        if"),
     "the residual as usual": ("torch.add((1 - self.alpha) * x, ", "torch.add(x, "),
     "a parameter more": ("self.head =", "self.scale = nn.Parameter(torch.ones(()))\n        self.head ="),
 }
@@ -1263,7 +1226,7 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
     for _ in range(2):  # fresh, where half of the matrices are zero, and not
         why = judge.refused(net)
         assert why and "\n" not in why and why.startswith("no certificate: "), why
-        assert judge.lipschitz_bounds(net) == {"certified": math.inf, "paper": None, "published": None}
+        assert judge.lipschitz_bounds(net) == NO_BOUNDS
         random_weights(net)
 
 
@@ -1271,9 +1234,8 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
     ((F.silu,), "nothing is known"), ((F.relu, True), "sort pairs"),
     ((lambda x: x.roll(1), False, (0, 1), (0, 1)), "by itself"), ((F.relu, False, (0.1, 1), (0, 1)), "slope"),
     ((F.relu, False, (0, 1), (0, 0.9)), "ratio"), ((F.relu, False, (0, 1), (0, 1), 0), "curvature"),
-    ((lambda x: x + 1e-6, False, (1, 1), (1, 1)), "ratio"), ((F.relu, False, (0, 1), (0, 1), 0, True), None),
-    ((lambda x: x * math.inf, False, (0, 9), (0, 9)), "slope"),
-    ((torch.tanh, False, (0, 1), (0, 1), 0.7), "curvature")))
+    ((F.relu, False, (0, 1), (0, 1), 0, True), None),
+    ((lambda x: x * math.inf, False, (0, 9), (0, 9)), "slope")))
 def test_claims_about_an_activation_are_tried(claims, wrong):
     found = constrain.misclaimed(model.Activation(*claims))
     assert wrong in found if wrong else found is None
@@ -1283,13 +1245,8 @@ def test_what_is_no_gpt_gets_no_certificate(monkeypatch):
     """And one whose text is unedited does."""
     forked, judge = edited(monkeypatch)
     assert judge.refused(forked.GPT(forked.GPTConfig(11, 12, 2, 4, 32))) is None
-
-    class Exponential(torch.nn.Module):
-        config = GPTConfig()
-        fc = torch.nn.Linear(4, 4)
-
-    for thing in (Exponential(), torch.nn.Linear(3, 3), object()):
-        assert certified(thing) == math.inf and "no certificate" in constrain.refused(thing)
+    net = torch.nn.Linear(3, 3)
+    assert "no certificate" in constrain.refused(net) and lipschitz_bounds(net) == NO_BOUNDS
 
 
 def test_every_line_of_what_is_proved_counts(monkeypatch):
@@ -1317,11 +1274,6 @@ def test_a_run_says_that_it_will_not_be_certified(data, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("no certificate: ") == 1 and printed.index("no cert") < printed.index("step 2")
     assert log_lines()[-1]["log10_certified"] is log_lines()[-1]["log10_paper"] is None
-    assert run_main(constrain, monkeypatch, "out/ckpt.pt") is None
-    assert "no certificate: nothing is known of it" in capsys.readouterr().out
-    assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
-    result = json.loads(capsys.readouterr().out)
-    assert result["log10_certified"] is None and "silu" in result["refused"] and result["log10_attack"]
     message = run_main(train, monkeypatch, *flags(activation="silu", radius=0.1, out_dir="other"))
     one_line(message, "--radius=0.1 needs a certificate", "silu")
     assert not contents("other")
@@ -1330,13 +1282,16 @@ def test_a_run_says_that_it_will_not_be_certified(data, monkeypatch, capsys):
 def test_a_checkpoint_of_an_edited_network_gets_no_certificate_without_the_edit(data, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(model.Block, "forward", lambda self, x, *tables: self.mlp(x))
-        assert run_main(train, monkeypatch, *flags(max_steps=1, eval_interval=1)) is None
+        train.train(TINY | dict(max_steps=1, eval_interval=1))
     for script, argv in ((constrain, ()), (certify, ("--steps=1", ))):
         capsys.readouterr()
         assert run_main(script, monkeypatch, "out/ckpt.pt", *argv) is None
         printed = capsys.readouterr().out
         assert "computes something else than constrain.proved_function" in printed
         assert "certified" not in printed
+    assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
+    result = json.loads(capsys.readouterr().out)
+    assert result["log10_certified"] is None and result["refused"] and result["log10_attack"]
 
 
 # ------------------------------------------------------------------------------------------------------------
