@@ -1675,24 +1675,21 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(folder, monkeypatch):
     for owner, name in ((train, "activations"), (train, "score"), (GPT, "generate")):
         without = torch.no_grad()(getattr(owner, name).__wrapped__)  # inference mode knows no such devices
         monkeypatch.setattr(owner, name, without)
-    few = dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50)
-    tight = dict(softmax_scale=0.0, position_bias=True, per_head=True, activation="maxmin", alpha=1.0,
-                 method="stiefel", w_max=1.0, lr=0.02)
-    runs = [tight, tight | {"radius": 0.1}, dict(optimizer="adamw"), dict(embedding="adam"),
-            dict(activation="maxmin", ball=1.0)]
+    runs = [dict(optimizer="adamw"), dict(embedding="adam"), dict(preset="tight", radius=0.1)]
     runs += [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]
-    for name, preset in train.PRESETS.items():
-        small = {key: value for key, value in preset.items() if key not in TINY}
-        runs.append(small | dict(preset=name, accumulate=1, dataset="shakespeare"))
+    runs += [dict(preset=name, accumulate=1, dataset="shakespeare") for name in train.PRESETS]
     with GPU():
         with pytest.raises(AssertionError, match="float64"):
             torch.zeros(3, device="meta").double()
         for options in runs:
-            train.train(TINY | options | few)
+            train.train(TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50) | options)
         net = gpt().to("meta")
         bears, right = certify.margins(net, torch.randint(0, 11, (40, )).to("meta"))
         assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
-        assert certify.log10_radii(net, bears, constrain.layer_norms(net)).shape == (39, )
+        for options in {}, dict(optimizer="adamw", lr=1e-3), dict(activation="maxmin", radius=0.1):
+            config = cifar.Config(width=8, max_steps=2, batch_size=4, w_max=1.0, dtype="float32", **options)
+            net, _ = cifar.train(config, dict.fromkeys(cifar.BATCHES, patterns(60)), torch.device("meta"))
+            assert net.weights[0].device.type == "meta"
 
 
 GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
@@ -1734,32 +1731,28 @@ def test_gpu_two_processes(data):
 def test_rehearsal_of_the_gpu(folder, monkeypatch):
     """results/gpu.py, small and on the CPU: every job that has its data ends in a line, a failure too."""
     monkeypatch.setattr(gpu, "ROOT", folder)
-    monkeypatch.setattr(gpu, "OUT", folder / "out" / "gpu")
-    for name in ("train.py", "model.py", "constrain.py", "optim.py", "prepare.py", "results"):
-        (folder / name).symlink_to(HERE / name)
+    monkeypatch.setattr(gpu, "OUT", folder / "out/gpu")
+    for path in (*HERE.glob("*.py"), HERE / "results"):
+        (folder / path.name).symlink_to(path)
     log, books = folder / "out/gpu/baseline/log.jsonl", folder / "data/books"
     books.symlink_to("shakespeare")
 
     def records(*jobs):
         args = argparse.Namespace(jobs=jobs, tiny=True, tokens=1e8, minutes=10)
-        assert gpu.main(args) is None
+        gpu.main(args)
         return parts.read(args.records)[-len(jobs):]
 
     jobs = "profile", "bench-one-graph", "w8", "none", "baseline", "default"
     found = dict(zip(jobs, records(*jobs), strict=True))
-    assert [found[job]["job"] for job in jobs] == [*jobs]
     assert 0.2 < sum(kernel["share"] for kernel in found["profile"]["kernels"]) < 1 + 1e-6
     assert found["bench-one-graph"]["tokens_per_second"] > 0
-    for job in jobs[2:]:
-        assert found[job]["step"] == 4 and found[job]["trace"]["step"] == [2, 4]
-    lines = log.read_text().splitlines(True)
-    log.write_text("".join(lines[:-1]))  # as if it had been stopped
+    assert all(found[job]["trace"]["step"] == [2, 4] for job in jobs[2:])
+    log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # as if it had been stopped
     again, = records("baseline")
     assert again["trace"] == found["baseline"]["trace"]
     assert [line["step"] for line in parts.read_lines(log) if "options" in line] == [0, 4]
 
     runs = {f"gpu, {job}": [found[job]] for job in plot.LARGE}
-    assert not plot.large_runs(runs | {"gpu, none": []}) and len(plot.large_runs(runs)) == 3
     (_, table), = tables.large_tables(runs)
     assert "| no constraint |" in table and table.count("\n") == 5
     with suppress(ImportError):
@@ -2854,23 +2847,21 @@ def mlp(n_in, width, n_out, seed=0, **options):
 
 
 def test_images_are_prepared_whole_or_not_at_all(images, monkeypatch):
-    run_cifar = partial(run_main, cifar, monkeypatch)
+    run_cifar, path = partial(run_main, cifar, monkeypatch), Path("data/cifar10/images.npz")
     one_line(run_cifar("train"), "python results/cifar.py prepare")
-    whole, images.files["/cifar.tar.gz"] = images.files["/cifar.tar.gz"], b"another archive"
-    one_line(run_cifar("prepare"), "corrupted")
-    images.files["/cifar.tar.gz"] = whole
-    assert run_cifar("prepare") is None
-    assert {*os.listdir("data/cifar10")} - {".lock"} == {"images.npz"}
-    images.files["/cifar.tar.gz"] = whole + b"x"
-    one_line(run_cifar("prepare"), "corrupted")  # what is there stays
+    archive = images.files["/cifar.tar.gz"]
+    for served, said in ((b"another archive", "corrupted"), (archive, None), (archive + b"x", "corrupted")):
+        images.files["/cifar.tar.gz"] = served
+        message = run_cifar("prepare")
+        assert message is None if said is None else said in message
+        assert path.exists() == (served != b"another archive")  # what is there stays
     for (split, names), seed in zip(cifar.BATCHES.items(), (0, 5)):
         pixels, labels = cifar.read_images()[split]
         assert pixels.shape == (200 * len(names), 3072) and pixels.dtype == np.uint8
         assert all(map(np.array_equal, (pixels[:200], labels[:200]), patterns(200, seed)))
-    path = Path("data/cifar10/images.npz")
     whole = path.read_bytes()
     turned = whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]
-    for damaged in (b"", whole[:len(whole) // 2], whole[:-1], b"\x80\xff\x00" * 500, turned):
+    for damaged in (b"", whole[:len(whole) // 2], b"\x80\xff\x00" * 500, turned):
         path.write_bytes(damaged)
         one_line(run_cifar("train"), "damaged", "python results/cifar.py prepare")
 
@@ -2879,12 +2870,18 @@ def test_cifar10(images, monkeypatch, capsys):
     run_cifar = partial(run_main, cifar, monkeypatch)
     assert run_cifar("prepare") is None
     short = ["train", "--batch_size=100", "--max_steps=70", "--width=64", "--dtype=float32"]
-    log = lambda name: torch.load(f"out/{name}/model.pt", weights_only=True)["log"][-1]
-    assert run_cifar(*short) == run_cifar(*short, "--preset=cifar10-tight", "--logit_scale=100") is None
-    plain, tight = log("cifar10"), log("cifar10-tight")
-    for line in plain, tight:
-        check_claims(line)
+
+    def log(name, *argv):
+        assert run_cifar(*short, f"--out_dir={name}", *argv) is None
+        line = torch.load(f"{name}/model.pt", weights_only=True)["log"][-1]
         assert line["val_acc"] > 0.8 and line["norm_over_cap"] <= 1.001
+        assert line["log10_attack"] <= line["log10_certified"] + 1e-6
+        for eps in cifar.EPSILONS:
+            assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
+        return line
+
+    plain, tight = log("plain"), log("tight", "--preset=cifar10-tight", "--logit_scale=100")
+    log("adamw", "--optimizer=adamw", "--method=hard_cap", "--lr=0.02", "--w_max=5")
     assert 0 < plain["certified_acc_36"] and plain["attacked_acc_255"] < plain["val_acc"]
     assert tight["log10_certified"] == pytest.approx(2, abs=1e-4) and tight["worst_loss"] > tight["val_loss"]
     assert tight["certified_acc_108"] > plain["certified_acc_108"]
@@ -2896,40 +2893,8 @@ def test_cifar10(images, monkeypatch, capsys):
         one_line(run_cifar(*short, *option.split()), said)
     monkeypatch.setattr(cifar, "largest_gain", lambda model: 1e9)
     one_line(run_cifar(*short, "--max_steps=1"), "AN ATTACK IS ABOVE THE CERTIFICATE")
-    assert log("cifar10")["log10_certified"] is log("cifar10")["certified_acc_36"] is None
-
-
-def check_claims(line):
-    """That no attack of an evaluation is above what it certifies."""
-    assert line["log10_attack"] <= line["log10_certified"] + 1e-6
-    for eps in cifar.EPSILONS:
-        assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
-
-
-@pytest.mark.parametrize("optimizer, lr, update_norm",
-                         (("muon", 0.1, UPDATE_NORM), ("adamw", 0.02, math.inf)))
-def test_every_constraint_learns_images(optimizer, lr, update_norm):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(10, size=500)
-    shapes = 200 * np.repeat(np.eye(10), 6, axis=1)
-    pixels = (shapes[labels] + rng.integers(50, size=(500, 60))).astype(np.uint8)
-    data = {"train": (pixels[100:], labels[100:]), "val": (pixels[:100], labels[:100])}
-    for method in METHODS:
-        config = cifar.Config(method=method, optimizer=optimizer, w_max=5.0, weight_decay=0.1, lr=lr,
-                              width=64, batch_size=100, max_steps=40, attack_images=50, dtype="float32")
-        _, (line,) = cifar.train(config, data, torch.device("cpu"))
-        check_claims(line)
-        assert line["val_acc"] > 0.7, method
-        if constrain.holds_w_max(method, update_norm):
-            assert line["norm_over_cap"] <= 1.001 and line["log10_certified"] <= 3 * math.log10(5.005)
-
-
-def test_the_mlp_needs_float64_on_the_cpu_alone():
-    with GPU():
-        for options in {}, dict(optimizer="adamw", lr=1e-3), dict(activation="maxmin", radius=0.1):
-            config = cifar.Config(width=8, max_steps=2, batch_size=4, w_max=1.0, dtype="float32", **options)
-            model, log = cifar.train(config, dict.fromkeys(cifar.BATCHES, patterns(60)), torch.device("meta"))
-            assert model.weights[0].device.type == "meta" and log[-1]["log10_certified"] is not None
+    line = torch.load("out/cifar10/model.pt", weights_only=True)["log"][-1]
+    assert line["log10_certified"] is line["certified_acc_36"] is None
 
 
 def test_the_sweep_on_images_repeats_no_run(images, monkeypatch):
@@ -2948,8 +2913,7 @@ def test_the_sweep_on_images_repeats_no_run(images, monkeypatch):
     few = {"preset": "cifar10", "width": 16, "max_steps": 2, "eval_interval": 1, "dtype": "float32"}
     record = cifar.run("cifar-pairs", few)
     assert cifar.read_lines(Path("new.jsonl")) == [json.loads(json.dumps(record))]
-    like = next(r for r in done if r["part"] == "cifar-pairs")
-    assert {*record} - {"device"} == {*like, "log10_attack", "images_per_second"}
+    assert {*record} >= {*next(r for r in done if r["part"] == "cifar-pairs")} - {"device"}
     assert "loss is" in cifar.run("cifar", few | {"lr": 1e20, "method": "none"})["error"]
 
 
@@ -2975,13 +2939,12 @@ def test_certified_is_what_no_change_alters():
     z = cifar.network(weights, x.double(), config)
     y, W = z.argmax(dim=1), weights[-1]
     at = lambda eps, y=y, z=z, weights=weights: cifar.certified(weights, z, y, config, eps)
-    for i in range(50):
-        others = [j for j in range(3) if j != y[i]]
-        r = min(((z[i, y[i]] - z[i, j]) / (W[y[i]] - W[j]).norm()).item() for j in others)
-        assert at(0.999 * r)[i] and not at(1.001 * r)[i] and not at(0.0, (y + 1) % 3).any()
+    to_others = (z.gather(1, y[:, None]) - z) / (W[y][:, None] - W).norm(dim=-1)  # NaN to its own class
+    for i, r in enumerate(to_others.nan_to_num(math.inf).amin(dim=1).tolist()):
+        assert at(0.999 * r)[i] and not at(1.001 * r)[i]
         assert cifar.pgd(net, x[i:i + 1], y[i:i + 1], 0.99 * r).all()
         assert not cifar.pgd(net, x[i:i + 1], y[i:i + 1], 1.2 * r + 0.01).any()
-    assert not at(math.nan).any() and not at(0.0, z=z * math.nan).any()
+    assert not at(0.0, (y + 1) % 3).any() and not at(math.nan).any() and not at(0.0, z=z * math.nan).any()
     assert not at(0.0, z=0 * z, weights=[0 * W for W in weights]).any()  # all logits are equal
 
 
@@ -3043,40 +3006,18 @@ def test_a_sweep_of_what_is_recorded_makes_no_run():
             assert all("part" in record for record in asked), name
         done = parts.of_part(name)
         assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done), name
-    tuned = parts.of_part("lr")  # a best rate at the end of those tried is none
-    for method, optimizer in parts.pairs():
-        kind = {"method": method, "optimizer": optimizer}
-        best = parts.chosen_lr(kind, tuned)
-        assert parts.chosen_lr(kind, [r for r in tuned if r["options"]["lr"] <= best]) is None
-
-
-def test_finalists_are_the_best_under_a_limit(monkeypatch):
-    """Who is a little above it gets a smaller logit_scale."""
-    runs = [dict(options=dict(lr=lr, logit_scale=1.0, n_layer=1), log10_certified=bound, log10_paper=0.1,
-                 val_acc=acc) for bound, acc, lr in ((0.2, 0.3, 0.1), (1.5, 0.4, 0.2), (9, 0.6, 0.3),
-                                                     (1.1, 0.35, 0.5))]
-    monkeypatch.setattr(parts, "searched", lambda: runs)
-    assert [(o["lr"], o["logit_scale"]) for o in parts.finalists()] == [
-        (0.3, 1.0), (0.1, 1.0), (0.5, 0.75), (0.2, 1.0)]
 
 
 def test_a_ball_that_no_token_reaches_changes_the_certificate_alone():
     torch.manual_seed(0)
-    free = random_weights(gpt(L=3), 2.0).requires_grad_(False)
-    tokens, val = (np.random.default_rng(seed).integers(11, size=n) for seed, n in ((0, 500), (1, 70)))
-    found, norms = measure.with_ball(free, tokens, val), []
-    for block in free.blocks:
-        block.register_forward_hook(lambda block, args, y: norms.append(
-            y.square().mean(dim=-1).max().sqrt().item()))
-    x = torch.from_numpy(tokens[:492]).view(-1, 12)
-    logits = free(x)[0]
-    assert found["ball"] == pytest.approx(1.01 * max(norms), rel=0.05) and found["ball"] >= 1.01 * max(norms)
-    held = gpt(L=3, ball=found["ball"])
-    held.load_state_dict(free.state_dict())
-    assert torch.equal(held(x)[0], logits)
-    bound = constrain.certificate(held)[0]
-    assert bound == found["log10_certified_ball"] < certified(free)
-    assert found["largest_norm"] == measure.largest_norm(free, val)
+    free, x = random_weights(gpt(L=3), 2.0), torch.randint(11, (41, 12))
+    found = measure.with_ball(free, x.flatten().numpy(), x[:5].flatten().numpy())
+    for share, same in ((1.0, True), (0.98, False)):
+        held = gpt(L=3, ball=share * found["ball"])
+        held.load_state_dict(free.state_dict())
+        assert torch.equal(held(x)[0], free(x)[0]) == same
+        assert (constrain.certificate(held)[0] == found["log10_certified_ball"]) == same
+    assert certified(held) < certified(free) and 0 < found["largest_norm"] < found["ball"]
 
 
 def test_float8_rounds_every_result():
@@ -3086,13 +3027,7 @@ def test_float8_rounds_every_result():
     # three bits after the first one; steps of 2^-9 below 2^-6
     assert rounded.tolist() == [0.1015625, 0.01171875, 288.0] and (x * 1).equal(x)
     assert masked.tolist() == [0.0, 1.0] and big[2] == 448
-    torch.manual_seed(0)
-    net, idx = gpt(H=1, d=64, T=16, vocab=65), torch.randint(65, (2, 16))
-    # <q, k> of up to 6,400 is not cut at float8's 448: the model scales before it multiplies
-    qkv = net.blocks[0].attn.qkv.weight.data
-    qkv[:2] = 10 * qkv[0]
-    torch.nn.init.orthogonal_(net.blocks[0].attn.proj.weight)
-    assert (qkv[0] @ net.wte.weight[idx].mT).square().sum(dim=1).min() > 4000
+    net, idx = random_weights(gpt(H=1, d=64, T=16)), torch.randint(11, (2, 16))
     exact = net(idx)[0]
     rounded, loss = measure.InFloat8(net)(idx, idx)
     assert 0.001 < (rounded - exact).norm() / exact.norm() < 0.1
@@ -3105,10 +3040,9 @@ def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
     for module, name in ((sweep, "ROOT"), (sweep, "RESULTS"), (sweep, "RUNS"), (measure, "ROOT")):
         monkeypatch.setattr(module, name, folder)
     monkeypatch.setattr(measure, "attack", partial(certify.attack, steps=9))
-    options = {**TINY, "eval_interval": 1, "max_steps": 3, "method": "soft_cap", "optimizer": "muon",
-               "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
+    options = {**TINY, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
     del options["out_dir"]
-    done = sweep.run("final", options, 1)
+    done, records = sweep.run("final", options, 1), folder / "shakespeare.jsonl"
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     scores = train.evaluate(net, prepare.open_data("data/shakespeare", like=ckpt["meta"])[2])
     assert {name: done[name] for name in scores} == pytest.approx(scores)
@@ -3116,8 +3050,7 @@ def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
     assert len(done["log10_radii"]) == 41 and "alarm" not in done
     assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(certified(net))
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
-    assert "the loss is" in hot["error"] or "the validation loss is" in hot["error"]
-    records = folder / "shakespeare.jsonl"
+    assert "loss is" in hot["error"]
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.run("final", options, 1) == done and sweep.read(records) == [done, hot]
     records.unlink()  # as if stopped while it was measured: it is not trained again
@@ -3127,7 +3060,6 @@ def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
     for _ in range(2):  # an attack above the certificate is an alarm, at once and when it is found again
         with pytest.raises(UserError, match="AN ATTACK, 10.99.0000, IS ABOVE ITS CERTIFICATE"):
             sweep.run("grid", options, 1)
-    assert '"log10_certified":null' in records.read_text().replace(" ", "")
     assert sweep.read(records)[-1]["log10_certified"] == math.inf
 
 
@@ -3158,13 +3090,12 @@ def test_a_failed_job_is_said_at_once_and_counted(tmp_path, monkeypatch, capsys)
     (tmp_path / "train.py").write_text("raise SystemExit('train.py: boom')\n")
     for name in ("ROOT", "RUNS", "RESULTS"):
         monkeypatch.setattr(sweep, name, tmp_path)
-    jobs = [{}, {"seed": 1}, {"w_max": -1.0}]
-    monkeypatch.setattr(sweep, "PARTS", {"p": parts.Part(lambda: jobs, records="books")})
+    part = parts.Part(lambda: [{}, {"seed": 1}, {"w_max": -1.0}], records="books")
+    monkeypatch.setattr(sweep, "PARTS", {"p": part})
     one_line(run_main(sweep, monkeypatch), "3 jobs failed", "as said above")
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and all(line.startswith("p: FAILED: ") for line in said)
-    assert sum("failed: train.py: boom (see " in line for line in said) == 2
-    assert sum("w_max=-1.0 must be positive and finite" in line for line in said) == 1
+    said = capsys.readouterr().out
+    assert said.count("p: FAILED: ") == said.count("\n") == 3
+    assert said.count("failed: train.py: boom (see ") == 2 and said.count("w_max=-1.0 must be positive") == 1
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -3176,15 +3107,13 @@ def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
     run("git init -q; git add .; git -c user.name=a -c user.email=a@b commit -qm a; "
         f"git clone -q --depth=1 file://{here} ../shallow")
     commit = run("git log -1 --format=%h").stdout.decode().strip()
-    for where, text, variable, said in (
-            ("of", "1\n", "A", commit), ("of", "2\n", "A", f"{commit}-dirty"), ("shallow", "1\n", "A", ""),
-            (".", "1\n", "A", ""), ("of", "1\n", "GIT_TEST_ASSUME_DIFFERENT_OWNER", ""),
-            ("of", "1\n", "PATH", "")):
+    for where, text, said in (("of", "1\n", commit), ("of", "2\n", f"{commit}-dirty"), ("shallow", "1\n", ""),
+                              (".", "1\n", "")):
         (here / "a.py").write_text(text)
-        with monkeypatch.context() as patch:  # without a repository, refused by git, without git
-            patch.setattr(prepare, "__file__", str(tmp_path / where / "prepare.py"))
-            patch.setenv(variable, "1")
-            assert prepare.commit() == said, (where, text, variable)
+        monkeypatch.setattr(prepare, "__file__", str(tmp_path / where / "prepare.py"))
+        assert prepare.commit() == said, (where, text)
+    monkeypatch.setenv("PATH", "")  # without git
+    assert prepare.commit() == ""
 
 
 def test_what_is_asked_in_vain_is_said_in_one_line(data, monkeypatch):
