@@ -15,6 +15,7 @@ has float64. results/certify.py attacks the bound and certifies predictions.
 """
 import copy
 import math
+from collections import namedtuple
 from decimal import MAX_EMAX, Decimal, getcontext
 from typing import NamedTuple
 
@@ -268,7 +269,8 @@ def hard_cap(W, step):
     psi(y) = 1 / (y + 1 + sqrt(y + 1)) from a polynomial on [0, 3]. The result is within 1 % of w_max of the
     exact one, and not above w_max: where the sign has not converged, near w, and everywhere for norms up to
     1.1 w_max in bfloat16, what is missing is less than w leaves room for. All products but the first and the
-    last are on the smaller side. A batch with norms near 2 w_max or beyond goes through the SVD.
+    last are on the smaller side. A batch with norms near 2 w_max goes through the SVD, or from 1.5 w_max on
+    if many singular values are as large.
     """
     dtype = step.dtype if step.small else torch.float32
     w = step.w_max * rms_unit(W) * (1 - 6e-3)
@@ -293,8 +295,8 @@ def hard_cap(W, step):
 
 @constraint(holds="always")
 def svd_cap(W, step):
-    """sigma -> min(sigma, w_max) by an SVD in W's precision: the reference for hard_cap."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    """sigma -> min(sigma, w_max) by an SVD, in float32 or W's own precision: the reference for hard_cap."""
+    U, S, Vh = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
     return U * S.clamp_max(step.w_max * rms_unit(W))[..., None, :] @ Vh
 
 
@@ -471,15 +473,8 @@ def body_bound(layers, R):
     return log10(K), parts
 
 
-class LayerNorms(NamedTuple):
-    """What a block's bound needs of its weights, whatever the ball; see body_bound."""
-    alpha: float
-    A_V: float
-    A_QK: float
-    mlp_gain: float
-    score_gain: float
-    mlp_growth: float
-    ball: float
+# What a block's bound needs of its weights, whatever the ball; see body_bound
+LayerNorms = namedtuple("LayerNorms", "alpha A_V A_QK mlp_gain score_gain mlp_growth ball")
 
 
 def layer_norms(model):

@@ -3,11 +3,15 @@ Where the time goes: of a training step, and of every constraint.
 
     python results/bench.py step --batch_size=64    # a step against its matrix products; options of train.py
     python results/bench.py methods                 # every constraint against an exact SVD: time and error
+    python results/bench.py widths                  # how a step and the certificate grow with the width
 
 These machines are noisy, so all is relative to something measured in the same run. What `step` prints last
-is JSON.
+is JSON; `widths` writes it to speed.jsonl.
 """
+import json
 import math
+import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +19,12 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import train
-from constrain import METHODS, Step, matrices, rms_norm, soft_cap_coupling
+from constrain import METHODS, Step, lipschitz_bounds, matrices, rms_norm, soft_cap_coupling
 from optim import UPDATE_NORM, has_bf16, keep_memory
+from parts import RESULTS, append_line
 from prepare import UserError, one_line_errors, say, to_json
 
 SHAPES = ((12, 256, 256), (3, 1024, 256), (3, 256, 1024), (1, 65, 256),  # the 2 M model's
@@ -80,12 +85,15 @@ def step(argv):
         loss.item()
         loss.backward()
 
-    def whole():
-        gradients()
+    def moves():
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
         train.constrain(model, optimizers, config, dtype)
+
+    def whole():
+        gradients()
+        moves()
 
     def without():
         gradients()
@@ -106,8 +114,13 @@ def step(argv):
     flops = sum(2 * b * m * k * n for b, m, k, n in shapes)
     side = 8192 if device.type == "cuda" else 2048
     peak = max(2 * side ** 3 / product((1, side, side, side), 7), flops / c)
+    gradients()
+    moving = seconds(moves, device)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else (
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     result = {"step_over_floor": a / c, "optimizer_share": (a - b) / a, "tokens_per_second": batch * T / a,
-              "matmul_share": flops / a / peak}
+              "matmul_share": flops / a / peak, "seconds": a, "optimizer_seconds": moving,
+              "peak_gb": memory / 1e9, "certificate_seconds": seconds(lambda: lipschitz_bounds(model))}
     say(f"(a) step {1e3 * a:.1f} ms, (b) without optimizer and constraint {1e3 * b:.1f} ms, (c) its matrix "
         f"products {1e3 * c:.1f} ms\na/c {a / c:.2f}, (a-b)/a {(a - b) / a:.1%}, {batch * T / a:,.0f} "
         f"tokens/s, {result['matmul_share']:.1%} of the best matmul rate, {peak / 1e9:,.0f} GFLOP/s")
@@ -124,6 +137,8 @@ def images(s, w_max, alpha, decay):
     q = s - alpha * s ** 3
     return {"soft_cap": q + alpha * q ** 3, "hard_cap": s.clamp_max(w_max), "svd_cap": s.clamp_max(w_max),
             "spectral_normalize": s * (w_max / s[..., :1]).clamp_max(1), "none": s,
+            "spectral_sphere": s * (w_max / s[..., :1]),
+            "hyperball": s * (w_max * s.shape[-1] ** 0.5 / s.norm(dim=-1, keepdim=True)),
             "spectral_hammer": s - (top - w_max).clamp_min(0), "stiefel": torch.full_like(s, w_max),
             "spectral_weight_decay": s - decay * top}
 
@@ -162,8 +177,25 @@ def methods(_):
             say(f"{str(shape):>16} {name:<22} {ms:8.2f} {svd_ms / ms:7.1f} {loop:>7} {error:>14}")
 
 
+WIDTHS = 128, 256, 512, 1024, 2048
+WIDE = "--n_layer=12", "--position_bias=False", "--batch_size=4", "--compile=False"  # 1,024 tokens a step
+
+
+def widths(_):
+    """A step at each of WIDTHS, by a process of its own, as the peak of memory is a process's."""
+    for width in WIDTHS:
+        options = [*WIDE, f"--n_embd={width}"]
+        done = subprocess.run([sys.executable, __file__, "step", *options], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"width {width}: {done.stderr.strip()}")
+        found = json.loads(done.stdout.strip().split("\n")[-1])
+        command = f"python results/bench.py step {' '.join(options)}"
+        append_line(RESULTS / "speed.jsonl", {"what": "width", "width": width, "command": command} | found)
+        say(f"{width}\n{done.stdout.strip()}")
+
+
 def main():
-    what = {"step": step, "methods": methods}
+    what = {"step": step, "methods": methods, "widths": widths}
     with one_line_errors("bench.py"):
         if sys.argv[1:2] not in [[name] for name in what] or (sys.argv[1] != "step" and len(sys.argv) > 2):
             raise UserError(

@@ -232,8 +232,8 @@ def strengths(method, optimizer, caps=CAPS, decays=DECAYS):
     return [{"method": method, "optimizer": optimizer, name: value} for value in values]
 
 
-# The constraints of 2026, all with Muon, and the steps that stay within two of the manifolds. Then the best of
-# each by training loss, and of the others, at 1,200 steps
+# The constraints of 2026, with Muon, and steps within two of the manifolds. Then the best of each by training
+# loss, and of the others, at 1,200 steps
 SPHERES = [{"method": method, "tangent": tangent, "optimizer": "muon"} for method, tangent in (
     ("spectral_sphere", False), ("hyperball", False), ("stiefel", True), ("spectral_sphere", True))]
 
@@ -246,6 +246,18 @@ def best_of_kinds():
             if (found := of_kind(trained(records), kind))]
     return [options | {"seed": seed, "max_steps": TIGHT_STEPS, "eval_interval": TIGHT_STEPS // 10}
             for seed in (0, 1, 2) for options in best]
+
+
+# Does the best learning rate stay where it is when the width changes? Halved and doubled at three widths
+WIDTHS, FACTORS = (128, 256, 512), (0.5, 1.0, 2.0)
+
+
+def transfers():
+    pairs = [(method, "muon") for method in ("soft_cap", "none")]
+    kinds = [strengths(*pair)[2] | {"lr": lr_of(pair)} for pair in pairs]
+    kinds += [kind | {"w_max": CAPS[2], "lr": chosen_lr(kind, of_part("sphere-lr"))} for kind in SPHERES[:2]]
+    return [kind | {"lr": kind["lr"] * factor, "n_embd": width, "batch_size": 8, "max_steps": 100}
+            for width in WIDTHS for kind in kinds for factor in FACTORS]
 
 
 # A search over shapes and scales, of about 2 M parameters like the paper's model. One layer makes the
@@ -441,6 +453,7 @@ PARTS = {
     "sphere-lr": Part(lambda: SPHERES, tune_sphere, **LOG),
     "sphere-grid": Part(lambda: SPHERES, sphere_grid),
     "sphere-final": Part(best_of_kinds, **FULL),
+    "transfer": Part(transfers, **LOG),
     "headline": Part(headline),
     "seeds": Part(frontier_seeds),
     "final": Part(finalists, partial(final, steps=400), **BALL),

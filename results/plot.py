@@ -17,14 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from parts import METHODS, OPTIMIZERS, RESULTS, ROOT, frontier, pairs, read, seeds, trained, unscaled
 from prepare import Parser, UserError, one_line_errors
-from tables import (BOUND_LABELS, LABELS, LARGE, OPTIMIZER_LABELS, all_tables, book_name, by_bound,
-                    by_strength, large_runs, longest_books, of_pair, papers, power)
+from tables import (BOUND_LABELS, LABELS, LARGE, OPTIMIZER_LABELS, WIDTH_COLUMNS, all_tables, book_name,
+                    by_bound, by_strength, large_runs, longest_books, of_pair, papers, power, power_of_width,
+                    sphere_kinds, who)
 
 TEXTS = ROOT / "README.md", *(RESULTS / f"{name}.md" for name in ("README", "tables", "speed"))
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; grey for their yellow, faint on white
 COLORS = dict(zip(METHODS, ("#0072B2", "#009E73", "#000000", "#56B4E9", "#E69F00", "#CC79A7", "#999999",
                             "#D55E00")))
+COMPARED = {"soft_cap": "#999999", "spectral_normalize": "#56B4E9", "stiefel": "#E69F00",
+            "spectral_sphere": "#0072B2", "hyperball": "#D55E00", "none": "#000000"}  # in spheres.png
 LINES = {"muon": dict(linestyle="-", marker="o"),
          "adamw": dict(linestyle=":", marker="s", markerfacecolor="white")}
 WIDEST = 20  # log10 of the largest bound that is drawn
@@ -99,6 +102,21 @@ def tradeoff(runs, plt):
     other = plt.Line2D([], [], color="#DDDDDD", linewidth=6, label="best of other shapes")
     figure.legend(handles=[*method_handles(plt), *optimizer_handles(plt), other], loc="outside right center",
                   frameon=False)
+    return figure
+
+
+def spheres(runs, plt):
+    """Accuracy of the constraints of 2026 against the certified bound, beside the paper's, all with Muon."""
+    figure, (ax, ) = panels(plt)
+    for kind, found in sphere_kinds(runs):
+        points = [r for r in sorted(found, key=lambda r: r["log10_certified"])
+                  if r["log10_certified"] <= WIDEST]
+        if points and kind["method"] in COMPARED:
+            ax.plot([10 ** r["log10_certified"] for r in points], percent(r["val_acc"] for r in points),
+                    "--" if kind.get("tangent") else "-", marker="o", markersize=4,
+                    color=COMPARED[kind["method"]], label=who(kind).removeprefix("Muon, "))
+    ax.set(xscale="log", xlabel=BOUND_LABELS["log10_certified"], ylabel="accuracy on 4,096 characters, %")
+    ax.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -289,6 +307,20 @@ def large(runs, plt):
     return figure
 
 
+def widths(runs, plt):
+    """Seconds and memory of a step and of the certificate against the width."""
+    records = sorted(runs["speed, width"], key=lambda r: r["width"])
+    figure, axes = panels(plt, 1, 2, (9, 4))
+    for name, key in WIDTH_COLUMNS.items():
+        ax = axes[1 if key == "peak_gb" else 0]
+        ax.loglog([r["width"] for r in records], [r[key] for r in records], marker="o", markersize=4,
+                  label=f"{name.rsplit(',')[0]}: power {power_of_width(records, key):.2f} at the end")
+    for ax, unit in zip(axes, ("seconds", "GB")):
+        ax.set(xlabel="width", ylabel=unit)
+        ax.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def deciding(runs, plt, columns=48, lines=12):
     """Validation text, each character on the color of how many before it decide it; wrong ones are red."""
     run = runs["deciding"][0]
@@ -315,7 +347,7 @@ def deciding(runs, plt, columns=48, lines=12):
     return figure
 
 
-FIGURES = tradeoff, norms, headline, radius, tight, cifar, books, activations, speed, deciding
+FIGURES = tradeoff, spheres, norms, headline, radius, tight, cifar, books, activations, speed, deciding
 
 
 def fill(text, tables):
@@ -343,7 +375,8 @@ def main():
             import matplotlib.pyplot as plt
         except ImportError:
             raise UserError("the figures need matplotlib: pip install matplotlib")
-        for draw in FIGURES + (large, ) * bool(large_runs(runs)):
+        later = (large, ) * bool(large_runs(runs)) + (widths, ) * bool(runs["speed, width"])
+        for draw in FIGURES + later:
             draw(runs, plt).savefig(RESULTS / f"{draw.__name__}.png", dpi=150)
 
 

@@ -8,12 +8,13 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS, best_final,
-                   best_short, best_under, chosen_lr, finals, frontier, pairs, seeds, trained,
-                   tuning_loss, unscaled)
+from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS, SPHERES,
+                   WIDTHS, best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind, pairs,
+                   seeds, trained, tuning_loss, unscaled)
 from constrain import RADII
 
-LABELS = {name: name.replace("_", " ") for name in METHODS} | {"none": "weight decay", "svd_cap": "SVD cap"}
+LABELS = {name: name.replace("_", " ") for name in (*METHODS, "spectral_sphere", "hyperball")}
+LABELS |= {"none": "weight decay", "svd_cap": "SVD cap"}
 OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
 BOUND_LABELS = dict(zip(BOUNDS, ("certified Lipschitz bound (a theorem)", "published formula (not a bound)")))
 TARGETS = (2, None), (10, None), (30, 45), (300, 50), (1e4, 54)  # accuracy in %, or the best, for the presets
@@ -63,13 +64,14 @@ def large_runs(runs):
 
 
 def who(options):
-    return f"{OPTIMIZER_LABELS[options.get('optimizer', 'muon')]}, {LABELS[options['method']]}"
+    tangent = ", tangent steps" * options.get("tangent", False)
+    return f"{OPTIMIZER_LABELS[options.get('optimizer', 'muon')]}, {LABELS[options['method']]}{tangent}"
 
 
 def settings(options, known={}):
     """What sets a run apart from the others, as options of train.py, but for what is known."""
     preset = [options["preset"]] if "preset" in options and options["preset"] != known.get("preset") else []
-    common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset"]
+    common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset", "tangent"]
     if "seed" in options and "preset" not in options:  # the paper's architecture, of which `who` names two
         common += ["method", "optimizer", *(name for name in PAPER if PAPER[name] == options.get(name))]
     shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
@@ -199,6 +201,7 @@ COLUMNS = {
     "losses": lambda row: few(row[0]["trace"]["val_loss"]),
     "norm / w_max": last_of("norm_over_cap", "{:.2f}"),
     "largest entries": lambda row: few([max(layers) for layers in row[0]["trace"]["act_max_layers"]], ",.0f"),
+    "s/step": lambda row: f"{mean(r['seconds'] / r['trace']['step'][-1] for r in row):.2f}",
     "log10 certified": lambda row: f"{row[0]['log10_certified']:.1f}"}
 
 
@@ -251,6 +254,26 @@ def speed_tables(runs):
         [name, f"{r[key]:.3g}"] for r in runs["speed, bounds"] for key, name in names.items()])
 
 
+WIDTH_COLUMNS = {"a step, s": "seconds", "Muon and constraint, s": "optimizer_seconds",
+                 "the certificate, s": "certificate_seconds", "peak memory, GB": "peak_gb"}
+
+
+def power_of_width(records, key):
+    """The power of the width that the last three follow, by least squares."""
+    x, y = ([math.log(r[name]) for r in records[-3:]] for name in ("width", key))
+    return sum((a - mean(x)) * (b - mean(y)) for a, b in zip(x, y)) / sum((a - mean(x)) ** 2 for a in x)
+
+
+def width_tables(runs):
+    records = sorted(runs["speed, width"], key=lambda r: r["width"])
+    if len(records) > 2:
+        rows = [[r["width"], *(f"{r[key]:.3g}" for key in WIDTH_COLUMNS.values()),
+                 f"{r['optimizer_share']:.1%}", f"{r['matmul_share']:.0%}"] for r in records]
+        powers = [f"{power_of_width(records, key):.2f}" for key in WIDTH_COLUMNS.values()]
+        yield "how the cost grows", markdown(
+            ["width", *WIDTH_COLUMNS, "Muon's share", "of peak"], [*rows, ["power", *powers, "", ""]])
+
+
 def grid_tables(runs):
     grid, first = trained(runs["grid"]), first_seeds(runs)
     yield "learning rates", markdown(["", *OPTIMIZER_LABELS.values()], [
@@ -286,6 +309,40 @@ def grid_tables(runs):
     yield "activations and float8", table(
         each(found[i] for m, o in pairs() for i in (2, -1) if len(found := by_strength(grid, m, o)) > 2),
         "method", "changes", "largest entry", "largest RMS norm", "accuracy", "float8 loses")
+
+
+def sphere_kinds(runs):
+    """[(kind, its runs of the grid)] of the constraints of 2026, and of the paper's with Muon."""
+    paper = [({"method": m, "optimizer": "muon"}, trained(runs["grid"])) for m in METHODS]
+    kinds = paper + [(kind, trained(runs["sphere-grid"])) for kind in SPHERES]
+    return [(kind, of_kind(records, kind)) for kind, records in kinds]
+
+
+def transfer_kinds(runs):
+    """[(who, runs, smallest learning rate first)] of the part "transfer"."""
+    kinds = {}
+    for r in sorted(runs["transfer"], key=lambda r: r["options"]["lr"]):
+        kinds.setdefault(who(r["options"]), []).append(r)
+    return list(kinds.items())
+
+
+def sphere_tables(runs):
+    kinds = sphere_kinds(runs)
+    best = lambda found, limit: best_under(found, "log10_certified", limit)
+    yield "spheres, best accuracy under a certified bound", markdown(["", *(f"≤ {x:g}" for x in LIMITS)], [
+        [who(kind).removeprefix("Muon, "),
+         *(f"{r['val_acc']:.2%}" if (r := best(found, limit)) else "none" for limit in LIMITS)]
+        for kind, found in kinds if found])
+    yield "spheres, grid", table(
+        each(r for kind, found in kinds if "tangent" in kind for r in found), "method", "changes",
+        "accuracy", "loss", "certified", "attack", "largest entry", "s/step")
+    yield "spheres, learning rates at three widths", markdown(
+        ["", *(f"{width}, lr / 2, 1, 2" for width in WIDTHS)], [
+            [method, *(" ".join(f"{tuning_loss(r):.3f}" for r in found if r["options"]["n_embd"] == width)
+                       for width in WIDTHS)] for method, found in transfer_kinds(runs)])
+    yield "spheres, 1,200 steps", table(
+        by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
+        "attack", "median radius", "largest entry", "s/step")
 
 
 def headline_tables(runs):
@@ -396,6 +453,6 @@ def large_tables(runs):
 
 def all_tables(runs):
     """{title: Markdown}."""
-    makers = (speed_tables, grid_tables, headline_tables, published_tables, deciding_tables, tight_tables,
-              cifar_tables, books_tables, large_tables)
+    makers = (speed_tables, width_tables, grid_tables, sphere_tables, headline_tables, published_tables,
+              deciding_tables, tight_tables, cifar_tables, books_tables, large_tables)
     return dict(made for make in makers for made in make(runs))
