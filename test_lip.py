@@ -225,15 +225,11 @@ def zoo(m, n):
     i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
     return {
         "normal": R, "zeros": torch.zeros(m, n), "ones": torch.ones(m, n), "identity": torch.eye(m, n),
-        "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R,
-        "rank one": torch.randn(m, 1) @ torch.randn(1, n), "one entry": torch.zeros(m, n).index_put(
-            (torch.tensor(m - 1), torch.tensor(0)), torch.tensor(-3.0)), "signs": R.sign(),
-        "positive": R.abs(), "heavy tails": R ** 5, "triangle": torch.ones(m, n).tril(), "orthogonal": U @ Vh,
-        "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
+        "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R, "mixed sizes": R * torch.logspace(-30, 30, n),
+        "one entry": torch.eye(m, n) * (i + j == 0), "heavy tails": R ** 5, "triangle": torch.ones(m, n).tril(),
+        "orthogonal": U @ Vh, "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
         "half rank": U * (torch.arange(k) < k / 2) @ Vh,
-        "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh,
-        "cosines": torch.cos(math.pi / n * (j + 0.5) * i), "mixed sizes": R * torch.logspace(-30, 30, n)
-    }
+        "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh}
 
 
 def gpt(H=4, d=16, L=1, c=1.0, logit_scale=1.0, vocab=11, T=12, **options):
@@ -444,13 +440,6 @@ def test_forward():
     assert not torch.equal(net(changed)[0][:, 4:], logits[:, 4:])
     with pytest.raises(ValueError, match="block_size"):
         net(torch.zeros(1, 13, dtype=torch.long))
-
-
-def test_gradients_against_finite_differences():
-    torch.manual_seed(0)
-    net = random_weights(gpt(H=2, d=8, L=2, c=2.0, mlp_ratio=1)).double()
-    x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: net.forward_embeddings(x), [x, *net.blocks.parameters()])
 
 
 def test_heads_begin_by_looking_back():
@@ -752,16 +741,16 @@ def test_caps_in_bfloat16_hold_what_they_say():
     """
     torch.manual_seed(0)
     step = Step(1.0, update_norm=0, dtype=torch.bfloat16)
-    cases = [(partial(constrain.hard_cap, step=step), size) for size in (1, 1.01, 1.1)]
-    cases += [(partial(constrain.spectral_normalize, step=step), size) for size in (1, 1.01, 5)]
-    for lr in (0.001, 0.02, 0.03):
-        soft = partial(constrain.soft_cap, step=step._replace(lr=lr, update_norm=lr * UPDATE_NORM))
-        cases += [(soft, size) for size in (1 + lr, 1.0, 1 + lr / 2)]
+    cases = [(METHODS[name], step, size) for name, sizes in (("hard_cap", (1, 1.01, 1.1)),
+                                                             ("spectral_normalize", (1, 1.01, 5)))
+             for size in sizes]
+    cases += [(constrain.soft_cap, step._replace(lr=lr, update_norm=lr * UPDATE_NORM), 1 + share * lr)
+              for lr in (0.001, 0.02, 0.03) for share in (0, 0.5, 1)]
     for m, n in ((1, 1), (2, 2), (3, 3), (16, 16), (65, 64), (64, 256), (256, 64), (128, 128)):
         for kind, W in zoo(m, n).items():
             if rms_norm(W) > 0:
                 W = W / rms_norm(W).float()
-                norms = rms_norm(torch.stack([cap(W * size) for cap, size in cases]))
+                norms = rms_norm(torch.stack([cap(W * size, step) for cap, step, size in cases]))
                 assert norms.max() <= 1.001, (m, n, kind, cases[norms.argmax()], norms)
     one = from_singular_values([3.0] + [0.99] * 63, 64, 64)
     assert rms_norm(constrain.spectral_hammer(one, step)) <= 1.001
@@ -955,57 +944,31 @@ def with_ones(H, d_head, c, T, *ones):
     return net
 
 
-def opposite_tokens(H, c, values, shares):
-    """
-    certificate.md's example: one head holds everything. Keys and values are directions of the tokens, which
-    come in pairs of opposites, and the query lies across, so that all look alike to it. Moving the query
-    along the keys, and each key along the query, moves every score with the sign of its value. Returns the
-    net, and attention's gain there. In `shares` are the tokens' entries, which W_v reads by `values`.
-    """
-    a, b = 15, 7  # the two entries of the head that RoPE turns by the smallest angle
-    net = with_ones(H, 16, c, 33, ((b, 2), (a, 3)), ((a, 0), (b, 1)), values(a, b))
-    X = torch.zeros(1, 33, H * 16, dtype=torch.float64)
-    for entry, share in shares.items():
-        X[0, :-1, entry] = share * torch.tensor([1.0, -1.0]).repeat(16)
-    X[0, -1, 2] = 1
-    return net, certify.ascend(attention(net), X * math.sqrt(H * 16), 1.0, steps=0)
-
-
 @pytest.mark.parametrize("H, c", tuple(itertools.product((2, 4, 8, 16), (1.0, 3.0))))
 def test_counterexample_to_the_published_formula(H, c):
     """
-    Keys and values along one direction: 2 c H / 3 in all, though W_k and W_v are in one head alone; and, of 8
-    and 16 heads, values along a direction of their own, which tokens have beside the keys': 1.3 of 1.5 c H/3.
+    certificate.md's example: 2 c H / 3 in all, though one head holds everything. Keys and values are one
+    direction of the tokens, which come in pairs of opposites, and the query lies across, so that all look
+    alike to it. Moving the query along the keys, and each key along the query, moves every score with the
+    sign of its value.
     """
-    net, found = opposite_tokens(H, c, lambda a, b: ((a, 0), (b, 1)), {0: 1})
+    a, b = 15, 7  # the two entries of the head that RoPE turns by the smallest angle
+    net = with_ones(H, 16, c, 33, ((b, 2), (a, 3)), ((a, 0), (b, 1)), ((a, 0), (b, 1)))
+    X = torch.zeros(1, 33, H * 16, dtype=torch.float64)
+    X[0, :-1, 0] = torch.tensor([1.0, -1.0]).repeat(16)
+    X[0, -1, 2] = 1
+    found = certify.ascend(attention(net), X * math.sqrt(H * 16), 1.0, steps=0)
     attn, bound = net.blocks[0].attn, layer_gains(net)[0]
     norms = torch.cat([rms_norm(W).flatten() for W in (attn.qkv.weight, attn.proj.weight)])
     assert torch.allclose(norms, torch.ones_like(norms), rtol=1e-10)
     assert c * (1 + 2) / 3 < found <= bound <= 1.35 * found  # the published one, as all norms and R are 1
     assert bound == pytest.approx((1 + 2 * c * H) / 3)
-    if H >= 8:
-        net, found = opposite_tokens(H, c, lambda a, b: ((a, 4), ), {0: 0.5, 4: math.sqrt(0.75)})
-        bound = layer_gains(net)[0]
-        assert bound == pytest.approx((1 + 1.5 * c * H) / 3)
-        assert 1.2 * c * H / 3 < found <= bound <= 1.35 * found
 
 
 def test_published_formula_forgets_the_value_path_at_small_softmax_scale():
     net = identities(exact_gpt(H=2, d=8, c=0.01))
     found = certify.ascend(attention(net), torch.ones(1, 12, 8).double(), 1.0, 5)
     assert 0.01 * (1 + 2) / 3 < 0.33 < found <= layer_gains(net)[0]
-
-
-def test_values_of_heads_that_look_at_different_tokens():
-    """Output norm sqrt(H)/3: head h looks at a token in its own block of entries. Full norms say 1/3."""
-    H, dh = 8, 16
-    net = with_ones(H, dh, 1000.0, H + 1, *3 * [[(i, i) for i in range(H * dh)]])
-    X = torch.zeros(1, H + 1, H * dh, dtype=torch.float64)
-    for h in range(H):
-        X[0, h, h * dh + dh - 1] = math.sqrt(H * dh)
-        X[0, -1, h * dh + dh - 1] = math.sqrt(dh)
-    norm, bound = certify.rms(attention(net)(X)[0, -1]).item(), layer_gains(net)[1]
-    assert 0.99 * math.sqrt(H) / 3 < norm <= bound * (1 + 1e-12) and bound == pytest.approx(math.sqrt(H) / 3)
 
 
 def test_queries_and_keys_may_not_swap_roles():
@@ -1122,15 +1085,6 @@ def test_uncertain_norm():
     assert constrain.uncertain_norm(A, 0 * U, V) == pytest.approx(sigma(A)[0].item())
 
 
-def test_an_mlp_half_has_less_than_its_layers_norms():
-    for activation in ("gelu", "maxmin"):
-        block = random_weights(gpt(d=32, activation=activation), 1.5).blocks[0]
-        gain, score_gain, growth = constrain.mlp_norms(block, model.ACTIVATIONS[activation])
-        layers = rms_norm(block.mlp.fc.weight) * rms_norm(block.mlp.proj.weight)
-        product = 1 - block.alpha + block.alpha * layers.item()
-        assert max(score_gain, growth) <= gain < 0.95 * product and score_gain < gain
-
-
 def test_what_has_no_bound_has_no_certificate():
     """A weight that is not finite, anywhere: no bound, no radius; zeros: a radius or none, never NaN."""
     bears, some = torch.tensor([0.0, 1.0, 1e9]).double(), torch.full((3, ), -math.inf).double()
@@ -1186,10 +1140,9 @@ def test_every_preset_is_certified(preset):
 
 
 EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
+    "nothing": (),
     "layer norm": ("self.attn(x, cos", "self.attn(F.rms_norm(x, x.shape[-1:]), cos"),
     "QK norm": ("rotate(t, cos, sin).tr", "F.normalize(rotate(t, cos, sin), dim=-1).tr"),
-    "one key and value": ("v, bias = v.tr", "qk[1], v = (t[:, :, :1].expand_as(t) for t in (qk[1], v))\n"
-                          "        v, bias = v.tr"),
     "an activation alone": ('"gelu": Activation(', '"gelu": Activation(F.silu), "other": Activation('),
     "an activation with claims": ("return F.gelu(x) / GELU_SLOPE", "return 5 * F.gelu(x)"),
     "GroupSort": ("torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)",
@@ -1202,33 +1155,29 @@ EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
     "logit softcap": ("logits = self.forward_embeddings(self.wte(idx))",
                       "logits = torch.tanh(self.forward_embeddings(self.wte(idx)))"),
     "RoPE of another base": ("config.n_embd // config.n_head)", "config.n_embd // config.n_head, 500.0)"),
-    "positions added": ("self.wte(idx))", "self.wte(idx) + torch.arange(idx.shape[1])[:, None])"),
     "the residual as usual": ("torch.add((1 - self.alpha) * x, ", "torch.add(x, "),
     "a parameter more": ("self.head =", "self.scale = nn.Parameter(torch.ones(()))\n        self.head ="),
 }
 
 
-def edited(patch, *pieces):
-    """model.py after an edit, and constrain.py beside it, as new modules in the place of these."""
-    text = (HERE / "model.py").read_text()
-    for old, new in zip(pieces[::2], pieces[1::2]):
-        assert old in text
-        text = text.replace(old, new)
-    for name, source in (("model", text), ("constrain", (HERE / "constrain.py").read_text())):
-        patch.setitem(sys.modules, name, ModuleType(name))
-        exec(source, vars(sys.modules[name]))
-    return sys.modules["model"], sys.modules["constrain"]
-
-
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
     torch.manual_seed(0)
-    forked, judge = edited(monkeypatch, *edit)
+    texts = {name: (HERE / f"{name}.py").read_text() for name in ("model", "constrain")}
+    for old, new in zip(EDITS[edit][::2], EDITS[edit][1::2]):
+        assert old in texts["model"]
+        texts["model"] = texts["model"].replace(old, new)
+    for name, text in texts.items():  # as new modules in the place of these
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        exec(text, vars(sys.modules[name]))
+    forked, judge = sys.modules["model"], sys.modules["constrain"]
     net = forked.GPT(forked.GPTConfig(11, 12, 2, 4, 32))
     for _ in range(2):  # fresh, where half of the matrices are zero, and not
         why = judge.refused(net)
-        assert why and "\n" not in why and why.startswith("no certificate: "), why
-        assert judge.lipschitz_bounds(net) == NO_BOUNDS
+        assert (why is None) == (edit == "nothing")
+        if why:
+            one_line(why, "no certificate: ")
+            assert judge.lipschitz_bounds(net) == NO_BOUNDS
         random_weights(net)
 
 
@@ -1243,30 +1192,9 @@ def test_claims_about_an_activation_are_tried(claims, wrong):
     assert wrong in found if wrong else found is None
 
 
-def test_what_is_no_gpt_gets_no_certificate(monkeypatch):
-    """And one whose text is unedited does."""
-    forked, judge = edited(monkeypatch)
-    assert judge.refused(forked.GPT(forked.GPTConfig(11, 12, 2, 4, 32))) is None
+def test_what_is_no_gpt_gets_no_certificate():
     net = torch.nn.Linear(3, 3)
     assert "no certificate" in constrain.refused(net) and lipschitz_bounds(net) == NO_BOUNDS
-
-
-def test_every_line_of_what_is_proved_counts(monkeypatch):
-    """Without any one of its lines proved_function is not what some model computes."""
-    torch.manual_seed(0)
-    nets = [random_weights(gpt(**options)) for options in OPTIONS.values()]
-    lines = inspect.getsource(constrain.proved_function).split("\n")
-    statements = [i for i in range(lines.index('    """', 2) + 1, len(lines)) if lines[i].strip()]
-    assert len(statements) > 20
-    for i in statements:
-        space = dict(vars(constrain))
-        try:
-            exec("\n".join(lines[:i] + lines[i + 1:]), space)
-        except SyntaxError:
-            continue
-        with monkeypatch.context() as patch:
-            patch.setattr(constrain, "proved_function", space["proved_function"])
-            assert any(constrain.refused(net) for net in nets), lines[i]
 
 
 def test_a_run_says_that_it_will_not_be_certified(data, monkeypatch, capsys):
@@ -1841,47 +1769,37 @@ def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
 
 def test_options_on_resume_take_effect(data, monkeypatch):
     """The caps hold at every step after a resume, whatever it changes; and all groups have the options."""
-    over, groups, step = [], [], train.constrain
-
-    def watch(net, optimizers, config, dtype):
-        step(net, optimizers, config, dtype)
-        caps = {W: config.w_max_mlp or config.w_max if ".mlp." in name else config.w_max
-                for name, W in matrices(net).items()}
-        over.append(max(rms_norm(W).max().item() / cap for W, cap in caps.items()))
-        groups[:] = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
-
-    def go_on(**changes):
-        over.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "constrain", watch)
-            train.train(dict(resume=True, out_dir="out", max_steps=30) | changes)
-        config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
-        assert len(over) == 10 and config.items() >= changes.items()
-        assert not holds(config) or max(over) <= 1.001, changes
-        return config
-
+    step = train.constrain
     few = TINY | dict(max_steps=20, eval_interval=20, eval_tokens=100)
-    for first, w_max in (("soft_cap", 1.0), ("none", 6.0), ("stiefel", 1.0)):
-        train.train(few | dict(method=first, w_max=w_max, lr=0.5))
+    every = (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4),
+             dict(w_max_mlp=3.0, weight_decay=0.5), dict(method="soft_cap", w_max=0.5, lr=0.1),
+             dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
+             dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02),
+             dict(dtype="bfloat16"), dict(batch_size=2, accumulate=2))
+    for first, changed in ((dict(w_max=1.0), every), (dict(method="none", w_max=6.0), every),
+                           (dict(method="stiefel", w_max=1.0), every),
+                           (dict(optimizer="adamw", method="hard_cap"), (dict(momentum=0.5, lr=0.1), ))):
+        train.train(few | dict(lr=0.5) | first)
         saved = Path("out/ckpt.pt").read_bytes()
-        for changes in (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4),
-                        dict(w_max_mlp=3.0, weight_decay=0.5), dict(method="soft_cap", w_max=0.5, lr=0.1),
-                        dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
-                        dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02),
-                        dict(dtype="bfloat16"), dict(batch_size=2, accumulate=2)):
+        for changes in changed:
+            over = []
+
+            def watch(net, optimizers, config, dtype):
+                step(net, optimizers, config, dtype)
+                caps = {W: config.w_max_mlp or config.w_max if ".mlp." in name else config.w_max
+                        for name, W in matrices(net).items()}
+                over.append(max(rms_norm(W).max().item() / cap for W, cap in caps.items()))
+                fresh = train.make_optimizers(net, config, getattr(torch, config.dtype))
+                train.set_schedule(fresh, 19 + len(over), config)
+                assert [o.param_groups for o in optimizers] == [o.param_groups for o in fresh]
+
             Path("out/ckpt.pt").write_bytes(saved)
-            config = go_on(**changes)
-            *of_matrices, table = groups
-            lr, mlp = config["lr"] / 30, (config["w_max_mlp"] or config["w_max"]) / config["w_max"]
-            assert sorted({group["lr"] / lr for group in of_matrices}) == pytest.approx(sorted({1.0, mlp}))
-            assert table["lr"] / lr == pytest.approx(config["embedding_lr"]) and table["weight_decay"] == 0
-            assert all(group["weight_decay"] * group["lr"] == pytest.approx(config["weight_decay"] * lr)
-                       for group in of_matrices)
-            assert all(group["momentum"] == config["momentum"] for group in groups)
-            assert all(group["dtype"] == getattr(torch, config["dtype"]) for group in groups)
-    train.train(few | dict(optimizer="adamw", method="hard_cap"))
-    go_on(momentum=0.5, lr=0.1)
-    assert all(group["betas"] == (0.5, 0.95) for group in groups)
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "constrain", watch)
+                train.train(dict(resume=True, out_dir="out", max_steps=30) | changes)
+            config = model.load_checkpoint("out/ckpt.pt")[1]["config"]
+            assert len(over) == 10 and config.items() >= changes.items()
+            assert not holds(config) or max(over) <= 1.001, (first, changes)
 
 
 def test_a_preset_goes_on_in_its_folder(data):
@@ -1957,17 +1875,16 @@ def test_an_epoch_takes_every_window_once(monkeypatch, lengths):
 
 def test_schedule():
     config = train.configure(dict(lr=0.2, max_steps=100, cooldown=0.4, momentum=0.95, momentum_warmup=10,
-                                  embedding="adam", embedding_lr=0.5))
-    muon, adam = train.make_optimizers(gpt(), config, torch.float32)
-    values = []
-    for step in (0, 5, 10, 60, 80, 99):
-        assert train.set_schedule([muon, adam], step, config) == muon.param_groups[0]["lr"]
-        values.append((muon.param_groups[0]["lr"], muon.param_groups[0]["momentum"],
-                       adam.param_groups[0]["lr"]))
-    lr, momentum, of_table = zip(*values)
-    assert lr == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.1, 0.005])
-    assert momentum == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95, 0.95])
-    assert of_table == pytest.approx([rate / 2 for rate in lr])
+                                  embedding="adam", embedding_lr=0.5, w_max_mlp=1.5, weight_decay=0.1))
+    optimizers = train.make_optimizers(gpt(), config, torch.float32)
+    mlps, others, table = groups = train.param_groups(optimizers)
+    assert [len(group["params"]) for group in groups] == [2, 3, 1]
+    for step, lr, momentum in ((0, 0.2, 0.85), (5, 0.2, 0.9), (10, 0.2, 0.95), (60, 0.2, 0.95),
+                               (80, 0.1, 0.95), (99, 0.005, 0.95)):
+        assert train.set_schedule(optimizers, step, config) == pytest.approx(lr)
+        assert [group["lr"] for group in groups] == pytest.approx([lr / 4, lr, lr / 2])  # as the caps are
+        assert [group["lr"] * group["weight_decay"] for group in groups] == pytest.approx([lr / 10, lr / 10, 0])
+        assert mlps["momentum"] == others["momentum"] == pytest.approx(momentum)
 
 
 def test_evaluate_predicts_every_token_once():
@@ -2215,18 +2132,11 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
 
 def test_what_is_compiled(monkeypatch):
     """On a CPU no run too short to bring it back; what --compile asks for in any case."""
-    compiled, ones = [], torch.ones
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
-    monkeypatch.setattr(torch, "ones", lambda *size, device, **options: ones(*size, **options))
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    for steps, wanted, device, said in (
-            (train.COMPILE_STEPS, None, "cpu", "compiled"), (train.COMPILE_STEPS - 1, None, "cpu", ""),
-            (1, None, "cuda", "compiled"), (1, True, "cpu", "compiled"), (10 ** 6, False, "cuda", ""),
-            (10 ** 6, None, "mps", "")):
-        compiled.clear()
-        net, config = gpt(L=2), tiny_config(max_steps=steps, compile=wanted)
-        assert train.compile_blocks(net, config, torch.device(device)) == said
-        assert compiled == (list(net.blocks) if said else [])
+    for steps, wanted, said in ((train.COMPILE_STEPS, None, "compiled"), (train.COMPILE_STEPS - 1, None, ""),
+                                (1, True, "compiled"), (10 ** 6, False, "")):
+        config = tiny_config(max_steps=steps, compile=wanted)
+        assert train.compile_blocks(gpt(), config, torch.device("cpu")) == said
 
 
 def test_checkpoints_between_evaluations(data, monkeypatch):
@@ -2957,20 +2867,20 @@ def test_certified_is_what_no_change_alters():
     assert not at(0.0, z=0 * z, weights=[0 * W for W in weights]).any()  # all logits are equal
 
 
-EDITS = {"5 * relu": lambda net, _: setattr(net, "activation", lambda z: 5 * F.relu(z)),
-         "layer norm": lambda net, _: net.register_forward_pre_hook(lambda net, x: F.layer_norm(*x, (12, ))),
-         "bias": lambda net, _: net.register_forward_hook(lambda net, x, y: y + 1),
-         "unused": lambda net, _: net.register_parameter("b", torch.nn.Parameter(torch.zeros(3))),
-         "scale": lambda net, _: setattr(net, "logit_scale", 4.0),
-         "no proof": lambda _, config: setattr(config, "activation", "gelu"),
-         "nan": lambda net, _: net.weights[0].data[0, 0].fill_(math.nan)}
+MLP_EDITS = {"5 * relu": lambda net, _: setattr(net, "activation", lambda z: 5 * F.relu(z)),
+             "layer norm": lambda net, _: net.register_forward_pre_hook(lambda net, x: F.layer_norm(*x, (12, ))),
+             "bias": lambda net, _: net.register_forward_hook(lambda net, x, y: y + 1),
+             "unused": lambda net, _: net.register_parameter("b", torch.nn.Parameter(torch.zeros(3))),
+             "scale": lambda net, _: setattr(net, "logit_scale", 4.0),
+             "no proof": lambda _, config: setattr(config, "activation", "gelu"),
+             "nan": lambda net, _: net.weights[0].data[0, 0].fill_(math.nan)}
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", MLP_EDITS)
 def test_an_edited_mlp_has_no_certificate(edit):
     net, config = mlp(12, 8, 3, logit_scale=2.0)
     assert len(cifar.checked_weights(net, config)) == 3
-    EDITS[edit](net, config)
+    MLP_EDITS[edit](net, config)
     with pytest.raises(UserError, match="not finite" if edit == "nan" else "something else than `network`"):
         cifar.checked_weights(net, config)
 
@@ -3036,11 +2946,6 @@ def test_float8_rounds_every_result():
     # three bits after the first one; steps of 2^-9 below 2^-6
     assert rounded.tolist() == [0.1015625, 0.01171875, 288.0] and (x * 1).equal(x)
     assert masked.tolist() == [0.0, 1.0] and big[2] == 448
-    net, idx = random_weights(gpt(H=1, d=64, T=16)), torch.randint(11, (2, 16))
-    exact = net(idx)[0]
-    rounded, loss = measure.InFloat8(net)(idx, idx)
-    assert 0.001 < (rounded - exact).norm() / exact.norm() < 0.1
-    assert loss == F.cross_entropy(rounded.flatten(0, 1), idx.flatten())
 
 
 def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
@@ -3127,21 +3032,13 @@ def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
 
 def test_what_is_asked_in_vain_is_said_in_one_line(data, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", data)
-    one_line(run_main(sweep, monkeypatch), "not the canonical text")
-    one_line(run_main(sweep, monkeypatch, "grids"), "lr, grid, headline, seeds, final, equal", "grids")
     monkeypatch.setattr(plot, "RESULTS", data)
-    one_line(run_main(plot, monkeypatch), "has no runs")
     Path("shakespeare.jsonl").write_text('{"part": "grid"')  # a torn line is passed over, and left behind
-    one_line(run_main(plot, monkeypatch, "--tables"), "has no runs")
+    for module, argv, said in ((sweep, (), "not the canonical text"), (sweep, ("grids", ), "lr, grid, "),
+                               (plot, (), "has no runs")):
+        one_line(run_main(module, monkeypatch, *argv), said)
     sweep.append_line(data / "shakespeare.jsonl", {"a": 1})
     assert sweep.read(data / "shakespeare.jsonl") == [{"a": 1}]
-
-
-def test_results_are_a_package_too():
-    code = ("import results.sweep, runpy, sys; sys.argv[1:] = ['--help']; "
-            "runpy.run_module('results.plot', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and "--tables" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("draw", plot.FIGURES, ids=lambda draw: draw.__name__)
@@ -3204,15 +3101,6 @@ def test_without_a_compiler(folder, kind):
     assert run.returncode == 0 and len(lines) == 3 and len(log_lines(folder / "out")) == 1, lines
     said = ", compiled" if kind == "no cache" else ", not compiled, as torch.compile does not work here ("
     assert said in lines[0] and lines[1].startswith("step 2:") and lines[2] == "end"
-
-
-def test_no_script_needs_the_folder_of_the_compiler(folder):
-    """Torch makes it as soon as there is an optimizer, as in an attack."""
-    assert start_training(folder, max_steps=1, eval_interval=1).wait() == 0
-    run = start(folder, sys.executable, HERE / "results/certify.py", "out/ckpt.pt", "--steps=1",
-                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/none"})
-    printed = run.communicate()[0]
-    assert run.returncode == 0 and printed.startswith("TORCHINDUCTOR_CACHE_DIR cannot"), printed
 
 
 def test_adding_what_the_readme_shows_leaves_everything_working(folder):
