@@ -225,9 +225,9 @@ def zoo(m, n):
     i, j = torch.arange(m)[:, None], torch.arange(n)[None, :]
     return {
         "normal": R, "zeros": torch.zeros(m, n), "ones": torch.ones(m, n), "identity": torch.eye(m, n),
-        "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R, "mixed sizes": R * torch.logspace(-30, 30, n),
-        "one entry": torch.eye(m, n) * (i + j == 0), "heavy tails": R ** 5, "triangle": torch.ones(m, n).tril(),
-        "orthogonal": U @ Vh, "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
+        "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R, "heavy tails": R ** 5,
+        "mixed sizes": R * torch.logspace(-30, 30, n), "one entry": torch.eye(m, n) * (i + j == 0),
+        "triangle": torch.ones(m, n).tril(), "orthogonal": U @ Vh, "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
         "half rank": U * (torch.arange(k) < k / 2) @ Vh,
         "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh}
 
@@ -428,7 +428,7 @@ def test_default_model_size_and_initial_norms():
 
 
 def test_forward():
-    """A token sees those before it; and the loss. The formulas are compared with constrain.proved_function."""
+    """A token sees those before it; and the loss. The formulas are compared with proved_function."""
     torch.manual_seed(0)
     net = random_weights(gpt(H=2, d=8, c=3.0, logit_scale=2.0))
     idx = torch.randint(11, (2, 7))
@@ -1816,8 +1816,8 @@ def test_a_preset_goes_on_in_its_folder(data):
 
 def test_presets(fake_gpt2, tmp_path, monkeypatch):
     """
-    The 145 M preset, made small, on GPT-2 tokens of one's own text: trains, pads the vocabulary, samples, goes
-    on; and says what is wrong with its data.
+    The 145 M preset, made small, on GPT-2 tokens of one's own text: trains, pads the vocabulary, samples,
+    goes on; and says what is wrong with its data.
     """
     monkeypatch.chdir(tmp_path)
     few_tokens(monkeypatch, attacked=8, local=4, alone=1)  # each costs 50,304 logits
@@ -1883,7 +1883,8 @@ def test_schedule():
                                (80, 0.1, 0.95), (99, 0.005, 0.95)):
         assert train.set_schedule(optimizers, step, config) == pytest.approx(lr)
         assert [group["lr"] for group in groups] == pytest.approx([lr / 4, lr, lr / 2])  # as the caps are
-        assert [group["lr"] * group["weight_decay"] for group in groups] == pytest.approx([lr / 10, lr / 10, 0])
+        decays = [group["lr"] * group["weight_decay"] for group in groups]
+        assert decays == pytest.approx([lr / 10, lr / 10, 0])
         assert mlps["momentum"] == others["momentum"] == pytest.approx(momentum)
 
 
@@ -2037,8 +2038,8 @@ def test_init_from(data, monkeypatch):
 
 def test_constraints_hold_during_training(folder):
     """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and all of them learn."""
-    cases = itertools.product((("muon", 0.3), ("adamw", 0.02)), METHODS, ((0.5, None), (2.0, 1.0), (0.5, 1.5)))
-    for (optimizer, lr), method, (w_max, w_max_mlp) in cases:
+    rates, both = (("muon", 0.3), ("adamw", 0.02)), ((0.5, None), (2.0, 1.0), (0.5, 1.5))
+    for (optimizer, lr), method, (w_max, w_max_mlp) in itertools.product(rates, METHODS, both):
         config = tiny_config(optimizer=optimizer, method=method, w_max=w_max, w_max_mlp=w_max_mlp, lr=lr,
                              weight_decay=0.1)
         torch.manual_seed(0)
@@ -2089,7 +2090,7 @@ def test_presets_that_are_built_for_a_certificate(data, monkeypatch, capsys, pre
     """
     small = TINY | dict(batch_size=8, max_steps=30, eval_interval=30, dtype="bfloat16", preset=preset)
     train.train({name: value for name, value in small.items() if name != "n_layer"} | options)
-    (line,), (net, ckpt) = log_lines(), model.load_checkpoint("out/ckpt.pt")
+    (line,), (net, _) = log_lines(), model.load_checkpoint("out/ckpt.pt")
     bound, parts = constrain.certificate(net)
     assert line["val_acc"] > 0.3 and bound == pytest.approx(line["log10_certified"])
     if preset == "tight":
@@ -2867,13 +2868,14 @@ def test_certified_is_what_no_change_alters():
     assert not at(0.0, z=0 * z, weights=[0 * W for W in weights]).any()  # all logits are equal
 
 
-MLP_EDITS = {"5 * relu": lambda net, _: setattr(net, "activation", lambda z: 5 * F.relu(z)),
-             "layer norm": lambda net, _: net.register_forward_pre_hook(lambda net, x: F.layer_norm(*x, (12, ))),
-             "bias": lambda net, _: net.register_forward_hook(lambda net, x, y: y + 1),
-             "unused": lambda net, _: net.register_parameter("b", torch.nn.Parameter(torch.zeros(3))),
-             "scale": lambda net, _: setattr(net, "logit_scale", 4.0),
-             "no proof": lambda _, config: setattr(config, "activation", "gelu"),
-             "nan": lambda net, _: net.weights[0].data[0, 0].fill_(math.nan)}
+MLP_EDITS = {
+    "5 * relu": lambda net, _: setattr(net, "activation", lambda z: 5 * F.relu(z)),
+    "layer norm": lambda net, _: net.register_forward_pre_hook(lambda net, x: F.layer_norm(*x, (12, ))),
+    "bias": lambda net, _: net.register_forward_hook(lambda net, x, y: y + 1),
+    "unused": lambda net, _: net.register_parameter("b", torch.nn.Parameter(torch.zeros(3))),
+    "scale": lambda net, _: setattr(net, "logit_scale", 4.0),
+    "no proof": lambda _, config: setattr(config, "activation", "gelu"),
+    "nan": lambda net, _: net.weights[0].data[0, 0].fill_(math.nan)}
 
 
 @pytest.mark.parametrize("edit", MLP_EDITS)
@@ -3147,7 +3149,7 @@ for module, *sys.argv in (bench, "bench.py", "methods"), (train, "train.py", "--
 def test_resume_after_kill_and_ctrl_c(folder):
     """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
     start_run = lambda out, *argv: start_training(folder, *argv, max_steps=400, eval_interval=20, out_dir=out)
-    whole, killed, step = start_run("whole"), folder / "killed", 0
+    whole, killed = start_run("whole"), folder / "killed"
     for n, number in ((2, signal.SIGKILL), (6, signal.SIGKILL), (10, signal.SIGINT)):
         run = start_run("killed", *["--resume"] * (n > 2))
         wait_for_lines(killed, n, run)
