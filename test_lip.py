@@ -53,7 +53,7 @@ import prepare
 import train
 from constrain import HOLDS, METHODS, Step, lipschitz_bounds, matrices, rms_norm, soft_cap_coupling
 from model import GELU_SLOPE, GPT, GPTConfig, onto_ball
-from optim import UPDATE_NORM, Muon, dual_rows, map_by_shape, orthogonalize
+from optim import UPDATE_NORM, Muon, map_by_shape, orthogonalize
 from prepare import UserError
 
 HERE = Path(__file__).parent
@@ -227,7 +227,8 @@ def zoo(m, n):
         "normal": R, "zeros": torch.zeros(m, n), "ones": torch.ones(m, n), "identity": torch.eye(m, n),
         "tiny": 1e-30 * R, "huge": 1e30 * R, "denormal": 1e-40 * R, "heavy tails": R ** 5,
         "mixed sizes": R * torch.logspace(-30, 30, n), "one entry": torch.eye(m, n) * (i + j == 0),
-        "triangle": torch.ones(m, n).tril(), "orthogonal": U @ Vh, "geometric": U * torch.logspace(0, -6, k) @ Vh, "hilbert": 1 / (i + j + 1.0),
+        "triangle": torch.ones(m, n).tril(), "orthogonal": U @ Vh, "hilbert": 1 / (i + j + 1.0),
+        "geometric": U * torch.logspace(0, -6, k) @ Vh,
         "half rank": U * (torch.arange(k) < k / 2) @ Vh,
         "one spike": U * torch.tensor([1.0] + [0.02] * (k - 1)) @ Vh}
 
@@ -576,15 +577,13 @@ def test_dual_rows():
     G = torch.randn(6, 10)
     G[1] *= 1e-3   # 1000 times smaller: grows by 16, no more
     G[2] = 0
-    sizes = certify.rms(G)[:, 0]
+    sizes = certify.rms(G)
+    expected = (16 / sizes.max()).minimum(1 / sizes) * G
     for scale in (1.0, 1e-30, 1e30):
-        rms = certify.rms(dual_rows(scale * G))[:, 0]
-        assert torch.allclose(rms, (16 * sizes / sizes.max()).clamp_max(1), rtol=1e-4)
-        assert rms[2] == 0 and rms[1] < 0.1 and rms[0] > 0.999
-    p = torch.nn.Parameter(torch.zeros(6, 10))
-    p.grad = G
-    Muon([{"params": [p], "embedding": True}], lr=0.5).step()
-    assert torch.allclose(p, -0.5 * dual_rows(G), atol=1e-6)
+        p = torch.nn.Parameter(torch.zeros(6, 10))
+        p.grad = scale * G
+        Muon([{"params": [p], "embedding": True}], lr=0.5).step()
+        assert torch.allclose(p, -0.5 * expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options, tensor", (
@@ -1197,31 +1196,22 @@ def test_what_is_no_gpt_gets_no_certificate():
     assert "no certificate" in constrain.refused(net) and lipschitz_bounds(net) == NO_BOUNDS
 
 
-def test_a_run_says_that_it_will_not_be_certified(data, monkeypatch, capsys):
-    """At its start, in one line; its log has null; and training for a radius is refused, as it needs one."""
-    monkeypatch.setitem(model.ACTIVATIONS, "silu", model.Activation(F.silu))
-    assert run_main(train, monkeypatch, *flags(max_steps=2, eval_interval=2, activation="silu")) is None
-    printed = capsys.readouterr().out
-    assert printed.count("no certificate: ") == 1 and printed.index("no cert") < printed.index("step 2")
-    assert log_lines()[-1]["log10_certified"] is log_lines()[-1]["log10_paper"] is None
-    message = run_main(train, monkeypatch, *flags(activation="silu", radius=0.1, out_dir="other"))
-    one_line(message, "--radius=0.1 needs a certificate", "silu")
-    assert not contents("other")
-
-
-def test_a_checkpoint_of_an_edited_network_gets_no_certificate_without_the_edit(data, monkeypatch, capsys):
+def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):
+    """A line says so when it begins, the log has null, a radius needs one; and scripts without the edit."""
     with monkeypatch.context() as patch:
         patch.setattr(model.Block, "forward", lambda self, x, *tables: self.mlp(x))
-        train.train(TINY | dict(max_steps=1, eval_interval=1))
-    for script, argv in ((constrain, ()), (certify, ("--steps=1", ))):
+        assert run_main(train, patch, *flags(max_steps=2, eval_interval=2)) is None
+        printed = capsys.readouterr().out
+        one_line(run_main(train, patch, *flags(radius=0.1, out_dir="other")), "--radius=0.1 needs a certif")
+    assert printed.count("no certificate: ") == 1 and printed.index("no cert") < printed.index("step 2")
+    assert log_lines()[-1]["log10_certified"] is log_lines()[-1]["log10_paper"] is None
+    assert not contents("other")
+    for script, argv in ((constrain, ()), (certify, ("--steps=1", )), (certify, ("--steps=1", "--json"))):
         capsys.readouterr()
         assert run_main(script, monkeypatch, "out/ckpt.pt", *argv) is None
         printed = capsys.readouterr().out
         assert "computes something else than constrain.proved_function" in printed
-        assert "certified" not in printed
-    assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
-    result = json.loads(capsys.readouterr().out)
-    assert result["log10_certified"] is None and result["refused"] and result["log10_attack"]
+        assert '"log10_certified":null' in printed.replace(" ", "") or "certified" not in printed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1948,9 +1938,8 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     assert f"certified {lines[-1]['log10_certified']:.4f}" in capsys.readouterr().out
     assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=3", "--json") is None
     result = json.loads(capsys.readouterr().out)
-    assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"]) and result["step"] == 60
-    assert result["log10_attack"] <= result["log10_certified"]
-    assert result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"])
+    assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"])
+    assert result["log10_attack"] <= result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"])
     largest = max(sum(result["norms"].values(), []))
     assert largest / train.Config.w_max == pytest.approx(lines[-1]["norm_over_cap"])
 
@@ -2043,10 +2032,9 @@ def test_constraints_hold_during_training(folder):
         config = tiny_config(optimizer=optimizer, method=method, w_max=w_max, w_max_mlp=w_max_mlp, lr=lr,
                              weight_decay=0.1)
         torch.manual_seed(0)
-        net, batches = gpt(H=2, d=16, vocab=24, T=16), train.Text(config, "cpu")
+        batches = train.Text(config, "cpu")
+        net = train.new_model(config, batches, "cpu")  # whose norms are within the caps
         caps = {W: w_max_mlp or w_max if ".mlp." in name else w_max for name, W in matrices(net).items()}
-        for W, cap in caps.items():
-            W.data = constrain.svd_cap(W.data, Step(cap))
         optimizers, largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
         for step in range(15):
             train.set_schedule(optimizers, 0, config)
@@ -2074,12 +2062,6 @@ def test_a_head_that_looks_one_way_alone_finds_another():
     assert bias.argmax() == 2 and bias.max() == model.MAX_BIAS
 
 
-@pytest.mark.skipif(not train.has_bf16(torch.device("cpu")), reason="needs bf16 in hardware")
-def test_bfloat16_training_holds_the_caps(data):
-    train.train(TINY | dict(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3))
-    assert all(0.9 < line["norm_over_cap"] <= 1.001 for line in log_lines())
-
-
 @pytest.mark.parametrize("preset, options", (
     ("tight", dict(n_head=4, n_embd=64, dtype="float32")), ("tight", dict(n_head=4, n_embd=64)),
     ("tight-content", dict(n_head=2, n_embd=32))), ids=("float32", "bfloat16", "content"))
@@ -2092,7 +2074,8 @@ def test_presets_that_are_built_for_a_certificate(data, monkeypatch, capsys, pre
     train.train({name: value for name, value in small.items() if name != "n_layer"} | options)
     (line,), (net, _) = log_lines(), model.load_checkpoint("out/ckpt.pt")
     bound, parts = constrain.certificate(net)
-    assert line["val_acc"] > 0.3 and bound == pytest.approx(line["log10_certified"])
+    assert line["val_acc"] > 0.3 and line["norm_over_cap"] <= 1.001
+    assert bound == pytest.approx(line["log10_certified"])
     if preset == "tight":
         assert bound == pytest.approx(math.log10(8), abs=1e-3)
         assert line["log10_paper"] is None and "paper," not in capsys.readouterr().out
