@@ -267,10 +267,7 @@ def start(folder, *command, **options):
 
 
 class Forked:
-    """
-    train.py, after some code, in a process that has torch from this one, which saves the seconds of importing
-    it; with those of Popen's methods that are used here.
-    """
+    """train.py, after some code, in a process that need not import torch; with some of Popen's methods."""
     def __init__(self, *what):
         self.printed = tempfile.TemporaryFile("w+")
         self.process = fork.Process(target=self.run, args=what)
@@ -734,10 +731,7 @@ def test_hard_cap_accuracy(dtype):
 
 
 def test_caps_in_bfloat16_hold_what_they_say():
-    """
-    Inner products in bfloat16 leave the norm below w_max (1 + 1e-3): of the projections' whatever the matrix,
-    of the hammer's if one singular value is above, of soft_cap's where it moves them by up to 3 %.
-    """
+    """Of any matrix; soft_cap where it moves norms by up to 3 %, the hammer with one of them above."""
     torch.manual_seed(0)
     step = Step(1.0, update_norm=0, dtype=torch.bfloat16)
     cases = [(METHODS[name], step, size) for name, sizes in (("hard_cap", (1, 1.01, 1.1)),
@@ -924,10 +918,7 @@ def test_ball_stops_the_growth_of_the_activations():
 
 
 def layer_gains(net, R=1.0):
-    """
-    What is certified of a net's last block for inputs of norm <= R: attention's gain, the norm of its output,
-    gain and growth of the MLP half, the block's gain.
-    """
+    """Certified of the last block for norms <= R: attention's gain and output, the MLP's, the whole."""
     layer = constrain.layer_norms(net)[-1]
     return (layer.A_V + layer.A_QK * R ** 2, layer.A_V * R, layer.mlp_gain, layer.mlp_growth,
             10 ** constrain.body_bound([layer], R)[0])
@@ -971,10 +962,7 @@ def test_published_formula_forgets_the_value_path_at_small_softmax_scale():
 
 
 def test_queries_and_keys_may_not_swap_roles():
-    """
-    With g'_h = sigma(W_v^h) sigma(W_q^h) and W_k in place of g_h and W_q the score path would be too small by
-    sqrt(H)/4: all heads share the query's directions, and each looks at keys of its own.
-    """
+    """All heads share the query's directions, each has keys of its own: sqrt(H)/4 more than swapped."""
     H, dh, c, heads = 64, 4, 300.0, range(64)
     queries = [(h * dh + i, i) for h in heads for i in range(2)]  # entries 0 and 1 of x, to every head
     # head h: an entry of its own for the direction in which q moves, another to be found by
@@ -1008,10 +996,7 @@ def test_mlp_block_reaches_its_gain():
 
 
 def random_net(seed, tight):
-    """
-    A GPT of random shape, scale and norms, every second one with low-rank matrices, and every third one
-    trained; tight ones have random values of all the options that the paper's architecture does not have.
-    """
+    """A GPT of random shape, scale and norms, some of low rank or trained; tight: of random options."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     H, L, c, options = rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 3)), 2 ** rng.uniform(-2, 4), {}
@@ -1622,10 +1607,7 @@ GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "
 @needs_gpu
 @pytest.mark.parametrize("options", GPU_RUNS.values(), ids=GPU_RUNS)
 def test_gpu_agrees_with_the_cpu(data, monkeypatch, options):
-    """
-    A run in bfloat16 on a GPU holds its cap after every step, has the losses of the CPU's in float32 but for
-    rounding, and goes on.
-    """
+    """In bfloat16 the cap holds after every step, losses are the CPU's but for rounding, it goes on."""
     options = TINY | dict(n_embd=64, eval_interval=1, eval_tokens=500) | options
     there = options | {"device": "cuda", "dtype": "bfloat16"}
     train.train(options | {"out_dir": "cpu"})
@@ -1805,10 +1787,7 @@ def test_a_preset_goes_on_in_its_folder(data):
 
 
 def test_presets(fake_gpt2, tmp_path, monkeypatch):
-    """
-    The 145 M preset, made small, on GPT-2 tokens of one's own text: trains, pads the vocabulary, samples,
-    goes on; and says what is wrong with its data.
-    """
+    """The 145 M preset, made small, on one's own text: trains, samples, goes on; bad data are one line."""
     monkeypatch.chdir(tmp_path)
     few_tokens(monkeypatch, attacked=8, local=4, alone=1)  # each costs 50,304 logits
     small = flags(n_embd=24, block_size=32, accumulate=2, eval_tokens=200, out_dir="out/w4")
@@ -2066,10 +2045,7 @@ def test_a_head_that_looks_one_way_alone_finds_another():
     ("tight", dict(n_head=4, n_embd=64, dtype="float32")), ("tight", dict(n_head=4, n_embd=64)),
     ("tight-content", dict(n_head=2, n_embd=32))), ids=("float32", "bfloat16", "content"))
 def test_presets_that_are_built_for_a_certificate(data, monkeypatch, capsys, preset, options):
-    """
-    All norms of tight are 1 after training too, so that the bound is logit_scale, to which an attack comes
-    near; tight-content is held by its ball.
-    """
+    """Norms of tight stay 1: its bound is logit_scale, which an attack nears. A ball holds the other."""
     small = TINY | dict(batch_size=8, max_steps=30, eval_interval=30, dtype="bfloat16", preset=preset)
     train.train({name: value for name, value in small.items() if name != "n_layer"} | options)
     (line,), (net, _) = log_lines(), model.load_checkpoint("out/ckpt.pt")
@@ -3089,10 +3065,7 @@ def test_without_a_compiler(folder, kind):
 
 
 def test_adding_what_the_readme_shows_leaves_everything_working(folder):
-    """
-    All Python under "Change one thing" in a copy: each constraint and each optimizer trains and is in --help;
-    benchmark and tests take the constraint like the others; and the log has the numbers that are added.
-    """
+    """All Python under "Change one thing", in a copy: it trains, is in --help, benchmarked, tested, logged."""
     part = re.search(r"(?s)\n## Change one thing\n(.*?)\n## ", (HERE / "README.md").read_text())[1]
     for path in HERE.glob("*.py"):
         shutil.copy(path, folder)
@@ -3176,9 +3149,7 @@ def test_no_output_error_loses_a_run(folder, redirect):
 
 
 def test_two_processes_train_as_one(folder):
-    """
-    The same losses in float32, to 1e-5 over 50 steps; and a resumed run does not care how many there were.
-    """
+    """The same losses in float32; and a resumed run does not care how many there were."""
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
     for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
         more = options | dict(embedding=embedding, method=method)
