@@ -1718,15 +1718,12 @@ def test_bad_options_from_python(given):
     one_line(str(pytest.raises(UserError, train.configure, given).value), *given)
 
 
-COMMANDS = (  # script, what it needs, options
+@pytest.mark.parametrize("module, argv, names", (
     (train, "--out_dir=new", " ".join(OPTION_NAMES).replace("out_dir ", "")),
     (model, "out/ckpt.pt", "tokens temperature top_k seed"), (constrain, "out/ckpt.pt", ""),
     (certify, "out/ckpt.pt", "steps"), (prepare, "fineweb", "shards"), (prepare, "text a.txt", "tokenizer"),
     (prepare, "shakespeare", "source"), (plot, "", "tables"), (sweep, "", "jobs"),
-    (bench, "step", "batch_size lr preset"), (bench, "", "methods"))
-
-
-@pytest.mark.parametrize("module, argv, names", COMMANDS)
+    (bench, "step", "batch_size lr preset"), (bench, "", "methods")))
 def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
     """Every option with a negative, huge, nan and empty value; and what is no option."""
     monkeypatch.setattr(prepare, "download", lambda *_, **__: pytest.fail("asked the network"))
@@ -3065,7 +3062,7 @@ def test_without_a_compiler(folder, kind):
 
 
 def test_adding_what_the_readme_shows_leaves_everything_working(folder):
-    """All Python under "Change one thing", in a copy: it trains, is in --help, benchmarked, tested, logged."""
+    """All Python under "Change one thing", in a copy: trains, is in --help, benchmarked, tested, logged."""
     part = re.search(r"(?s)\n## Change one thing\n(.*?)\n## ", (HERE / "README.md").read_text())[1]
     for path in HERE.glob("*.py"):
         shutil.copy(path, folder)
