@@ -2065,7 +2065,7 @@ def test_accumulation_changes_nothing(data):
     for accumulate in (1, 2):
         train.train(TINY | dict(accumulate=accumulate, out_dir=f"a{accumulate}"))
     for a, b in zip(log_lines("a1"), log_lines("a2"), strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+        assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in ("train_loss", "val_loss"))
 
 
 def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
