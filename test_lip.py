@@ -1591,6 +1591,7 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(folder, monkeypatch):
         monkeypatch.setattr(owner, name, without)
     runs = [dict(optimizer="adamw"), dict(embedding="adam"), dict(preset="tight", radius=0.1)]
     runs += [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]
+    runs += [dict(method=method, tangent=True, w_max=0.7) for method in optim.TANGENTS]
     runs += [dict(preset=name, accumulate=1, dataset="shakespeare") for name in train.PRESETS]
     with GPU():
         with pytest.raises(AssertionError, match="float64"):
@@ -1610,7 +1611,8 @@ GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "
             "adamw": {"optimizer": "adamw", "method": "hard_cap", "w_max": 0.5},
             "compiled": {"compile": True},
             "fineweb": {"preset": "fineweb-w1", "dataset": "shakespeare", "accumulate": 2},
-            **{method: {"method": method, "w_max": 0.7} for method in METHODS}}
+            **{method: {"method": method, "w_max": 0.7} for method in METHODS},
+            **{f"{method}, tangent": {"method": method, "tangent": True} for method in optim.TANGENTS}}
 
 
 @needs_gpu
@@ -1945,6 +1947,7 @@ def test_the_log_has_options_and_a_line_every_log_interval(data):
 
 STOPPED = {"muon": {}, "AdamW and soft cap": dict(optimizer="adamw", lr=0.05, w_max=0.5),
            "Adam for the table": dict(embedding="adam", method="hard_cap"),
+           "tangent steps": dict(method="spectral_sphere", tangent=True, w_max=1.0),
            "for a radius": dict(preset="tight", radius=0.2, n_embd=32, mlp_layers=2),
            "not yet evaluated": dict(eval_interval=40)}
 
@@ -3156,8 +3159,9 @@ def test_no_output_error_loses_a_run(folder, redirect):
 def test_two_processes_train_as_one(folder):
     """The same losses in float32; and a resumed run does not care how many there were."""
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
-    for embedding, method in (("dual", "soft_cap"), ("adam", "hard_cap")):
-        more = options | dict(embedding=embedding, method=method)
+    for change in ({}, dict(embedding="adam", method="hard_cap"),
+                   dict(method="stiefel", tangent=True, w_max=1.0)):
+        more = options | change
         running = start_training(folder, out_dir="one", **more), *start_two(folder, out_dir="two", **more)
         printed = "".join(run.communicate()[0] for run in running[1:])
         assert [run.wait() for run in running] == [0, 0, 0], printed
