@@ -109,13 +109,13 @@ def spheres(runs, plt):
     """Accuracy of the constraints of 2026 against the certified bound, beside the paper's, all with Muon."""
     figure, (ax, ) = panels(plt)
     for kind, found in sphere_kinds(runs):
-        points = [r for r in sorted(found, key=lambda r: r["log10_certified"])
-                  if r["log10_certified"] <= WIDEST]
+        points = [r for r in frontier(found, "log10_certified") if r["log10_certified"] <= WIDEST]
         if points and kind["method"] in COMPARED:
             ax.plot([10 ** r["log10_certified"] for r in points], percent(r["val_acc"] for r in points),
                     "--" if kind.get("tangent") else "-", marker="o", markersize=4,
                     color=COMPARED[kind["method"]], label=who(kind).removeprefix("Muon, "))
-    ax.set(xscale="log", xlabel=BOUND_LABELS["log10_certified"], ylabel="accuracy on 4,096 characters, %")
+    ax.set(xscale="log", xlabel=BOUND_LABELS["log10_certified"],
+           ylabel="accuracy on the validation split, %")
     ax.legend(frameon=False, fontsize=9)
     return figure
 

@@ -335,14 +335,16 @@ def sphere_tables(runs):
         for kind, found in kinds if found])
     yield "spheres, grid", table(
         each(r for kind, found in kinds if "tangent" in kind for r in found), "method", "changes",
-        "accuracy", "loss", "certified", "attack", "largest entry", "s/step")
-    yield "spheres, learning rates at three widths", markdown(
-        ["", *(f"{width}, lr / 2, 1, 2" for width in WIDTHS)], [
-            [method, *(" ".join(f"{tuning_loss(r):.3f}" for r in found if r["options"]["n_embd"] == width)
-                       for width in WIDTHS)] for method, found in transfer_kinds(runs)])
-    yield "spheres, 1,200 steps", table(
-        by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
-        "attack", "median radius", "largest entry", "s/step")
+        "accuracy", "loss", "certified", "attack", "largest entry")
+    if runs["transfer"]:
+        yield "spheres, learning rates at three widths", markdown(
+            ["", *(f"{width}, lr / 2, 1, 2" for width in WIDTHS)], [
+                [method, *(" ".join(f"{tuning_loss(r):.3f}" for r in found if r["options"]["n_embd"] == width)
+                           for width in WIDTHS)] for method, found in transfer_kinds(runs)])
+    if runs["sphere-final"]:
+        yield "spheres, 1,200 steps", table(
+            by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
+            "attack", "median radius", "largest entry", "s/step")
 
 
 def headline_tables(runs):
