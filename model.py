@@ -268,9 +268,11 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats."""
         logits = self.forward_embeddings(self.wte(idx))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    @staticmethod
+    def loss(logits, targets):  # by itself, so that train.py can compile it
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def forward_embeddings(self, x):
         """Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the bound is about."""

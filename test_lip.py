@@ -2379,11 +2379,28 @@ def test_what_is_compiled(monkeypatch):
             (train.COMPILE_STEPS - 1, None, "cpu", None, ""), (1, True, "cpu", None, "compiled"),
             (10 ** 6, False, "cuda", None, ""), (10 ** 6, None, "mps", None, ""),
             (10 ** 6, None, "cuda", {}, "not compiled, as torch.compile does not work here (TypeError)")):
-        monkeypatch.setattr(torch, "compile", lambda f: f if fault is None else fault)
+        monkeypatch.setattr(torch, "compile", lambda f: partial(f) if fault is None else fault)
         compiled.clear()
         net, config = gpt(L=2), tiny_config(max_steps=steps, compile=wanted)
         assert train.compile_blocks(net, config, torch.device(where)) == said
         assert compiled == (list(net.blocks) if said == "compiled" else [])
+        assert (net.loss is not GPT.loss) == (said == "compiled" and where != "cpu")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_compiled_loss_has_the_eager_gradient(dtype):
+    """Of a large vocabulary, to the rounding of the logits' type."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 16, 3000)).to(dtype).requires_grad_()
+    targets, found = torch.randint(3000, (2, 16)), []
+    for loss in (GPT.loss, torch.compile(GPT.loss)):
+        value = loss(logits, targets)
+        found.append((value.detach(), *torch.autograd.grad(value, logits)))
+    (value, gradient), (same, compiled) = found
+    assert same.dtype == torch.float32 and compiled.dtype == dtype
+    assert torch.allclose(same, value, rtol=1e-6) and gradient.abs().max() > 0.01
+    assert torch.allclose(compiled.float(), gradient.float(), rtol=torch.finfo(dtype).eps * 8, atol=1e-9)
 
 
 def test_checkpoints_between_evaluations(data, monkeypatch):
