@@ -2306,6 +2306,23 @@ def test_a_head_that_looks_one_way_alone_finds_another():
 
 
 @pytest.mark.skipif(not train.has_bf16(torch.device("cpu")), reason="needs bf16 in hardware")
+def test_residual_stream_has_the_type_of_the_products():
+    """Under autocast what blocks add up to is bfloat16, with gradients near float32's; else it is float32."""
+    torch.manual_seed(0)
+    net, ids, seen, found = random_weights(gpt(L=4, d=32, T=16)), torch.randint(11, (8, 17)), set(), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda block, args, y: seen.add(y.dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = net(ids[:, :-1], ids[:, 1:])[1]
+        net.zero_grad()
+        loss.backward()
+        assert seen == {dtype} and loss.dtype == torch.float32
+        seen.clear()
+        found.append([p.grad.flatten() for p in net.parameters()])
+    assert all(F.cosine_similarity(a, b, dim=0) > 0.99 for a, b in zip(*found))
+
+
 def test_bfloat16_training_holds_the_caps(data):
     train.train(TINY | dict(dtype="bfloat16", max_steps=40, eval_interval=10, w_max=0.6, lr=0.3))
     assert all(0.9 < line["norm_over_cap"] <= 1.001 for line in log_lines())
