@@ -267,10 +267,15 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats."""
-        logits = self.forward_embeddings(self.wte(idx))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        x = self.wte(idx)
+        if torch.is_autocast_enabled(x.device.type):  # else the blocks would add up in the table's float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        logits = self.forward_embeddings(x)
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    @staticmethod
+    def loss(logits, targets):  # by itself, so that train.py can compile it
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def forward_embeddings(self, x):
         """Embeddings (B, T, n_embd) -> logits (B, T, vocab_size): the function that the bound is about."""
@@ -280,7 +285,7 @@ class GPT(nn.Module):
         cos, sin = self.cos[:T], self.sin[:T]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.config.logit_scale * self.head(x)
+        return self.head(self.config.logit_scale * x)  # x is smaller than the logits
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

@@ -2071,6 +2071,23 @@ def test_a_head_that_looks_one_way_alone_finds_another():
     assert bias.argmax() == 2 and bias.max() == model.MAX_BIAS
 
 
+def test_residual_stream_has_the_type_of_the_products():
+    """Under autocast what blocks add up to is bfloat16, with gradients near float32's; else it is float32."""
+    torch.manual_seed(0)
+    net, ids, seen, found = random_weights(gpt(L=4, d=32, T=16)), torch.randint(11, (8, 17)), set(), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda block, args, y: seen.add(y.dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = net(ids[:, :-1], ids[:, 1:])[1]
+        net.zero_grad()
+        loss.backward()
+        assert seen == {dtype} and loss.dtype == torch.float32
+        seen.clear()
+        found.append([p.grad.flatten() for p in net.parameters()])
+    assert all(F.cosine_similarity(a, b, dim=0) > 0.99 for a, b in zip(*found))
+
+
 @pytest.mark.parametrize("preset, options", (
     ("tight", dict(n_head=4, n_embd=64, dtype="float32")), ("tight", dict(n_head=4, n_embd=64)),
     ("tight-content", dict(n_head=2, n_embd=32))), ids=("float32", "bfloat16", "content"))
@@ -2122,11 +2139,36 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
 
 def test_what_is_compiled(monkeypatch):
     """On a CPU no run too short to bring it back; what --compile asks for in any case."""
-    monkeypatch.setattr(torch, "compile", lambda f: f)
-    for steps, wanted, said in ((train.COMPILE_STEPS, None, "compiled"), (train.COMPILE_STEPS - 1, None, ""),
-                                (1, True, "compiled"), (10 ** 6, False, "")):
-        config = tiny_config(max_steps=steps, compile=wanted)
-        assert train.compile_blocks(gpt(), config, torch.device("cpu")) == said
+    compiled, ones = [], torch.ones
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **options: ones(*size, **options))
+    for steps, wanted, where, fault, said in (
+            (train.COMPILE_STEPS, None, "cpu", None, "compiled"), (1, None, "cuda", None, "compiled"),
+            (train.COMPILE_STEPS - 1, None, "cpu", None, ""), (1, True, "cpu", None, "compiled"),
+            (10 ** 6, False, "cuda", None, ""), (10 ** 6, None, "mps", None, ""),
+            (10 ** 6, None, "cuda", {}, "not compiled, as torch.compile does not work here (TypeError)")):
+        monkeypatch.setattr(torch, "compile", lambda f: partial(f) if fault is None else fault)
+        compiled.clear()
+        net, config = gpt(L=2), tiny_config(max_steps=steps, compile=wanted)
+        assert train.compile_blocks(net, config, torch.device(where)) == said
+        assert compiled == (list(net.blocks) if said == "compiled" else [])
+        assert (net.loss is not GPT.loss) == (said == "compiled" and where != "cpu")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_compiled_loss_has_the_eager_gradient(dtype):
+    """Of a large vocabulary, to the rounding of the logits' type."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 16, 3000)).to(dtype).requires_grad_()
+    targets, found = torch.randint(3000, (2, 16)), []
+    for loss in (GPT.loss, torch.compile(GPT.loss)):
+        value = loss(logits, targets)
+        found.append((value.detach(), *torch.autograd.grad(value, logits)))
+    (value, gradient), (same, compiled) = found
+    assert same.dtype == torch.float32 and compiled.dtype == dtype
+    assert torch.allclose(same, value, rtol=1e-6) and gradient.abs().max() > 0.01
+    assert torch.allclose(compiled.float(), gradient.float(), rtol=torch.finfo(dtype).eps * 8, atol=1e-9)
 
 
 def test_checkpoints_between_evaluations(data, monkeypatch):

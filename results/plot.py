@@ -287,7 +287,7 @@ def speed(runs, plt):
     for run, color in zip(runs["speed, curve"], COLORS.values()):
         ax.plot(run["trace"]["seconds"], percent(run["trace"]["val_acc"]), "o-", markersize=4, color=color,
                 label=run["name"])
-    ax.set(xlabel="seconds of training on two cores, compiling included, evaluations not",
+    ax.set(xlabel="seconds of training, compiling included, evaluations not; two cores, if not one thread",
            ylabel="accuracy on the validation split, %")
     ax.legend(frameon=False)
     return figure
