@@ -218,7 +218,7 @@ def local_radii(net, norms, X):
     by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
     radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
-    log10_r = known.median().item() - 0.5 if len(known) else 0.0
+    log10_r = known.min().item() if len(known) else 0.0
     while log10_r < 9 and (holding := certified_at(net, facts, 10 ** log10_r)).any():
         radii[holding] = radii[holding].clamp_min(log10_r)
         log10_r += 0.1
