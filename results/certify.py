@@ -212,15 +212,17 @@ def local_radii(net, norms, X):
     log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds at
     this text, and the predictions, three tensors (B, T). The second is never smaller, and many times larger
     where attention looks at content. `net` is in float64, norms are its block_norms. A grid of 0.1 is
-    searched upwards; what is certified at a radius is so at all smaller ones.
+    searched upwards, each prediction until it is not certified.
     """
     bears, top = predictions(net, X)
     by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
     radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
     log10_r = known.min().item() if len(known) else 0.0
-    while log10_r < 9 and (holding := certified_at(net, facts, 10 ** log10_r)).any():
-        radii[holding] = radii[holding].clamp_min(log10_r)
+    held, delta = torch.ones_like(radii, dtype=torch.bool), torch.ones(X.shape[:2], dtype=torch.float64)
+    while log10_r < 9 and held.any():
+        held = certified_under(net, facts, 10 ** log10_r * math.sqrt(X.shape[2]) * delta, held)
+        radii[held] = radii[held].clamp_min(log10_r)
         log10_r += 0.1
     return [found.view(X.shape[:2]) for found in (by_constant, radii, top)]
 
@@ -296,18 +298,10 @@ def apart(M, y, c):
 
 
 @torch.no_grad()
-def certified_at(net, facts, r):
+def certified_under(net, facts, delta, asked):
     """
-    Which predictions no change of the embeddings by at most r in RMS norm, of all tokens at once, alters:
-    (B T,), at the text of facts_at.
-    """
-    delta = torch.full(facts[0].x.shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
-    return certified_under(net, facts, delta)
-
-
-def certified_under(net, facts, delta):
-    """
-    Which predictions no change of each token's embedding by at most delta (B, T) in L2 norm alters: (B T,).
+    Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding by
+    at most delta (B, T) in L2 norm alters: (B T,).
 
     Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
     half to its gain times delta. A ball takes it to ball_change; behind the last block it multiplies all
@@ -317,7 +311,7 @@ def certified_under(net, facts, delta):
         change, beyond = attention_change(at, delta)
         mid = (1 - at.block.alpha) * delta + at.block.alpha * change
         if at is facts[-1]:
-            return leads_hold(at, net.head.weight, mid, (delta, *beyond))
+            return leads_hold(at, net.head.weight, mid, asked, (delta, *beyond))
         delta = ball_change(at, torch.where(mid <= at.near, at.gain, at.layer.mlp_gain) * mid)
 
 
@@ -338,7 +332,7 @@ def near_gain(at):
     (A, U, V, f), gains = at.half, []
     for y, reach in zip(at.mid.flatten(0, 1).split(16), near.flatten()[:, None].split(16)):
         middle, off = (part[:, None] for part in slopes(f, y @ V.T, at.rows * reach))  # (16, 1, hidden)
-        l = (at.layer.mlp_gain * at.sigma_U / at.sigma_V + at.sigma_U ** 2 * off.amax(-1))[..., None]
+        l = (at.layer.mlp_gain / 4 * at.sigma_U / at.sigma_V + at.sigma_U ** 2 * off.amax(-1))[..., None]
         L, _ = torch.linalg.cholesky_ex(l * torch.eye(len(A)) - (U * off) @ U.T)
         known = torch.linalg.solve_triangular(L, A + (U * middle) @ V, upper=False)
         gains.append(l[:, 0, 0].sqrt() * sigma(torch.cat((known, off.mT.sqrt() * V), dim=1)))
@@ -451,11 +445,11 @@ def score_output(at, by_q, by_k, cross, delta):
     return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series)), beyond
 
 
-def leads_hold(at, W, delta, before=None):
+def leads_hold(at, W, delta, asked, before=None):
     """
-    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (B, T)
-    in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before` is (change of the block's input
-    (B, T), *beyond of attention_change) if that is where it comes from.
+    Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's MLP
+    half is given within delta (B, T) in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before` is
+    (change of the block's input (B, T), *beyond of attention_change), if that is what moves it.
 
     The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
     |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
@@ -468,10 +462,10 @@ def leads_hold(at, W, delta, before=None):
     enough = lambda lead, change: lead > (1 + ROUNDING) * change             # false for NaN
     held = enough(leads, at.layer.mlp_gain * apart * delta).scatter(1, top, True)
     if at.half is None:
-        return held.all(dim=1)
+        return asked & held.all(dim=1)
     nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top, math.inf).argmin(dim=1, keepdim=True)
     first = torch.zeros_like(held).scatter(1, nearest, True) & ~held
-    lost = torch.zeros(len(x), dtype=torch.bool)                             # to the nearest rival: enough
+    lost = ~asked                                                            # or to the nearest rival: enough
     for pairs in (*first.nonzero().split(256), *(~first & ~held).nonzero().split(256)):
         n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
         g, off = lead_gradient(at, W[top[n, 0]] - W[j], x[n], delta[n])
@@ -560,6 +554,7 @@ def deciding(net, layers, ids):
     position, sizes = torch.arange(T), [D for D in DECIDING if D < T]
     back = position[:, None] - position
     at_once = len(net.blocks) == 1 and not net.config.softmax_scale
+    n = T - max(sizes) if at_once else 1
     table = moves(*facts_at(net, norms, net.wte(ids[:1])), net.wte.weight) if at_once else None
     for rows in ids.split(8):
         X, smallest = net.wte(rows), torch.full(rows.shape, math.inf, dtype=torch.float64)
@@ -568,13 +563,14 @@ def deciding(net, layers, ids):
             moved = facts[0].block.alpha * torch.stack([table[row, :, position].mT for row in rows])
         else:
             far = distances(X, net.wte.weight).amax(dim=-1)
+        held = (position >= T - n).repeat(len(rows))
         for D in reversed(sizes):
             if at_once:
-                held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1))
+                held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1), held)
             else:
-                held = certified_under(net, facts, far * (back[-1] >= D))
+                held = certified_under(net, facts, far * (back[-1] >= D), held)
             smallest[held.view(rows.shape)] = D
-        found.append(smallest[:, -(T - max(sizes) if at_once else 1):])
+        found.append(smallest[:, -n:])
     return torch.cat(found)
 
 
