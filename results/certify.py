@@ -278,10 +278,10 @@ def facts_at(net, norms, X):
         if qk:
             q, k = at.query, at.key = qk
             eye = torch.eye(q.shape[-1], dtype=x.dtype)
-            at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]                # R_t^T: (T, d_head, d_head)
-            of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back   # (H, T, d_head, d_head)
-            at.q, at.k = apart(of_k, q, 0 * q).mT, [apart(of_q, k, c) for c in (p @ k, 0 * k)]
-            pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                   # (B, H, T, d_head^2)
+            at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T: (T, d_head, d_head)
+            of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back  # (H, T, d_head, d_head)
+            at.q, at.k = through(of_k, q, 0 * q).mT, [through(of_q, k, c) for c in (p @ k, 0 * k)]
+            pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
             cov = p @ pairs - (at.o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
             at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT)
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
@@ -292,9 +292,10 @@ def facts_at(net, norms, X):
     return facts
 
 
-def apart(M, y, c):
+def through(M, y, c):
     """|M_t (y_s - c_t)| of y and c (B, H, T, n) for matrices M (H, T, n, n): (B, H, T, T), head by head."""
-    return torch.stack([((y[:, h, None] - c[:, h, :, None]) @ M[h].mT).norm(dim=-1) for h in range(len(M))], 1)
+    heads = zip(M, y.transpose(0, 1), c.transpose(0, 1))
+    return torch.stack([((y[:, None] - c[:, :, None]) @ M.mT).norm(dim=-1) for M, y, c in heads], dim=1)
 
 
 @torch.no_grad()
@@ -323,7 +324,7 @@ def near_gain(at):
     Bounds (B, T), near and gain: |half(y) - half(mid)| <= gain |y - mid| while |y - mid| <= near. With the
     slopes there half(y) - half(mid) = (K + U E V) (y - mid), K = A + U middle V, |E| <= off; so
     sqrt(l) sigma([L^-1 K; off^1/2 V]) is a gain for any L L^T = l I - U off U^T (proof:
-    results/certificate.md, Near a text). That of mlp_norms where it is smaller, or this would take long.
+    results/certificate.md, MLP halves near a text). That of mlp_norms where it is smaller, or this would take long.
     """
     near = NEAR * at.mid.norm(dim=-1)
     most = torch.full_like(near, at.layer.mlp_gain)
@@ -383,11 +384,11 @@ LARGEST = 300.0  # a change of a score by more says nothing, and its exponential
 
 def score_change(at, k, delta):
     """
-    Bounds (B, H, T, T) on the three parts b <dq_t, k_s - c>, b <q_t, dk_s> and b <dq_t, dk_s> of the change of
-    the scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, which is the same for all keys of
-    a query, and softmax does not see it: b |W_q^T R_t^T (k_s - c)| delta_t, b |W_k^T R_s^T q_t| delta_s and
-    b sigma_q delta_t sigma_k delta_s, k (B, H, T, T) being one of at.k. 0 for keys that are not seen, infinite
-    together from LARGEST on. The bias, which depends on positions alone, changes none of that.
+    Bounds (B, H, T, T) on the parts b <dq_t, k_s - c>, b <q_t, dk_s> and b <dq_t, dk_s> of the change of the
+    scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, which is the same for all keys and
+    which softmax does not see (proof: results/certificate.md, At a text): b |W_q^T R_t^T (k_s - c)| delta_t,
+    b |W_k^T R_s^T q_t| delta_s and b sigma_q delta_t sigma_k delta_s, k (B, H, T, T) being one of at.k. 0 for
+    keys that are not seen, infinite together from LARGEST on. The bias depends on positions alone.
     """
     delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
     sizes = k * delta_t, at.q * delta_s, (at.sigma_q * at.sigma_k)[:, None, None] * delta_t * delta_s
@@ -492,8 +493,8 @@ def through_attention(at, g, n, delta, *beyond):
     """
     A bound (N,) on |<g, mid' - mid>| for g (N, d), at tokens n (N,) of B T, if a block's input changes by
     delta (B, T), with beyond of attention_change: sum_s |g_s| delta_s, g_s being the gradient of <g, mid> by
-    the input of token s, and with u_h = alpha m W_o^hT g the part of each head beyond first order, |W_v^hT u_h|
-    times that of its first sum and |u_h| times that of the second.
+    the input of token s, and what a head has beyond first order, with u_h = alpha m W_o^hT g: |W_v^hT u_h|
+    times that of its first sum and |u_h| times that of the second (proof: results/certificate.md, Last block).
     """
     attn, alpha, (b, t) = at.block.attn, at.block.alpha, (n // delta.shape[1], n % delta.shape[1])
     u = alpha * attn.out_scale * (g @ at.Wo).unflatten(1, (attn.n_head, -1))             # (N, H, d_head)
