@@ -278,7 +278,7 @@ def facts_at(net, norms, X):
         if qk:
             q, k = at.query, at.key = qk
             eye = torch.eye(q.shape[-1], dtype=x.dtype)
-            at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T: (T, d_head, d_head)
+            at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T, of each t
             of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back  # (H, T, d_head, d_head)
             at.q, at.k = through(of_k, q, 0 * q).mT, [through(of_q, k, c) for c in (p @ k, 0 * k)]
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
@@ -324,7 +324,7 @@ def near_gain(at):
     Bounds (B, T), near and gain: |half(y) - half(mid)| <= gain |y - mid| while |y - mid| <= near. With the
     slopes there half(y) - half(mid) = (K + U E V) (y - mid), K = A + U middle V, |E| <= off; so
     sqrt(l) sigma([L^-1 K; off^1/2 V]) is a gain for any L L^T = l I - U off U^T (proof:
-    results/certificate.md, MLP halves near a text). That of mlp_norms where it is smaller, or this would take long.
+    results/certificate.md, MLP halves near a text). That of mlp_norms if it is smaller or d is large.
     """
     near = NEAR * at.mid.norm(dim=-1)
     most = torch.full_like(near, at.layer.mlp_gain)
@@ -448,9 +448,9 @@ def score_output(at, by_q, by_k, cross, delta):
 
 def leads_hold(at, W, delta, asked, before=None):
     """
-    Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's MLP
-    half is given within delta (B, T) in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before` is
-    (change of the block's input (B, T), *beyond of attention_change), if that is what moves it.
+    Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's
+    MLP half is given within delta (B, T) in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before`
+    is (change of the block's input (B, T), *beyond of attention_change), if that is what moves it.
 
     The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
     |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
@@ -494,7 +494,7 @@ def through_attention(at, g, n, delta, *beyond):
     A bound (N,) on |<g, mid' - mid>| for g (N, d), at tokens n (N,) of B T, if a block's input changes by
     delta (B, T), with beyond of attention_change: sum_s |g_s| delta_s, g_s being the gradient of <g, mid> by
     the input of token s, and what a head has beyond first order, with u_h = alpha m W_o^hT g: |W_v^hT u_h|
-    times that of its first sum and |u_h| times that of the second (proof: results/certificate.md, Last block).
+    times that of its first sum and |u_h| times that of the second; proof: results/certificate.md, Last block.
     """
     attn, alpha, (b, t) = at.block.attn, at.block.alpha, (n // delta.shape[1], n % delta.shape[1])
     u = alpha * attn.out_scale * (g @ at.Wo).unflatten(1, (attn.n_head, -1))             # (N, H, d_head)
