@@ -1343,6 +1343,12 @@ def below(change, bound):
     return (found <= bound * (1 + 1e-9) + 1e-12).all()
 
 
+def gradient_of(f, x, what):
+    """The gradient of what(f(x)) by x."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(what(f(x)), x)[0]
+
+
 @of_text_models
 def test_no_change_exceeds_a_bound_at_a_text(options):
     """Each bound of the proof by itself, for random changes of the embeddings."""
@@ -1353,53 +1359,98 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
         for at, moved in zip(facts, changed):
             attn, alpha, mlp, ball = at.block.attn, at.block.alpha, at.block.mlp, at.block.ball
             dx = moved.x - at.x
-            delta = dx.norm(dim=-1)
-            assert below(attn(moved.x, *tables) - attn(at.x, *tables), certify.attention_change(at, delta))
-            (qk, v, _), (qk_, _, _) = (attn.heads(x, *tables) for x in (at.x, moved.x))
+            delta, of_keys, of_queries = dx.norm(dim=-1), [], []
+            change, beyond = certify.attention_change(at, delta)
+            assert below(attn(moved.x, *tables) - attn(at.x, *tables), change)
+            (qk, v, _), (qk_, v_, _) = (attn.heads(x, *tables) for x in (at.x, moved.x))
             if qk:
                 (q, k), (q_, k_) = qk, qk_
-                by_q, by_k = certify.score_change(at, delta)
-                assert below((attn.scale * (q_ - q) @ k.mT).tril(), by_q)
-                assert below((attn.scale * q_ @ (k_ - k).mT).tril(), by_k)
-                e = by_q + by_k
-                most, least = (ratio * at.p for ratio in certify.probability_ratio(at, e))
-                any_scores = at.p.log() + (2 * torch.rand_like(e) - 1) * e
-                for p in (moved.p, any_scores.softmax(dim=-1)):
-                    assert below(p, most) and below(least, p)
-                    assert below(p @ dx[:, None], certify.value_input(at, e, delta))
-                assert below((moved.p - at.p) @ v, certify.score_output(at, by_q, by_k, delta))
-            y, y_ = ((1 - alpha) * x + alpha * mlp(x) for x in (at.mid, moved.mid))
+                for keys, c in zip(at.k, (at.p @ k, torch.zeros_like(k)), strict=True):
+                    by_q, by_k, cross = certify.score_change(at, keys, delta)
+                    dq, dk = q_ - q, k_ - k
+                    assert below(attn.scale * (dq @ k.mT - (dq * c).sum(-1)[..., None]).tril(), by_q)
+                    assert below((attn.scale * q @ dk.mT).tril(), by_k)
+                    assert below((attn.scale * dq @ dk.mT).tril(), cross)
+                    e = by_q + by_k + cross
+                    most, least = (ratio * at.p for ratio in certify.probability_ratio(at, e))
+                    any_scores = at.p.log() + (2 * torch.rand_like(e) - 1) * e
+                    for p in (moved.p, any_scores.softmax(dim=-1)):
+                        assert below(p, most) and below(least, p)
+                        whole, part = certify.value_input(at, e, delta)
+                        assert below(p @ dx[:, None], whole) and below((p - at.p) @ dx[:, None], part)
+                    whole, part = certify.score_output(at, by_q, by_k, cross, delta)
+                    assert below((moved.p - at.p) @ v, whole)
+                    linear = attn.scale * (dq @ k.mT + q @ dk.mT)
+                    linear = at.p * (linear - (at.p * linear).sum(-1, keepdim=True))
+                    assert below((moved.p - at.p - linear) @ v, part)
+            half = lambda x: (1 - alpha) * x + alpha * mlp(x)
+            y, y_ = half(at.mid), half(moved.mid)
             assert below(y_ - y, at.layer.mlp_gain * (moved.mid - at.mid).norm(dim=-1))
+            g, n = torch.randn(120, 16).double(), torch.arange(120)
+            found = (g.view(12, 10, 16) * (moved.mid - at.mid)).sum(-1)
+            assert below(found.flatten(), certify.through_attention(at, g, n, delta, *beyond))
+            if at is not facts[-1]:
+                dy = moved.mid - at.mid
+                dy *= (at.near / dy.norm(dim=-1) * torch.rand_like(at.near))[..., None]
+                assert below(half(at.mid + dy) - y, at.gain * dy.norm(dim=-1))
+                assert (at.gain <= at.layer.mlp_gain).all()
             if ball is not None:
                 change = certify.ball_change(at, (y_ - y).norm(dim=-1))
                 assert below(onto_ball(y_, ball) - onto_ball(y, ball), change)
 
 
 @of_text_models
+def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
+    """
+    To first order through_attention and near_gain are reached: by each token moved along the gradient, and by
+    the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
+    """
+    net, X, _, norms = at_a_text(options)
+    tables = net.cos[:10], net.sin[:10]
+    for at in certify.facts_at(net, norms, X):
+        block, g, n = at.block, torch.randn(120, 16).double(), torch.arange(120)
+        delta = 1e-6 * (0.1 + torch.rand(12, 10).double())
+        bound = certify.through_attention(at, g, n, delta, *certify.attention_change(at, delta)[1])
+        mid = lambda x: (1 - block.alpha) * x + block.alpha * block.attn(x, *tables)
+        for i in range(0, 120, 7):
+            b, t = divmod(i, 10)
+            step = gradient_of(mid, at.x[b:b + 1], lambda y: y[0, t] @ g[i])
+            step *= delta[b, :, None] / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+            found = ((mid(at.x[b:b + 1] + step) - at.mid[b])[0, t] @ g[i]).item()
+            assert 0.999 * bound[i] <= found <= bound[i] * (1 + 1e-6)
+        if at.gain is not None and at.half:
+            half = lambda x: (1 - block.alpha) * x + block.alpha * block.mlp(x)
+            J = torch.func.vmap(torch.func.jacrev(half))(at.mid.flatten(0, 1)).detach()
+            sharp = constrain.sigma(J).view(at.gain.shape)
+            assert below(sharp, at.gain) and (at.gain / sharp).median() < 1.2
+
+
+@of_text_models
 def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
-    """The derivatives and the gradient of a lead at random points within delta, and the prediction there."""
+    """The slopes and the change of a lead at random points within delta, and the prediction there."""
     net, X, _, norms = at_a_text(options)
     at, W = certify.facts_at(net, norms, X)[-1], net.head.weight
-    x, mlp, alpha = at.mid.flatten(0, 1), at.block.mlp, at.block.alpha
+    x, mlp, alpha, asked = at.mid.flatten(0, 1), at.block.mlp, at.block.alpha, torch.arange(120) % 10 > 0
     half = lambda x: (1 - alpha) * x + alpha * mlp(x)
     for r in (1e-3, 0.1, 1.0):
         delta = r * torch.rand(len(x), 1).double()
-        held = certify.leads_hold(at, W, delta.view(12, 10))
-        assert held.any() or r > 1e-3
+        held = certify.leads_hold(at, W, delta.view(12, 10), asked)
+        assert (held.any() or r > 1e-3) and not held[~asked].any()
         w = W[torch.randint(11, (len(x), ))] - W[torch.randint(11, (len(x), ))]
         for _ in range(10):
             step = torch.randn_like(x)
-            point = x + delta * torch.rand_like(delta) * step / step.norm(dim=1, keepdim=True)
+            step = delta * torch.rand_like(delta) * step / step.norm(dim=1, keepdim=True)
+            point = x + step
             assert torch.equal((half(point) @ W.T).argmax(1)[held], (half(x) @ W.T).argmax(1)[held])
             if mlp.mid:
                 continue
-            z, point = mlp.fc(point).requires_grad_(), point.requires_grad_()
-            u = w @ mlp.proj.weight
-            known, unknown = certify.derivative(at.activation, mlp.fc(x), u, mlp.fc.weight, delta)
-            there, = torch.autograd.grad((at.activation.f(z) * u).sum(), z)
-            assert below(there - known, unknown)
-            gradient, = torch.autograd.grad((half(point) * w).sum(), point)
-            assert below(gradient, certify.lead_gradient(at, w, x, delta))
+            A, U, V, f = at.half
+            assert torch.allclose(half(x), x @ A.T + f.f(x @ V.T) @ U.T)
+            z, dz = x @ V.T, step @ V.T
+            middle, off = certify.slopes(f, z, V.norm(dim=1) * delta)
+            assert below((f.f(z + dz) - f.f(z) - middle * dz).flatten(), (off * dz.abs()).flatten())
+            g, off = certify.lead_gradient(at, w, x, delta)
+            assert below(((half(point) - half(x)) * w - g * step).sum(1), off * step.norm(dim=1))
 
 
 @pytest.mark.parametrize("options", (

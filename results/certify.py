@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
                        exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bounds,
                        refused, rms_norm, rows_apart, sigma)
-from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball
+from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball, rotate
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 
@@ -212,32 +212,49 @@ def local_radii(net, norms, X):
     log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds at
     this text, and the predictions, three tensors (B, T). The second is never smaller, and many times larger
     where attention looks at content. `net` is in float64, norms are its block_norms. A grid of 0.1 is
-    searched upwards; what is certified at a radius is so at all smaller ones.
+    searched upwards, each prediction until it is not certified.
     """
     bears, top = predictions(net, X)
     by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
     radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
-    log10_r = known.median().item() - 0.5 if len(known) else 0.0
-    while log10_r < 9 and (holding := certified_at(net, facts, 10 ** log10_r)).any():
-        radii[holding] = radii[holding].clamp_min(log10_r)
+    log10_r = known.min().item() if len(known) else 0.0
+    held, delta = torch.ones_like(radii, dtype=torch.bool), torch.ones(X.shape[:2], dtype=torch.float64)
+    while log10_r < 9 and held.any():
+        held = certified_under(net, facts, 10 ** log10_r * math.sqrt(X.shape[2]) * delta, held)
+        radii[held] = radii[held].clamp_min(log10_r)
         log10_r += 0.1
     return [found.view(X.shape[:2]) for found in (by_constant, radii, top)]
 
 
 def block_norms(net, layers):
-    """Of each block, with its layer_norms, the spectral norms that the bounds need; those of heads (H,)."""
-    found = []
+    """
+    Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of heads
+    (H,); root_q and root_k (H, d_head, d_head), with |root y| = |W^hT y|; and, if its MLP has two layers,
+    matrices with half(x) = (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry (proof:
+    results/certificate.md, MLP halves).
+    """
+    found, activation = [], ACTIVATIONS[net.config.activation]
     for block, layer in zip(net.blocks, layers):
         attn, H, dh = block.attn, block.attn.n_head, block.attn.d_head
         *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)     # each (H, d_head, d)
         Wo = exact(attn.proj.weight)
         Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                 # (H, d, d_head)
         OV = Wo_h @ Wv                                                # (H, d, d)
-        found.append({"block": block, "layer": layer, "sigma_fc": sigma(exact(block.mlp.fc.weight)),
-                      "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
-                      "sigma_ov_h": sigma(OV), "sigma_ov": sigma(OV.transpose(0, 1).flatten(1)),
-                      **dict(zip(("sigma_q", "sigma_k"), map(sigma, Wqk)))})
+        norm = {"block": block, "layer": layer, "half": None, "Wo": Wo, "Wv": Wv,
+                "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
+                "sigma_ov_h": sigma(OV), "sigma_ov": sigma(OV.transpose(0, 1).flatten(1))}
+        for name, W in zip("qk", Wqk):
+            norm |= {f"W{name}": W, f"sigma_{name}": sigma(W),
+                     f"root_{name}": torch.linalg.qr(W.mT, mode="r").R}
+        if not block.mlp.mid:
+            A, f = (1 - block.alpha) * torch.eye(H * dh, dtype=torch.float64), activation
+            U, V = block.alpha * exact(block.mlp.proj.weight), exact(block.mlp.fc.weight)
+            if activation.sorts_pairs:  # (z_1 + z_2) / 2 +- |z_1 - z_2| / 2
+                (U1, U2), (V1, V2), f = U.chunk(2, dim=1), V.chunk(2), SIZE
+                A, U, V = A + (U1 + U2) @ (V1 + V2) / 2, (U1 - U2) / 2, V1 - V2
+            norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U)}
+        found.append(norm)
     return found
 
 
@@ -245,9 +262,10 @@ def block_norms(net, layers):
 def facts_at(net, norms, X):
     """
     What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: beside its
-    block_norms for each block its input x and that with attention, mid, (B, T, d), and for every head
-    attention p (B, H, T, T) of queries t to keys s and, unless scores are free of content, |q_t|, |k_s|,
-    |v_s - o_t| and |Cov_p(v, k)|_F.
+    block_norms for each block its input x and that with attention, mid, (B, T, d), for all but the last
+    near_gain, and for every head attention p (B, H, T, T) of queries t to keys s and, unless scores are free
+    of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - c)| for c = E_p k and c = 0,
+    |v_s - o_t| and sigma(Cov_p(v, k) R_t W_q).
     """
     T, x, facts = X.shape[1], X, []
     cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
@@ -256,44 +274,71 @@ def facts_at(net, norms, X):
         scores = block.attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
         p = (scores if bias is None else scores + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
         mid = (1 - block.alpha) * x + block.alpha * block.attn(x, cos, sin)
-        at = SimpleNamespace(x=x, mid=mid, p=p, activation=ACTIVATIONS[net.config.activation], **norm)
+        at = SimpleNamespace(x=x, mid=mid, p=p, v=v, o=p @ v, **norm)
         if qk:
-            q, k = qk
-            o = p @ v
-            pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)               # (B, H, T, d_head^2)
-            cov = p @ pairs - (o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
-            at.q, at.k, at.cov = q.norm(dim=-1)[..., :, None], k.norm(dim=-1)[..., None, :], cov.norm(dim=-1)
-            at.apart = distances(o, v).masked_fill(~seen, 0.0)
+            q, k = at.query, at.key = qk
+            eye = torch.eye(q.shape[-1], dtype=x.dtype)
+            at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T, of each t
+            of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back  # (H, T, d_head, d_head)
+            at.q, at.k = through(of_k, q, 0 * q).mT, [through(of_q, k, c) for c in (p @ k, 0 * k)]
+            pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
+            cov = p @ pairs - (at.o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
+            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT)
+            at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
+        at.near, at.gain = near_gain(at) if len(facts) < len(norms) - 1 else (None, None)
         facts.append(at)
         x = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
         x = x if block.ball is None else onto_ball(x, block.ball)
     return facts
 
 
+def through(M, y, c):
+    """|M_t (y_s - c_t)| of y and c (B, H, T, n) for matrices M (H, T, n, n): (B, H, T, T), head by head."""
+    heads = zip(M, y.transpose(0, 1), c.transpose(0, 1))
+    return torch.stack([((y[:, None] - c[:, :, None]) @ M.mT).norm(dim=-1) for M, y, c in heads], dim=1)
+
+
 @torch.no_grad()
-def certified_at(net, facts, r):
+def certified_under(net, facts, delta, asked):
     """
-    Which predictions no change of the embeddings by at most r in RMS norm, of all tokens at once, alters:
-    (B T,), at the text of facts_at.
-    """
-    delta = torch.full(facts[0].x.shape[:2], r * math.sqrt(net.config.n_embd), dtype=torch.float64)
-    return certified_under(net, facts, delta)
-
-
-def certified_under(net, facts, delta):
-    """
-    Which predictions no change of each token's embedding by at most delta (B, T) in L2 norm alters: (B T,).
+    Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding by
+    at most delta (B, T) in L2 norm alters: (B T,).
 
     Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
-    half to its global gain times delta. A ball takes it to ball_change; behind the last block it multiplies
-    all logits of a token by one positive number, which changes no prediction, so it is left out there.
+    half to its gain times delta. A ball takes it to ball_change; behind the last block it multiplies all
+    logits of a token by one positive number, which changes no prediction, so it is left out there.
     """
     for at in facts:
-        alpha = at.block.alpha
-        delta = (1 - alpha) * delta + alpha * attention_change(at, delta)
-        if at is not facts[-1]:
-            delta = ball_change(at, at.layer.mlp_gain * delta)
-    return leads_hold(at, net.head.weight, delta)
+        change, beyond = attention_change(at, delta)
+        mid = (1 - at.block.alpha) * delta + at.block.alpha * change
+        if at is facts[-1]:
+            return leads_hold(at, net.head.weight, mid, asked, (delta, *beyond))
+        delta = ball_change(at, torch.where(mid <= at.near, at.gain, at.layer.mlp_gain) * mid)
+
+
+NEAR = 0.02  # of a token's norm: a radius of 0.01 takes tight-content's tokens about so far
+
+
+def near_gain(at):
+    """
+    Bounds (B, T), near and gain: |half(y) - half(mid)| <= gain |y - mid| while |y - mid| <= near. With the
+    slopes there half(y) - half(mid) = (K + U E V) (y - mid), K = A + U middle V, |E| <= off; so
+    sqrt(l) sigma([L^-1 K; off^1/2 V]) is a gain for any L L^T = l I - U off U^T (proof:
+    results/certificate.md, MLP halves near a text). That of mlp_norms if it is smaller or d is large.
+    """
+    near = NEAR * at.mid.norm(dim=-1)
+    most = torch.full_like(near, at.layer.mlp_gain)
+    if at.half is None or at.mid.shape[-1] > 512:
+        return near, most
+    (A, U, V, f), gains = at.half, []
+    for y, reach in zip(at.mid.flatten(0, 1).split(16), near.flatten()[:, None].split(16)):
+        middle, off = (part[:, None] for part in slopes(f, y @ V.T, at.rows * reach))  # (16, 1, hidden)
+        l = (at.layer.mlp_gain / 4 * at.sigma_U / at.sigma_V + at.sigma_U ** 2 * off.amax(-1))[..., None]
+        L, _ = torch.linalg.cholesky_ex(l * torch.eye(len(A)) - (U * off) @ U.T)
+        known = torch.linalg.solve_triangular(L, A + (U * middle) @ V, upper=False)
+        gains.append(l[:, 0, 0].sqrt() * sigma(torch.cat((known, off.mT.sqrt() * V), dim=1)))
+    gain = torch.cat(gains).view(near.shape)
+    return near, torch.where(gain < most, gain, most)                                   # it may be NaN
 
 
 def ball_change(at, delta):
@@ -310,41 +355,45 @@ def ball_change(at, delta):
 
 def attention_change(at, delta):
     """
-    A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input. In one head
+    A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input, and bounds
+    (B, H, T) on what is not of first order in both sums of a head, none if scores are free of content:
 
       o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
 
-    The first sum is W_v times a vector of norm <= value_input, the second of norm <= score_output. Over
-    heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h, sigma([W_o^1 W_v^1 ...]) |c|
-    and sigma(W_o) |sigma_v c|, and S_h of the second each of sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
+    The first sum is W_v times a vector of norm <= value_input, the second of norm <= score_output, with
+    either choice of at.k. Over heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h,
+    sigma([W_o^1 W_v^1 ...]) |c| and sigma(W_o) |sigma_v c|, and S_h of the second each of
+    sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
     """
     across = lambda c: c.square().sum(1).sqrt()
     total = lambda sigma_h, c: (sigma_h[:, None] * c).sum(1)
-    inputs, of_scores = (at.p * delta[:, None, None, :]).sum(-1), 0.0                  # (B, H, T)
+    inputs, of_scores, beyond = (at.p * delta[:, None, None, :]).sum(-1), 0.0, []      # (B, H, T)
     if hasattr(at, "q"):
-        by_q, by_k = score_change(at, delta)
-        inputs, outputs = value_input(at, by_q + by_k, delta), score_output(at, by_q, by_k, delta)
+        changes = [score_change(at, k, delta) for k in at.k]
+        bounds = [(*value_input(at, sum(e), delta), *score_output(at, *e, delta)) for e in changes]
+        inputs, beyond_inputs, outputs, beyond_outputs = (torch.minimum(*both) for both in zip(*bounds))
         of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
+        beyond = [beyond_inputs, beyond_outputs]
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
                               at.sigma_o * across(at.sigma_v[:, None] * inputs))
-    return at.block.attn.out_scale * (of_values + of_scores)
+    return at.block.attn.out_scale * (of_values + of_scores), beyond
 
 
 LARGEST = 300.0  # a change of a score by more says nothing, and its exponential would overflow
 
 
-def score_change(at, delta):
+def score_change(at, k, delta):
     """
-    Bounds (B, H, T, T) on the change of the scores b <q_t, k_s>, b = softmax_scale / d_head, by dq_t at k_s
-    and by dk_s at q_t + dq_t: b sigma_q delta_t |k_s| and b (|q_t| + sigma_q delta_t) sigma_k delta_s; 0 for
-    keys that are not seen, infinite together from LARGEST on. RoPE and the bias, which depend on positions
-    alone, change none of that.
+    Bounds (B, H, T, T) on the parts b <dq_t, k_s - c>, b <q_t, dk_s> and b <dq_t, dk_s> of the change of the
+    scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, which is the same for all keys and
+    which softmax does not see (proof: results/certificate.md, At a text): b |W_q^T R_t^T (k_s - c)| delta_t,
+    b |W_k^T R_s^T q_t| delta_s and b sigma_q delta_t sigma_k delta_s, k (B, H, T, T) being one of at.k. 0 for
+    keys that are not seen, infinite together from LARGEST on. The bias depends on positions alone.
     """
-    scale, sigma_q, sigma_k = at.block.attn.scale, at.sigma_q[:, None, None], at.sigma_k[:, None, None]
     delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
-    by_q = scale * sigma_q * delta_t * at.k
-    by_k = scale * sigma_k * delta_s * (at.q + sigma_q * delta_t)
-    return by_q.tril(), torch.where(by_q + by_k < LARGEST, by_k, math.inf).tril()
+    sizes = k * delta_t, at.q * delta_s, (at.sigma_q * at.sigma_k)[:, None, None] * delta_t * delta_s
+    by_q, by_k, cross = (at.block.attn.scale * size.tril() for size in sizes)
+    return by_q, by_k, torch.where(by_q + by_k + cross < LARGEST, cross, math.inf).tril()
 
 
 def mean(at, f):
@@ -362,41 +411,50 @@ def probability_ratio(at, e):
 
 
 def value_input(at, e, delta):
-    """A bound (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest."""
-    most, _ = probability_ratio(at, e)
-    weighed = mean(at, most * delta[:, None, None, :])[..., 0]
-    return torch.minimum(weighed, delta.cummax(dim=1).values[:, None])
+    """
+    Bounds (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest; and on
+    |sum_s (p' - p)_s dx_s|.
+    """
+    most, least = probability_ratio(at, e)
+    weighed, moved = (mean(at, x * delta[:, None, None, :])[..., 0] for x in (most, off(most, least)))
+    return torch.minimum(weighed, delta.cummax(dim=1).values[:, None]), moved
 
 
-def score_output(at, by_q, by_k, delta):
+def off(most, least):
+    """How far a ratio between these is from 1, at most."""
+    return torch.maximum(most - 1, 1 - least)
+
+
+def score_output(at, by_q, by_k, cross, delta):
     """
     A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
     - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
     - sum_s |p'_s - p_s| |v_s - o|, by probability_ratio;
     - with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o): of da_s, b <dq, k_s>
-      gives b Cov_p(v, k) dq, at most b |Cov_p(v, k)|_F sigma_q delta_t, and the rest is at most by_k; and
-      |rem_s| <= exp(e_s) / (2 - E exp(e)) - 1 - e_s - E e while E exp(e) < 2, as the power series of
+      gives b Cov_p(v, k) dq, at most b sigma(Cov_p(v, k) R_t W_q) delta_t, the rest is at most by_k + cross;
+      and |rem_s| <= exp(e_s) / (2 - E exp(e)) - 1 - e_s - E e while E exp(e) < 2, as the power series of
       exp(a_s) / (1 - E(exp(a) - 1)) without its terms of order 0 and 1 is, with plus for all signs and e for
       |a|, that of the right side.
+    And one on what is not of first order, its part by cross and rem.
     """
-    e = by_q + by_k
-    most, least = probability_ratio(at, e)
-    shares = mean(at, torch.maximum(most - 1, 1 - least) * at.apart)[..., 0]
+    e = by_q + by_k + cross
+    shares = mean(at, off(*probability_ratio(at, e)) * at.apart)[..., 0]
     mean_up = mean(at, e.exp())
     rest = torch.where(mean_up < 2, e.exp() / (2 - mean_up) - 1 - e - mean(at, e), math.inf)
-    covariance = at.block.attn.scale * at.cov * (at.sigma_q[:, None] * delta[:, None])
-    series = covariance + mean(at, (by_k + rest) * at.apart)[..., 0]
-    return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series))
+    beyond = mean(at, (cross + rest) * at.apart)[..., 0]
+    series = at.block.attn.scale * at.cov * delta[:, None] + mean(at, by_k * at.apart)[..., 0] + beyond
+    return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series)), beyond
 
 
-def leads_hold(at, W, delta):
+def leads_hold(at, W, delta, asked, before=None):
     """
-    Where the largest logit stays the largest whatever the last block's MLP half is given within delta (B, T)
-    in L2 norm of at.mid, for the head's rows w_j of W: (B T,).
+    Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's
+    MLP half is given within delta (B, T) in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before`
+    is (change of the block's input (B, T), *beyond of attention_change), if that is what moves it.
 
     The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
-    the norm of its gradient, which is |w_i - w_j| times the MLP half's gain or less; and for an MLP of two
-    layers less than lead_gradient. Rivals that the first of both settles are not looked at again.
+    |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
+    through_attention. Rivals that the first of both settle are not looked at again.
     """
     x, delta, block = at.mid.flatten(0, 1), delta.flatten()[:, None], at.block
     z = ((1 - block.alpha) * x + block.alpha * block.mlp(x)) @ W.T
@@ -404,53 +462,76 @@ def leads_hold(at, W, delta):
     leads, apart = z.gather(1, top) - z, rows_apart(W, top[:, 0])            # (N, V)
     enough = lambda lead, change: lead > (1 + ROUNDING) * change             # false for NaN
     held = enough(leads, at.layer.mlp_gain * apart * delta).scatter(1, top, True)
-    if block.mlp.mid:
-        return held.all(dim=1)
+    if at.half is None:
+        return asked & held.all(dim=1)
     nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top, math.inf).argmin(dim=1, keepdim=True)
     first = torch.zeros_like(held).scatter(1, nearest, True) & ~held
-    lost = torch.zeros(len(x), dtype=torch.bool)                             # to the nearest rival: enough
-    for pairs in (*first.nonzero().split(4096), *(~first & ~held).nonzero().split(4096)):
+    lost = ~asked                                                            # or to the nearest rival: enough
+    for pairs in (*first.nonzero().split(256), *(~first & ~held).nonzero().split(256)):
         n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
-        gradient = lead_gradient(at, W[top[n, 0]] - W[j], x[n], delta[n])
-        lost[n[~enough(leads[n, j], gradient * delta[n, 0])]] = True
+        g, off = lead_gradient(at, W[top[n, 0]] - W[j], x[n], delta[n])
+        left = ~enough(leads[n, j], (g.norm(dim=1) + off) * delta[n, 0])
+        if before:
+            n, j, g, off = n[left], j[left], g[left], off[left]
+            left = ~enough(leads[n, j], through_attention(at, g, n, *before) + off * delta[n, 0])
+        lost[n[left]] = True
     return ~lost
 
 
 def lead_gradient(at, w, x, delta):
     """
-    A bound (N,) on the gradient of <w, y>, y = (1 - alpha) x + alpha W_out f(W_in x), everywhere within delta
-    (N, 1) of x (N, d): (1 - alpha) w + alpha W_in^T D^T u with u = W_out^T w, D the derivative of f, of which
-    D^T u is known but for a part that counts with its norm, times sigma(W_in).
+    g (N, d) and a bound off (N,) with |<w, half(x')> - <w, half(x)> - <g, x' - x>| <= off |x' - x| within
+    delta (N, 1) of x (N, d), for w (N, d): with half(x) = A x + U f(V x) and the slopes of f there,
+    g = A^T w + V^T middle U^T w and off = sigma(V) |off U^T w|.
     """
-    mlp, alpha = at.block.mlp, at.block.alpha
-    known, unknown = derivative(at.activation, mlp.fc(x), w @ mlp.proj.weight, mlp.fc.weight, delta)
-    return ((1 - alpha) * w + alpha * known @ mlp.fc.weight).norm(dim=1) + alpha * at.sigma_fc * unknown
+    A, U, V, f = at.half
+    (middle, off), u = slopes(f, x @ V.T, at.rows * delta), w @ U
+    return w @ A + (middle * u) @ V, at.sigma_V * (off * u).norm(dim=1)
+
+
+def through_attention(at, g, n, delta, *beyond):
+    """
+    A bound (N,) on |<g, mid' - mid>| for g (N, d), at tokens n (N,) of B T, if a block's input changes by
+    delta (B, T), with beyond of attention_change: sum_s |g_s| delta_s, g_s being the gradient of <g, mid> by
+    the input of token s, and what a head has beyond first order, with u_h = alpha m W_o^hT g: |W_v^hT u_h|
+    times that of its first sum and |u_h| times that of the second; proof: results/certificate.md, Last block.
+    """
+    attn, alpha, (b, t) = at.block.attn, at.block.alpha, (n // delta.shape[1], n % delta.shape[1])
+    u = alpha * attn.out_scale * (g @ at.Wo).unflatten(1, (attn.n_head, -1))             # (N, H, d_head)
+    p, pulled = at.p[b, :, t], torch.einsum("nhi,hid->nhd", u, at.Wv)                  # (N, H, T), (N, H, d)
+    gradient = p.mT @ pulled                                                           # (N, T, d)
+    gradient[range(len(n)), t] += (1 - alpha) * g
+    rest = 0.0
+    if beyond:
+        c = attn.scale * p * ((u[:, :, None] * (at.v[b] - at.o[b, :, t][:, :, None])).sum(-1))  # (N, H, T)
+        dq = (c[:, :, None] @ at.key[b])[:, :, 0]                                      # (N, H, d_head)
+        dk = torch.einsum("nhs,nhj,sij->nshi", c, at.query[b, :, t], at.back)
+        gradient[range(len(n)), t] += torch.einsum("nij,nhj,hid->nd", at.back[t], dq, at.Wq)
+        gradient += dk.flatten(2) @ at.Wk.flatten(0, 1)
+        rest = (pulled.norm(dim=-1) * beyond[0][b, :, t] + u.norm(dim=-1) * beyond[1][b, :, t]).sum(dim=1)
+    return (gradient.norm(dim=-1) * delta[b]).sum(dim=1) + rest
 
 
 SIZE = Activation(torch.abs, slope=(-1, 1), curvature=0.0, kink=True)
 
 
-def derivative(activation, z, u, rows, delta):
+def slopes(activation, z, reach):
     """
-    (D^T u, a bound on what it is off) for what an activation does to z (N, hidden), each entry of which moves
-    by at most delta (N, 1) times the norm of its row. Entry by entry, f' is within curvature times that of
-    f'(z), and in its interval of slopes, of which no more is known where a kink may be passed. Sorted pairs
-    are (z_1 + z_2) / 2 +- |z_1 - z_2| / 2.
+    (middle, off) with |f(z') - f(z) - middle (z' - z)| <= off |z' - z| for all |z' - z| <= reach, entry by
+    entry. Left is a mean of slopes between z and z': on this side of a kink they are on average within
+    curvature / 2 times reach of f'(z), beyond it in f's interval of slopes; and beyond it is at most a share
+    1 - |z| / reach of the way.
     """
-    if activation.sorts_pairs:
-        (z1, z2), (u1, u2), (r1, r2) = z.chunk(2, dim=1), u.chunk(2, dim=1), rows.chunk(2)
-        known, off = derivative(SIZE, z1 - z2, (u1 - u2) / 2, r1 - r2, delta)
-        middle = (u1 + u2) / 2
-        return torch.cat((middle + known, middle - known), dim=1), math.sqrt(2) * off
-    reach, (low, high) = rows.norm(dim=1) * delta, activation.slope
+    low, high = activation.slope
     with torch.enable_grad():
         at = z.detach().requires_grad_()
         slope, = torch.autograd.grad(activation.f(at).sum(), at)
-    bend = activation.curvature * reach
-    if activation.kink:
-        bend = torch.where(z.abs() > reach, bend, math.inf)
+    bend = activation.curvature / 2 * reach
     least, most = (slope - bend).clamp_min(low), (slope + bend).clamp_max(high)
-    return (least + most) / 2 * u, ((most - least) / 2 * u).norm(dim=1)
+    if activation.kink:
+        beyond = (1 - z.abs() / reach).clamp_min(0)
+        least, most = least + beyond * (low - least), most + beyond * (high - most)
+    return (least + most) / 2, (most - least) / 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -474,6 +555,7 @@ def deciding(net, layers, ids):
     position, sizes = torch.arange(T), [D for D in DECIDING if D < T]
     back = position[:, None] - position
     at_once = len(net.blocks) == 1 and not net.config.softmax_scale
+    n = T - max(sizes) if at_once else 1
     table = moves(*facts_at(net, norms, net.wte(ids[:1])), net.wte.weight) if at_once else None
     for rows in ids.split(8):
         X, smallest = net.wte(rows), torch.full(rows.shape, math.inf, dtype=torch.float64)
@@ -482,13 +564,14 @@ def deciding(net, layers, ids):
             moved = facts[0].block.alpha * torch.stack([table[row, :, position].mT for row in rows])
         else:
             far = distances(X, net.wte.weight).amax(dim=-1)
+        held = (position >= T - n).repeat(len(rows))
         for D in reversed(sizes):
             if at_once:
-                held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1))
+                held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1), held)
             else:
-                held = certified_under(net, facts, far * (back[-1] >= D))
+                held = certified_under(net, facts, far * (back[-1] >= D), held)
             smallest[held.view(rows.shape)] = D
-        found.append(smallest[:, -(T - max(sizes) if at_once else 1):])
+        found.append(smallest[:, -n:])
     return torch.cat(found)
 
 
