@@ -122,7 +122,7 @@ def map_by_shape(fn, tensors, *more):
 
 # ------------------------------------------------------------------------------------------------------------
 # Steps made for a manifold, when the constraint puts W back onto it: the steepest update that stays on it to
-# first order or, on the hyperball, one of fixed size. M and W are batches (..., m, n), polar is orthogonalize.
+# first order or, on the hyperball, one of fixed size. M and W are batches (..., m, n), polar orthogonalizes.
 # W = 0 does not hold an update back.
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):

