@@ -267,9 +267,10 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats."""
-        x = self.wte(idx)
-        if torch.is_autocast_enabled(x.device.type):  # else the blocks would add up in the table's float32
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x, kind = self.wte(idx), idx.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if x.dtype == torch.float32:  # in which the blocks would add up; certificates are in float64
+                x = x.to(torch.get_autocast_dtype(kind))
         logits = self.forward_embeddings(x)
         return logits, None if targets is None else self.loss(logits, targets)
 
