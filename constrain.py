@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from model import ACTIVATIONS, GELU_SLOPE, GPTConfig, load_checkpoint, rotary_tables
-from optim import POLAR, UPDATE_NORM, orthogonalize, polar_steps, top_singular
+from optim import POLAR, UPDATE_NORM, of_size_1, orthogonalize, polar_steps, top_singular
 from prepare import Parser, one_line_errors, say
 
 
@@ -156,9 +156,7 @@ def hyperball(W, step):
     caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is of fixed size
     too: train.py --tangent, see optim.relative_size.
     """
-    X = W / W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-    size = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    return X / size * (step.w_max * rms_unit(W) * math.sqrt(min(W.shape[-2:])))
+    return of_size_1(W) * (step.w_max * rms_unit(W) * math.sqrt(min(W.shape[-2:])))
 
 
 @constraint()

@@ -70,10 +70,7 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     none above UPDATE_NORM; zeros stay zeros. Entries may have any finite size. `dtype` (float32 or bfloat16)
     is that of the products.
     """
-    X = G.detach().reshape(-1, *G.shape[-2:]).float()
-    # the largest entry first, so that squares neither overflow nor vanish
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-38)
-    X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-38)).to(dtype)
+    X = of_size_1(G.detach().reshape(-1, *G.shape[-2:]).float()).to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT  # products on the small side
@@ -81,6 +78,13 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     if tall:
         X = X.mT
     return X.float().reshape(G.shape)
+
+
+def of_size_1(X):
+    """Matrices (..., m, n) over their Frobenius norms; zeros stay zero."""
+    # the largest entry first, so that squares neither overflow nor vanish
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-38)
+    return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(1e-38)
 
 
 def polar_steps(X, coefficients=POLAR):
@@ -165,12 +169,12 @@ def sphere_tangent(M, W, polar, steps=14):
     """
     _, u, v = top_singular(W)
     uv, rank = u @ v.mT, min(M.shape[-2:])
-    size = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True) / math.sqrt(rank)  # of a singular value
-    high = torch.full_like(size, math.asinh(2 * rank))
+    M = math.sqrt(rank) * of_size_1(M)  # singular values of the order of 1
+    high = torch.full_like(M[..., :1, :1], math.asinh(2 * rank))
     low = -high
     for _ in range(steps):
         middle = (low + high) / 2
-        update = polar(M + size * middle.sinh() * uv)
+        update = polar(M + middle.sinh() * uv)
         above = (update * uv).sum(dim=(-2, -1), keepdim=True) > 0
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return update
@@ -186,9 +190,7 @@ def stiefel_tangent(M, W, polar, steps=16):
     if M.shape[-2] < M.shape[-1]:
         return stiefel_tangent(M.mT, W.mT, lambda A: polar(A.mT).mT, steps).mT
     symmetric = lambda A: (A + A.mT) / 2
-    norm = lambda A: torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    root = math.sqrt(M.shape[-1])
-    X, M = W * (root / norm(W)), M * (root / norm(M))
+    X, M = (math.sqrt(M.shape[-1]) * of_size_1(A) for A in (W, M))
     L = symmetric(X.mT @ M)
     for i in range(steps if M.shape[-2] > M.shape[-1] else 0):
         L = L + 0.5 * (1 - i / steps) * symmetric(X.mT @ polar(M - X @ L))
@@ -201,9 +203,7 @@ def relative_size(M, W, polar):
     the step is then lr / w_max of W on the sphere of constrain.hyperball (Wen et al., arXiv 2606.16899). Of
     momentum with many small singular values Muon's own is down to half of it, and this exceeds UPDATE_NORM.
     """
-    update = polar(M)
-    size = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    return update * (math.sqrt(min(M.shape[-2:])) / size)
+    return math.sqrt(min(M.shape[-2:])) * of_size_1(polar(M))
 
 
 TANGENTS = {"spectral_sphere": sphere_tangent, "stiefel": stiefel_tangent, "hyperball": relative_size}
