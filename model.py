@@ -286,7 +286,7 @@ class GPT(nn.Module):
         cos, sin = self.cos[:T], self.sin[:T]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.head(self.config.logit_scale * x)  # x is smaller than the logits
+        return self.head(self.config.logit_scale * x)  # GPT-2's logits are many more
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,11 +60,11 @@ def products(model, config, batch):
     return shapes + config.n_layer * attention
 
 
-def step(argv):
+def step(argv, grows=False):
     """
     (a) A training step, (b) the same without optimizer and constraint, in turns, and (c) its bare matrix
     products, one after the other, at the model's shapes and in its dtype; medians. And the share of the
-    machine's best matmul rate that it reaches.
+    machine's best matmul rate that it reaches. With `grows` also what `widths` asks, which takes longer.
     """
     config = train.configure(train.parse(argv))
     if config.resume:
@@ -114,13 +115,14 @@ def step(argv):
     flops = sum(2 * b * m * k * n for b, m, k, n in shapes)
     side = 8192 if device.type == "cuda" else 2048
     peak = max(2 * side ** 3 / product((1, side, side, side), 7), flops / c)
-    gradients()
-    moving = seconds(moves, device)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else (
-        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     result = {"step_over_floor": a / c, "optimizer_share": (a - b) / a, "tokens_per_second": batch * T / a,
-              "matmul_share": flops / a / peak, "seconds": a, "optimizer_seconds": moving,
-              "peak_gb": memory / 1e9, "certificate_seconds": seconds(lambda: lipschitz_bounds(model))}
+              "matmul_share": flops / a / peak}
+    if grows:
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else (
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        gradients()
+        result |= {"seconds": a, "optimizer_seconds": seconds(moves, device), "peak_gb": memory / 1e9,
+                   "certificate_seconds": seconds(lambda: lipschitz_bounds(model))}
     say(f"(a) step {1e3 * a:.1f} ms, (b) without optimizer and constraint {1e3 * b:.1f} ms, (c) its matrix "
         f"products {1e3 * c:.1f} ms\na/c {a / c:.2f}, (a-b)/a {(a - b) / a:.1%}, {batch * T / a:,.0f} "
         f"tokens/s, {result['matmul_share']:.1%} of the best matmul rate, {peak / 1e9:,.0f} GFLOP/s")
@@ -185,21 +187,22 @@ def widths(_):
     """A step at each of WIDTHS, by a process of its own, as the peak of memory is a process's."""
     for width in WIDTHS:
         options = [*WIDE, f"--n_embd={width}"]
-        done = subprocess.run([sys.executable, __file__, "step", *options], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, "grown", *options], capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"width {width}: {done.stderr.strip()}")
         found = json.loads(done.stdout.strip().split("\n")[-1])
-        command = f"python results/bench.py step {' '.join(options)}"
+        command = f"python results/bench.py grown {' '.join(options)}"
         append_line(RESULTS / "speed.jsonl", {"what": "width", "width": width, "command": command} | found)
         say(f"{width}\n{done.stdout.strip()}")
 
 
 def main():
-    what = {"step": step, "methods": methods, "widths": widths}
+    what = {"step": step, "grown": partial(step, grows=True), "methods": methods, "widths": widths}
     with one_line_errors("bench.py"):
-        if sys.argv[1:2] not in [[name] for name in what] or (sys.argv[1] != "step" and len(sys.argv) > 2):
+        if sys.argv[1:2] not in [[name] for name in what] or (
+                what[sys.argv[1]] in (methods, widths) and len(sys.argv) > 2):
             raise UserError(
-                f"python results/bench.py {'|'.join(what)}; only step has options, those of train.py")
+                f"python results/bench.py {'|'.join(what)}; step and grown have options, those of train.py")
         keep_memory()
         what[sys.argv[1]](sys.argv[2:])
 

@@ -75,11 +75,11 @@ def chosen_lr(kind, records):
     return None if not losses or best in (min(losses), max(losses)) else best
 
 
-def lr_of(pair):
-    lr = chosen_lr(dict(zip(("method", "optimizer"), pair)), of_part("lr"))
+def lr_of(kind, part="lr"):
+    lr = chosen_lr(kind, of_part(part))
     if lr is None:
-        raise UserError(f"no learning rate has been chosen for {' and '.join(pair)}; first run "
-                        "python results/sweep.py lr")
+        raise UserError(f"no learning rate has been chosen for {kind}; first run "
+                        f"python results/sweep.py {part}")
     return lr
 
 
@@ -154,10 +154,13 @@ def bracket(lr, run_at):
     return lr * 2.0 ** best
 
 
-def tune(run, pair):
-    """Learning rates for a (method, optimizer) at the middle strength."""
-    options = strengths(*pair)[2] | {"max_steps": 100}
-    bracket(FIRST_LR[pair[1]], lambda lr: run(options | {"lr": lr}))
+def tune(run, options):
+    """Learning rates for the options of a kind of runs at its middle strength."""
+    bracket(FIRST_LR[options["optimizer"]], lambda lr: run(options | {"lr": lr, "max_steps": 100}))
+
+
+def as_kind(pair):
+    return dict(zip(("method", "optimizer"), pair))
 
 
 def at_strengths(run, strengths, lr):
@@ -169,21 +172,11 @@ def at_strengths(run, strengths, lr):
 
 
 def grid(run, pair):
-    at_strengths(run, strengths(*pair), lr_of(pair))
-
-
-def tune_sphere(run, kind):
-    """A learning rate for one of SPHERES."""
-    options = kind | {"w_max": CAPS[2], "max_steps": 100}
-    bracket(FIRST_LR["muon"], lambda lr: run(options | {"lr": lr}))
+    at_strengths(run, strengths(*pair), lr_of(as_kind(pair)))
 
 
 def sphere_grid(run, kind):
-    lr = chosen_lr(kind, of_part("sphere-lr"))
-    if lr is None:
-        raise UserError(f"no learning rate has been chosen for {kind}; first run sweep.py sphere-lr")
-    for w_max in CAPS:
-        run(kind | {"w_max": w_max, "lr": lr})
+    at_strengths(run, [kind | {"w_max": w_max} for w_max in CAPS], lr_of(kind, "sphere-lr"))
 
 
 def short(run, kind):
@@ -255,8 +248,8 @@ WIDTHS, FACTORS = (128, 256, 512), (0.5, 1.0, 2.0)
 
 def transfers():
     pairs = [(method, "muon") for method in ("soft_cap", "none")]
-    kinds = [strengths(*pair)[2] | {"lr": lr_of(pair)} for pair in pairs]
-    kinds += [kind | {"w_max": CAPS[2], "lr": chosen_lr(kind, of_part("sphere-lr"))} for kind in SPHERES[:2]]
+    kinds = [strengths(*pair)[2] | {"lr": lr_of(as_kind(pair))} for pair in pairs]
+    kinds += [kind | {"w_max": CAPS[2], "lr": lr_of(kind, "sphere-lr")} for kind in SPHERES[:2]]
     return [kind | {"lr": kind["lr"] * factor, "n_embd": width, "batch_size": 8, "max_steps": 100}
             for width in WIDTHS for kind in kinds for factor in FACTORS]
 
@@ -281,7 +274,8 @@ HEADLINE = ((ONE, 1, 1.0, 1.0, 1.0), (ONE, 1, 1.2, 1.0, 1.0), (ONE, 1, 1.5, 1.0,
 
 
 def headline():
-    soft_cap = {"method": "soft_cap", "optimizer": "muon", "lr": lr_of(("soft_cap", "muon"))}
+    soft_cap = as_kind(("soft_cap", "muon"))
+    soft_cap["lr"] = lr_of(soft_cap)
     return [soft_cap | shape | dict(zip(SEARCHED, values)) for shape, *values in HEADLINE]
 
 
@@ -321,7 +315,7 @@ def equals():
 def balls():
     """The grid's soft cap with Muon at w_max 2."""
     pair = "soft_cap", "muon"
-    return [strengths(*pair)[2] | {"lr": lr_of(pair), "eval_interval": STEPS // 2}]
+    return [strengths(*pair)[2] | {"lr": lr_of(as_kind(pair)), "eval_interval": STEPS // 2}]
 
 
 # The paper's headline: its shape with a published bound, without the scale, of at most 2 (at w_max 1.19 it is
@@ -449,9 +443,9 @@ BALL = {"measured": ("attack", "radii", "ball")}
 TIGHT = {"common": {"preset": "tight"}, "records": "tight"}
 BOOKS = {"records": "books"}
 PARTS = {
-    "lr": Part(pairs, tune, **LOG),
+    "lr": Part(lambda: [strengths(*pair)[2] for pair in pairs()], tune, **LOG),
     "grid": Part(pairs, grid),
-    "sphere-lr": Part(lambda: SPHERES, tune_sphere, **LOG),
+    "sphere-lr": Part(lambda: [kind | {"w_max": CAPS[2]} for kind in SPHERES], tune, **LOG),
     "sphere-grid": Part(lambda: SPHERES, sphere_grid),
     "sphere-final": Part(best_of_kinds, **FULL),
     "transfer": Part(transfers, **LOG),

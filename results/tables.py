@@ -26,7 +26,7 @@ IMAGE_RADII = 36, 72, 108  # in 255ths of a pixel's range
 # Records, and how runs are called
 
 def of_pair(records, method, optimizer):
-    return [r for r in records if (r["options"]["method"], r["options"]["optimizer"]) == (method, optimizer)]
+    return of_kind(records, {"method": method, "optimizer": optimizer})
 
 
 def by_strength(records, method, optimizer):
