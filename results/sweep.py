@@ -102,7 +102,7 @@ def new_record(part, options, threads):
         if found[1]["step"] < last:
             raise KeyboardInterrupt  # train.py saved and stopped
     log = [line for line in read_lines(out / "log.jsonl") if "val_loss" in line]
-    copied = ("log10_paper", "log10_certified", "act_max", "act_rms", "seconds")
+    copied = ("log10_paper", "log10_published", "log10_certified", "act_max", "act_rms", "seconds")
     traced = ("step", "train_loss", "norm_over_cap", "val_acc", "val_loss", "act_max_layers",
               "act_rms_layers")
     record |= {name: log[-1][name] for name in copied}
@@ -169,7 +169,7 @@ def main():
         if not set(args.parts) <= set(PARTS):
             raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
         folder = ROOT / "data" / "shakespeare"
-        needed = any(PARTS[part].records in ("shakespeare", "tight") for part in args.parts)
+        needed = any(PARTS[part].records in ("shakespeare", "tight", "published") for part in args.parts)
         if needed and (not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL):
             raise UserError(f"{folder} is not the canonical text; "
                             "python prepare.py shakespeare --source its PATH_OR_URL")
