@@ -264,8 +264,8 @@ def facts_at(net, norms, X):
     What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: beside its
     block_norms for each block its input x and that with attention, mid, (B, T, d), for all but the last
     near_gain, and for every head attention p (B, H, T, T) of queries t to keys s and, unless scores are free
-    of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - c)| for c = E_p k and c = 0,
-    |v_s - o_t| and sigma(Cov_p(v, k) R_t W_q).
+    of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - E_p k)|, |v_s - o_t| and
+    sigma(Cov_p(v, k) R_t W_q).
     """
     T, x, facts = X.shape[1], X, []
     cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
@@ -280,7 +280,7 @@ def facts_at(net, norms, X):
             eye = torch.eye(q.shape[-1], dtype=x.dtype)
             at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T, of each t
             of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back  # (H, T, d_head, d_head)
-            at.q, at.k = through(of_k, q, 0 * q).mT, [through(of_q, k, c) for c in (p @ k, 0 * k)]
+            at.q, at.k = through(of_k, q, 0 * q).mT, through(of_q, k, p @ k)
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
             cov = p @ pairs - (at.o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
             at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT)
@@ -360,18 +360,17 @@ def attention_change(at, delta):
 
       o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
 
-    The first sum is W_v times a vector of norm <= value_input, the second of norm <= score_output, with
-    either choice of at.k. Over heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h,
-    sigma([W_o^1 W_v^1 ...]) |c| and sigma(W_o) |sigma_v c|, and S_h of the second each of
-    sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
+    The first sum is W_v times a vector of norm <= value_input, the second of norm <= score_output. Over
+    heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h, sigma([W_o^1 W_v^1 ...]) |c|
+    and sigma(W_o) |sigma_v c|, and S_h of the second each of sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
     """
     across = lambda c: c.square().sum(1).sqrt()
     total = lambda sigma_h, c: (sigma_h[:, None] * c).sum(1)
     inputs, of_scores, beyond = (at.p * delta[:, None, None, :]).sum(-1), 0.0, []      # (B, H, T)
     if hasattr(at, "q"):
-        changes = [score_change(at, k, delta) for k in at.k]
-        bounds = [(*value_input(at, sum(e), delta), *score_output(at, *e, delta)) for e in changes]
-        inputs, beyond_inputs, outputs, beyond_outputs = (torch.minimum(*both) for both in zip(*bounds))
+        changes = score_change(at, delta)
+        inputs, beyond_inputs = value_input(at, sum(changes), delta)
+        outputs, beyond_outputs = score_output(at, *changes, delta)
         of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
         beyond = [beyond_inputs, beyond_outputs]
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
@@ -382,16 +381,16 @@ def attention_change(at, delta):
 LARGEST = 300.0  # a change of a score by more says nothing, and its exponential would overflow
 
 
-def score_change(at, k, delta):
+def score_change(at, delta):
     """
     Bounds (B, H, T, T) on the parts b <dq_t, k_s - c>, b <q_t, dk_s> and b <dq_t, dk_s> of the change of the
-    scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, which is the same for all keys and
-    which softmax does not see (proof: results/certificate.md, At a text): b |W_q^T R_t^T (k_s - c)| delta_t,
-    b |W_k^T R_s^T q_t| delta_s and b sigma_q delta_t sigma_k delta_s, k (B, H, T, T) being one of at.k. 0 for
-    keys that are not seen, infinite together from LARGEST on. The bias depends on positions alone.
+    scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, c = E_p k, which is the same for all
+    keys and which softmax does not see (proof: results/certificate.md, At a text): b |W_q^T R_t^T (k_s - c)|
+    delta_t, b |W_k^T R_s^T q_t| delta_s and b sigma_q delta_t sigma_k delta_s. 0 for keys that are not seen,
+    infinite together from LARGEST on. The bias depends on positions alone.
     """
     delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
-    sizes = k * delta_t, at.q * delta_s, (at.sigma_q * at.sigma_k)[:, None, None] * delta_t * delta_s
+    sizes = at.k * delta_t, at.q * delta_s, (at.sigma_q * at.sigma_k)[:, None, None] * delta_t * delta_s
     by_q, by_k, cross = (at.block.attn.scale * size.tril() for size in sizes)
     return by_q, by_k, torch.where(by_q + by_k + cross < LARGEST, cross, math.inf).tril()
 
