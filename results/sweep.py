@@ -112,14 +112,9 @@ def new_record(part, options, threads):
         record |= {k: v for k, v in log[-1].items() if k.startswith(("val_", "worst", "certified"))}
     elif measured:
         record |= measurements(*found, measured)
-    if passed := alarm(record):
+    if passed := next(alarms(record), None):
         record |= {"alarm": passed, "log10_certified": None}
     return record
-
-
-def alarm(record):
-    """What shows that a record's certificate is wrong, or None: an attack that has passed it."""
-    return next(alarms(record), None)
 
 
 # ------------------------------------------------------------------------------------------------------------

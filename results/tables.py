@@ -8,7 +8,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS, SPHERES,
+from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LETTER, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS, SPHERES,
                    WIDTHS, best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind, pairs,
                    seeds, trained, tuning_loss, unscaled)
 from constrain import RADII
@@ -366,6 +366,11 @@ def published_tables(runs):
             "changes": lambda row: row[0]["name"], "characters": lambda row: f"{row[0]['characters']:,}",
             "on 32,768": lambda row: f"{row[0]['val_acc']:.1%}",
             "training loss": lambda row: f"{row[0]['train_loss_last_tenth']:.3f}"})
+    if runs["letter"]:
+        yield "published, one change", table(
+            each(runs["letter"] + runs["letter-long"]), "changes", "steps", "training loss", "accuracy",
+            "published", "paper", "certified", "attack",
+            changes=lambda row: settings(row[0]["options"], LETTER) or "the best of the search")
     yield "published, a head of norm 10^-8", table(
         seeds(runs["published-whole"]), "accuracy", "paper protocol", "loss", "published", "paper",
         "certified")
