@@ -1,5 +1,4 @@
-"""
-Weight constraints, and the Lipschitz bound that they give to the network.
+"""Weight constraints, and the Lipschitz bound that they give to the network.
 
     python constrain.py out/shakespeare/ckpt.pt     # norms and bounds, layer by layer
 
@@ -26,8 +25,7 @@ from optim import POLAR, UPDATE_NORM, of_size_1, orthogonalize, polar_steps, top
 from prepare import Parser, one_line_errors, say
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Norms
+# --- Norms --------------------------------------------------------------------------------------------------
 
 def rms_unit(W):
     """sqrt(m/n): the largest singular value of an (m, n) matrix of RMS->RMS norm 1."""
@@ -40,10 +38,9 @@ def exact(W):
 
 
 def sigma(W):
-    """
-    Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue of
-    the smaller Gram matrix, ten times faster than an SVD and, for the largest one, as exact: to 1e-13 here.
-    NaN for matrices that are not finite, at which LAPACK would raise an error.
+    """Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue
+    of the smaller Gram matrix, ten times faster than an SVD and, for the largest one, as exact: to 1e-13
+    here. NaN for matrices that are not finite, at which LAPACK would raise an error.
     """
     W = W if W.shape[-2] <= W.shape[-1] else W.mT
     gram = W @ W.mT
@@ -63,9 +60,9 @@ def matrices(model):
             if p.ndim >= 2 and not name.endswith(("wte.weight", "bias"))}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The constraints. Each maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step.
-# To add one, write a function under @constraint().
+# --- Constraints --------------------------------------------------------------------------------------------
+# Each maps a batch (..., m, n) to a new one; train.py calls it after every optimizer step. To add one, write
+# a function under @constraint().
 
 # Muon's iteration made exact: its second step, which lifts small singular values by 3.96 and keeps the others
 # in their interval, three more times; and a step of Newton-Schulz, which takes [0.991, 0.993] to within 2e-6
@@ -94,9 +91,8 @@ class Step(NamedTuple):
 
 
 def constraint(holds="never"):
-    """
-    Registers f(W, step), a map of matrices (..., m, n). `holds` is when it leaves all norms at most at w_max:
-    "always", after "bounded" steps, as Muon's are and AdamW's are not, or "never".
+    """Registers f(W, step), a map of matrices (..., m, n). `holds` is when it leaves all norms at most at
+    w_max: "always", after "bounded" steps, as Muon's are and AdamW's are not, or "never".
     """
     def register(f):
         METHODS[f.__name__], HOLDS[f.__name__] = f, holds
@@ -110,8 +106,7 @@ def holds_w_max(method, update_norm):
 
 
 def project(W, w_max):
-    """
-    W (..., m, n), whatever its norms, with those above w_max (1 + 1e-3) capped by an SVD: for weights from
+    """W (..., m, n), whatever its norms, with those above w_max (1 + 1e-3) capped by an SVD: for weights from
     elsewhere, before the first step. The methods are for matrices that one step has taken out of their cap.
     """
     above = (rms_norm(W) > (1 + 1e-3) * w_max).to(W.device)
@@ -140,9 +135,8 @@ def spectral_normalize(W, step):
 
 @constraint(holds="always")
 def spectral_sphere(W, step):
-    """
-    W w_max / |W|, up as well as down: the norm is w_max (Xie et al. 2026, arXiv 2601.08393: their MuonSphere
-    or, with train.py --tangent, their spectral sphere optimizer, see optim.sphere_tangent). Zeros stay zero.
+    """W w_max / |W|, up as well as down, but zeros (Xie et al. 2026, arXiv 2601.08393: their MuonSphere or,
+    with train.py --tangent, their spectral sphere optimizer, see optim.sphere_tangent).
     """
     sigma, _, _ = top_singular(W, step.dtype)
     return W / sigma.clamp_min(torch.finfo(W.dtype).tiny) * (step.w_max * rms_unit(W))
@@ -150,19 +144,17 @@ def spectral_sphere(W, step):
 
 @constraint()
 def hyperball(W, step):
-    """
-    W R / |W|_F with R = w_max sqrt(m/n) sqrt(min(m, n)), the Frobenius norm if all singular values were w_max
-    (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It fixes the size of a matrix, and
-    caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is of fixed size
-    too: train.py --tangent, see optim.relative_size.
+    """W R / |W|_F with R = w_max sqrt(m/n) sqrt(min(m, n)), the Frobenius norm if all singular values were
+    w_max (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It fixes the size of a matrix,
+    and caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is of fixed
+    size too: train.py --tangent, see optim.relative_size.
     """
     return of_size_1(W) * (step.w_max * rms_unit(W) * math.sqrt(min(W.shape[-2:])))
 
 
 @constraint()
 def spectral_hammer(W, step):
-    """
-    W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest singular value is set to w_max (paper, section 3).
+    """W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest sigma is set to w_max (paper, section 3).
 
     Does not promise norm w_max: a step may lift several singular values over it, and this takes back one.
     Unlike the paper's it leaves a matrix alone whose norm is below w_max, so that it never inflates one.
@@ -173,8 +165,7 @@ def spectral_hammer(W, step):
 
 @constraint(holds="always")
 def stiefel(W, step):
-    """
-    w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (paper, section 3).
+    """w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (paper, section 3).
 
     After an optimizer step W is near it. With X = W / w_max and E = X X^T - I, whose norm is then at most
     1/2, three steps X <- X + (3/8 E^2 - 1/2 E) X of Newton-Schulz take every singular value to within 1e-5 of
@@ -198,44 +189,31 @@ def stiefel(W, step):
 
 @constraint(holds="bounded")
 def soft_cap(W, step):
-    """
-    soft_cap_polynomial with the alpha that takes back a step of Muon (the paper, section 3). AdamW's steps
-    have no fixed norm; after those it promises nothing. It is for W that had norm <= w_max before the step:
-    far above its cap the polynomial makes norms larger, so matrices from elsewhere need `project` first.
+    """sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values
+    (the paper, section 3), and the alpha that takes back a step of Muon: W - W B^2 (3 I - 3 B + B^2), B = X^T
+    X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Only the
+    correction of W is in bfloat16, which is off by up to 2.3 %: a cap that moves singular values by up to 3 %
+    holds to 1e-3. It is for W that had norm <= w_max before the step: far above it the polynomial makes norms
+    larger, so matrices from elsewhere need `project` first. AdamW's steps have no fixed norm; after those it
+    promises nothing.
     """
     update_norm = step.update_norm if math.isfinite(step.update_norm) else step.lr * UPDATE_NORM
     alpha = soft_cap_coupling(step.w_max, step.decay, update_norm)
-    return soft_cap_polynomial(W, alpha, step.dtype if step.small else torch.float32)
-
-
-def soft_cap_polynomial(W, alpha, dtype=torch.float32):
-    """
-    sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values (the
-    paper, section 3): W - W B^2 (3 I - 3 B + B^2), B = X^T X, X = sqrt(alpha) W / rms_unit(W), on the smaller
-    side (results/certificate.md, Soft cap). It is close to the identity for small sigma. Only the correction
-    of W is in `dtype`: in bfloat16 it is off by up to 2.3 %, so a cap that moves singular values by up to 3 %
-    holds to 1e-3.
-    """
-    W_ = W.to(dtype)
+    W_ = W.to(step.dtype if step.small else torch.float32)
     X = W_ * (math.sqrt(alpha) / rms_unit(W))
     tall = X.shape[-2] >= X.shape[-1]
     B = X.mT @ X if tall else X @ X.mT
     C = B @ B
-    D = C @ (C - 3 * B + 3 * torch.eye(B.shape[-1], dtype=dtype, device=B.device))
+    D = C @ (C - 3 * B + 3 * torch.eye(B.shape[-1], dtype=B.dtype, device=B.device))
     return W - (W_ @ D if tall else D @ W_)
 
 
 def soft_cap_coupling(w_max, weight_decay, update_norm):
-    """
-    The smallest alpha for which soft_cap brings all singular values in [0, k] to at most w_max, where
-    k = w_max |1 - weight_decay| + update_norm is the largest that a matrix of norm <= w_max has after an
-    optimizer step: 0 for k <= w_max; the root of p(q(k)) = w_max up to k = 1.3065 w_max; (62/81)^2 /
-    (3 w_max^2) up to 2.613 w_max; beyond there is none, which is a ValueError. Proof: results/certificate.md,
-    Soft cap.
-
-    weight_decay is the decay of that step (lr times the optimizer's), update_norm the norm of its update (lr
-    times UPDATE_NORM for Muon). The published coupling (the paper, appendix) asks only that k itself lands on
-    w_max.
+    """The smallest alpha with which soft_cap brings all singular values in [0, k] to at most w_max, where k =
+    w_max |1 - weight_decay| + update_norm is the largest after an optimizer step; proof:
+    results/certificate.md, Soft cap. ValueError for k > 2.613 w_max, where there is none. weight_decay is the
+    step's (lr times the optimizer's), update_norm the norm of its update (lr times UPDATE_NORM for Muon). The
+    published coupling (the paper, appendix) asks only that k itself lands on w_max.
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
@@ -259,8 +237,7 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
 
 @constraint(holds="always")
 def hard_cap(W, step):
-    """
-    sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
+    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
 
     With w 0.6 % below w_max, X = W / w and Y = X X^T - I, of eigenvalues y = (sigma/w)^2 - 1, it is
     W - max(Y, 0) psi(Y) W: max(Y, 0) = Y (I + sign Y) / 2, where the sign comes from Muon's iteration, and
@@ -298,15 +275,13 @@ def svd_cap(W, step):
     return U * S.clamp_max(step.w_max * rms_unit(W))[..., None, :] @ Vh
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is proved: the function that the certificate is about, and whether a model computes it
+# --- What is proved: the function that the certificate is about, and whether a model computes it ------------
 
 ROUNDING = 1e-6  # the share by which every certificate is larger, for what float64 and RoPE's tables round
 
 
 def proved_function(config, weights, x):
-    """
-    The function that all proofs are about: embeddings x (T, n_embd) -> logits (T, vocab_size), in float64,
+    """The function that all proofs are about: embeddings x (T, n_embd) -> logits (T, vocab_size), in float64,
     from the configuration and {name: weight}, of which it takes out what it uses.
     """
     c, (T, d) = config, x.shape
@@ -337,15 +312,12 @@ def proved_function(config, weights, x):
 
 
 def refused(model):
-    """
-    None, or the line that says why a model gets no certificate: its weights are not finite, it computes
-    something else than proved_function, it has parameters that this does not use, or its activation is not
-    what ACTIVATIONS says.
-
-    Compared are the logits of a float64 copy, of random tokens and of random embeddings of several sizes, in
-    windows of block_size or, of large models, of fewer tokens: what only shows beyond goes unseen. Zeros, as
-    many matrices begin with, are replaced by random numbers, so that nothing hides behind them; and large
-    weights are scaled down, as rounding decides what saturated attention looks at.
+    """None, or the line that says why a model gets no certificate: its weights are not finite, it computes
+    something else than proved_function or has parameters beside, or its activation is not what ACTIVATIONS
+    says. Compared are logits of a float64 copy, of random tokens and of random embeddings of several sizes,
+    in windows of block_size or, of large models, fewer tokens: what only shows beyond goes unseen. Zeros, as
+    many matrices begin with, become random, so that nothing hides behind them; large weights are scaled down,
+    as rounding decides what saturated attention looks at.
     """
     try:
         net = exact_model(model)
@@ -423,17 +395,15 @@ def finite(module):
     return all(x.isfinite() for p in module.parameters() for x in torch.aminmax(p))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The Lipschitz bounds, in decimals, as K of a large model exceeds the largest float. Proofs:
-# results/certificate.md
+# --- Lipschitz bounds ---------------------------------------------------------------------------------------
+# In decimals, as K of a large model exceeds the largest float. Proofs: results/certificate.md
 
 getcontext().Emax = MAX_EMAX  # a deep one's exceeds 10^999,999 too
 
 
 def lipschitz_bounds(model, layers=None):
-    """
-    {kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits, both in the largest RMS norm over
-    tokens: `certified` (see certificate), infinite if the model is `refused`, and the authors' formula,
+    """{kind: log10 of a Lipschitz bound} of a GPT, from embeddings to logits, both in the largest RMS norm
+    over tokens: `certified` (see certificate), infinite if the model is `refused`, and the authors' formula,
     `paper` and `published` (see paper_bounds), or None. `layers` saves computing layer_norms again.
     """
     if refused(model):
@@ -442,10 +412,8 @@ def lipschitz_bounds(model, layers=None):
 
 
 def certificate(model, layers=None):
-    """
-    (log10 of the certified bound, its parts layer by layer) of a GPT that is not `refused`: K with max_t
-    |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's; the bound
-    of all blocks times the norm of the output matrix times logit_scale.
+    """(log10 of the certified bound, its parts layer by layer) of a GPT that is not `refused`: K with max_t
+    |dlogits_t|_rms <= K max_t |dx_t|_rms for embeddings x of RMS norm <= the table's largest row's.
     """
     body, parts = body_bound(layers or layer_norms(model), embedding_norm(model))
     head = log10(model.config.logit_scale * rms_norm(model.head.weight).item())
@@ -453,11 +421,8 @@ def certificate(model, layers=None):
 
 
 def body_bound(layers, R):
-    """
-    (log10 K, parts): the certificate but for the output matrix, for embeddings of RMS norm <= R; proof:
-    results/certificate.md, Blocks. The blocks' gains multiply, each on the ball of radius R that its input
-    stays in. A block's gain is ((1 - alpha) + alpha A_V) mlp_gain + alpha A_QK R^2 score_gain; it takes R to
-    ((1 - alpha) + alpha A_V) mlp_growth R, and to at most its ball.
+    """(log10 K, parts): the certificate but for the output matrix, for embeddings of RMS norm <= R. The
+    blocks' gains multiply, each on the ball that its input stays in; proof: results/certificate.md, Blocks.
     """
     if not all(map(math.isfinite, (R, *(norm for layer in layers for norm in layer[:-1])))):
         return math.inf, []
@@ -485,17 +450,9 @@ def layer_norms(model):
 
 
 def attention_norms(attn, softmax_scale):
-    """
-    (A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and its
-    derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens; proof:
-    results/certificate.md, Attention.
-
-    W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h, c is softmax_scale, m attn_scale:
-      A_V = m min(sigma(W_o) sqrt(sum_h sigma(W_v^h)^2), sum_h sigma(W_o^h W_v^h),
-                  sqrt(H) sigma([W_o^1 W_v^1 ... W_o^H W_v^H]))
-      A_QK = m c H sigma(W_o) (sigma(diag_h(gamma_h) W_q) + sigma(diag_h(g_h) W_q))
-    where what scales the rows of head h is g_h = sigma(W_v^h) sigma(W_k^h) and, with t = sigma(W_k^h) /
-    sigma(W_v^h), gamma_h = min(g_h, sigma([sqrt(t) W_v^h; W_k^h / sqrt(t)])^2 / 2).
+    """(A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and
+    its derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Formulas and proof:
+    results/certificate.md, Attention; W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h.
     """
     H, dh = attn.n_head, attn.d_head
     *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)  # each (H, d_head, d); W_q and W_k unless c = 0
@@ -519,18 +476,10 @@ def attention_norms(attn, softmax_scale):
 
 
 def mlp_norms(block, activation):
-    """
-    (gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: bounds on |J|, on
-    |J W_o| over |W_o| for attention's output matrix W_o, and on the norm of its output over its input's;
-    proof: results/certificate.md, MLP halves.
-
-    All three are at most (1 - alpha) + alpha times the product of the layers' norms and, between two of them,
-    the activation's largest |slope| or, for the growth, |ratio|; 1 if it sorts pairs. With two layers J is
-    A + U E V with a diagonal E, |E| <= 1 (see uncertain_norm): with slopes in [low, high]
-      A = (1 - alpha) I + alpha (high + low) / 2 W_out W_in, U = alpha (high - low) / 2 W_out, V = W_in,
-    and the growth has the interval of ratios; for sorted pairs, with the halves of W_out = [O_1 O_2] and
-    W_in = [I_1; I_2], A = (1 - alpha) I + alpha / 2 (O_1 + O_2) (I_1 + I_2), U = alpha / 2 (O_1 - O_2) and
-    V = I_1 - I_2.
+    """(gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: bounds on |J|,
+    on |J W_o| over |W_o| for attention's output matrix W_o, and on the norm of its output over its input's.
+    The layers' norms multiply; with two layers J is A + U E V with a diagonal E, |E| <= 1, see
+    uncertain_norm. Formulas, with these names, and proof: results/certificate.md, MLP halves.
     """
     mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
     layers = (mlp.fc, *mlp.mid, mlp.proj)
@@ -556,8 +505,7 @@ def mlp_norms(block, activation):
 
 
 def uncertain_norm(A, U, V):
-    """
-    An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest found, over l >
+    """An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest found, over l >
     sigma(U)^2, of sqrt(l lambda_max(A^T (l I - U U^T)^-1 A + V^T V)), or sigma(A) + sigma(U) sigma(V) if that
     is less; proof: results/certificate.md, Uncertain norm.
     """
@@ -593,10 +541,9 @@ def log10(x):
 
 
 def paper_bounds(model):
-    """
-    {kind: log10 of the authors' bound} (calculate_lipschitz_constant in their code, commit 158692e), None for
-    a model with options that theirs do not have. `published` is their formula to the letter: it leaves out
-    logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both.
+    """{kind: log10 of the authors' bound} (calculate_lipschitz_constant in their code, commit 158692e), None
+    for a model with options that theirs do not have. `published` is their formula to the letter: it leaves
+    out logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both.
 
     Neither is an upper bound: the formula takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and
     lets softmax_scale multiply the value path as well. position_bias, which theirs lack, changes nothing.
@@ -618,30 +565,27 @@ def paper_bounds(model):
             R *= (1 - alpha + alpha / 3 * w * v) * (1 - alpha + alpha * L_mlp)
         return log10(K)
 
-    return {"paper": formula(config.residual_weight, config.logit_scale),
+    return {"paper": formula(config.alpha, config.logit_scale),
             "published": formula(1 / (2 * config.n_layer), 1.0)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What training for a radius needs
+# --- What training for a radius needs -----------------------------------------------------------------------
 
 RADII = (0.01, 0.03, 0.1)  # of changes of the embeddings, at which certified accuracies are given
 
 
 def logit_reach(model, r, layers=None):
-    """
-    logit_scale sqrt(d) K r, with K of body_bound on the ball that has grown by r: a change of the embeddings
-    of RMS norm r moves the difference of logits i and j by at most |w_i - w_j|_2 times that, where w_i are
-    the output matrix's rows; proof: results/certificate.md, Predictions. `layers` saves layer_norms.
+    """logit_scale sqrt(d) K r, with K of body_bound on the ball that has grown by r: a change of the
+    embeddings of RMS norm r moves the difference of logits i and j by at most |w_i - w_j|_2 times that, where
+    w_i are the output matrix's rows; proof: results/certificate.md, Predictions. `layers` saves layer_norms.
     """
     log10_K, _ = body_bound(layers or layer_norms(model), embedding_norm(model) + r)
     return model.config.logit_scale * math.sqrt(model.config.n_embd) * r * 10 ** min(log10_K, 300.0)
 
 
 def worst_case(logits, y, W, reach):
-    """
-    Logits (N, V) with reach |w_j - w_y| added to each but that of the label y (N,), for rows w_j of W (V, d).
-    With `reach` = logit_reach(model, r) their cross entropy bounds that under every change of norm r, and
+    """Logits (N, V) with reach |w_j - w_y| added to each but that of the label y (N,), for rows w_j of W (V,
+    d). With `reach` = logit_reach(model, r) their cross entropy bounds that under every change of norm r, and
     where y is still the largest none alters the prediction; proof: results/certificate.md, Predictions. That
     is a claim about logits in float64: those of a shorter type are off by more than many predictions lead.
     """
@@ -657,8 +601,7 @@ def rows_apart(W, i):
 
 
 def distances(A, B):
-    """
-    L2 distances of rows (..., m, d) and (..., n, d): (..., m, n). In float64, for certificates, by matrix
+    """L2 distances of rows (..., m, d) and (..., n, d): (..., m, n). In float64, for certificates, by matrix
     products, rounded up by the most that these can be off: a sum of d products by d eps / 2 of their size. In
     float32, which they would leave no digits of small distances, by differences.
     """
@@ -675,8 +618,7 @@ def lead(logits, y):
     return (logits.gather(-1, y) - logits.scatter(-1, y, -math.inf).amax(dim=-1, keepdim=True)).squeeze(-1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line: the norms and the bounds
+# --- Command line: the norms and the bounds -----------------------------------------------------------------
 
 def table(title, rows, note=""):
     """Lines of [{name: number} of each layer]."""

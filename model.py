@@ -1,5 +1,4 @@
-"""
-The norm-free transformer whose weights constrain.py bounds.
+"""The norm-free transformer whose weights constrain.py bounds.
 
     python model.py out/shakespeare/ckpt.pt --prompt "ROMEO:"     # write text with a trained model
 
@@ -22,8 +21,7 @@ from torch.nn import functional as F
 
 from prepare import Parser, Tokenizer, UserError, check_options, number, one_line_errors, option, say
 
-# ------------------------------------------------------------------------------------------------------------
-# Activations, and the projection onto a ball
+# --- Activations, and the projection onto a ball ------------------------------------------------------------
 
 # GELU's largest slope, at sqrt(2): Phi(sqrt 2) + sqrt 2 * phi(sqrt 2) = 1.1289...
 GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
@@ -41,8 +39,7 @@ def maxmin(x):
 
 
 class Activation(NamedTuple):
-    """
-    A function, and what the certificate may assume of it: that it sorts pairs as maxmin does, or works on
+    """A function, and what the certificate may assume of it: that it sorts pairs as maxmin does, or works on
     each entry z by itself with f'(z) in `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink
     at 0. With neither a model trains and is not certified. constrain.refused tries the claims on a grid.
     """
@@ -69,8 +66,7 @@ def onto_ball(x, radius):
     return x / too_long.to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The transformer
+# --- The transformer ----------------------------------------------------------------------------------------
 
 @dataclass
 class GPTConfig:
@@ -95,13 +91,10 @@ class GPTConfig:
     ball: float | None = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
     zero_head: bool = option(False, "the output matrix begins at zero")
 
-    @property
-    def residual_weight(self):
-        """alpha; by default such that the product of all gains stays bounded."""
-        return 1 / (2 * self.n_layer) if self.alpha is None else self.alpha
-
     def __post_init__(self):
         check_options(self)
+        if self.alpha is None:  # such that the product of all gains stays bounded
+            self.alpha = 1 / (2 * self.n_layer)
         if not self.softmax_scale and not self.position_bias:
             raise ValueError("softmax_scale=0 leaves attention nothing to go by; use position_bias")
         if self.n_embd % (2 * self.n_head):
@@ -110,8 +103,7 @@ class GPTConfig:
 
 
 class Linear(nn.Module):
-    """
-    y = W x for weight (m, n), initialized to RMS->RMS norm 1 with all singular values equal, or to zero.
+    """y = W x for weight (m, n), initialized to RMS->RMS norm 1 with all singular values equal, or to zero.
 
     With stack=k the weight is (k, m, n): k matrices, applied in one product but constrained one by one.
     """
@@ -133,8 +125,7 @@ MAX_BIAS = 12.0
 
 
 class Attention(nn.Module):
-    """
-    Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias,
+    """Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias,
     bias[head, t - s]. At softmax_scale 0 there are no queries and keys.
 
     The bias does not depend on the input, so that it costs the certificate nothing; train.py keeps it within
@@ -151,18 +142,17 @@ class Attention(nn.Module):
         self.scale, self.out_scale = config.softmax_scale / self.d_head, config.attn_scale
         parts, size = (config.n_head, self.d_head) if config.per_head else (1, config.n_embd)
         self.qkv = Linear(config.n_embd, size, stack=parts * (3 if self.scale else 1))
-        self.proj = Linear(config.n_embd, config.n_embd, zero=config.residual_weight < 1)
+        self.proj = Linear(config.n_embd, config.n_embd, zero=config.alpha < 1)
         self.bias = None
         if config.position_bias:
             # without a residual, attention has to bring the token itself too
-            first = int(config.residual_weight < 1)
+            first = int(config.alpha < 1)
             back = (first + torch.arange(config.n_head) * (layer + 1)).clamp_max(config.block_size - 1)
             self.bias = nn.Parameter(8.0 * F.one_hot(back, config.block_size))
 
     def heads(self, x, cos, sin):
-        """
-        ([q, k] turned by RoPE, or [] without content; v), each (B, n_head, T, d_head), and the scores' bias:
-        None or (n_head, T, T), whose entry (t, s) is self.bias[:, t - s] for s <= t.
+        """([q, k] turned by RoPE, or [] without content; v), each (B, n_head, T, d_head), and the scores'
+        bias: None or (n_head, T, T), whose entry (t, s) is self.bias[:, t - s] for s <= t.
         """
         B, T, C = x.shape
         *qk, v = self.qkv(x).view(B, T, -1, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
@@ -189,10 +179,9 @@ def later(T, device):
 
 
 def attend(q, k, v, scale, bias):
-    """
-    Causal attention softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head) and bias, (n_head, T, T)
-    or None. On a CPU torch's kernel has a slow backward pass, so there the products are written out, in two
-    halves: the first half of the queries sees the first half of the keys alone, a quarter of the work less.
+    """Causal softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head), bias (n_head, T, T) or None. On
+    a CPU torch's kernel has a slow backward pass, so there the products are written out, in two halves: the
+    first half of the queries sees the first half of the keys alone, a quarter of the work less.
     """
     T = q.shape[2]
     if bias is None and q.device.type != "cpu":
@@ -216,8 +205,7 @@ def rotary_tables(block_size, d_head, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """
-    Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by angles: an orthogonal map. In the
+    """Turn the pairs (x_i, x_{i + d_head/2}) of x (B, T, n_head, d_head) by angles: an orthogonal map. In the
     tables' float32: of bfloat16, torch 2.13's compiler made NaN on a CPU with AMX if d_head was 128 or more.
     """
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
@@ -230,7 +218,7 @@ class FeedForward(nn.Module):
         width = config.mlp_ratio * config.n_embd
         self.fc = Linear(config.n_embd, width)
         self.mid = nn.ModuleList(Linear(width, width) for _ in range(config.mlp_layers - 2))
-        self.proj = Linear(width, config.n_embd, zero=config.residual_weight < 1)
+        self.proj = Linear(width, config.n_embd, zero=config.alpha < 1)
         self.activation = ACTIVATIONS[config.activation].f
 
     def forward(self, x):
@@ -242,7 +230,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.alpha, self.ball = config.residual_weight, config.ball
+        self.alpha, self.ball = config.alpha, config.ball
         self.attn = Attention(config, layer)
         self.mlp = FeedForward(config)
 
@@ -306,8 +294,7 @@ class GPT(nn.Module):
         return idx
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints, text, and the command line
+# --- Checkpoints, text, and the command line ----------------------------------------------------------------
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""

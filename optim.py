@@ -1,5 +1,4 @@
-"""
-Muon: momentum whose update is orthogonalized, so that a step moves every matrix by the RMS->RMS norm lr.
+"""Muon: momentum whose update is orthogonalized, so that a step moves every matrix by the RMS->RMS norm lr.
 
 A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max +
 lr, whatever the gradient was (constrain.soft_cap_coupling). It is not for vectors; AdamW is in torch.optim.
@@ -8,18 +7,16 @@ This file imports nothing of ours, so that it can be copied.
 import ctypes
 import math
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
-# ------------------------------------------------------------------------------------------------------------
-# The machine
+# --- The machine --------------------------------------------------------------------------------------------
 
 def has_bf16(device):
-    """
-    Whether the hardware multiplies bf16 matrices itself, which emulation would make slower than float32.
-    """
+    """Whether the hardware multiplies bf16 matrices itself; emulated they are slower than float32's."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
@@ -29,21 +26,16 @@ def has_bf16(device):
 
 
 def keep_memory():
+    """Have glibc keep freed memory instead of returning it to the system, which would hand it back page by
+    page and zeroed at the next step: a fifth of a step on a CPU. Other C libraries are left alone.
     """
-    Have glibc keep freed memory instead of returning it to the system, which would hand it back page by page
-    and zeroed at the next step: a fifth of a step on a CPU. Other C libraries are left alone.
-    """
-    try:
+    with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-    mallopt(M_TRIM_THRESHOLD, -1)          # never shrink the heap
-    mallopt(M_MMAP_MAX, 0)                 # take large blocks from it too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD of malloc.h: never shrink the heap
+        mallopt(-4, 0)   # M_MMAP_MAX: take large blocks from it too
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Orthogonalization
+# --- Orthogonalization --------------------------------------------------------------------------------------
 
 # Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the
 # odd quintic nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar
@@ -63,8 +55,7 @@ UPDATE_NORM = 1.0
 
 
 def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
-    """
-    The polar factor U V^T of G = U S V^T, (..., m, n) -> float32 (..., m, n), by matrix products alone.
+    """The polar factor U V^T of G = U S V^T, (..., m, n) -> float32 (..., m, n), by matrix products alone.
 
     Singular values above 0.006 of the Frobenius norm come out within 1 % of 1, smaller ones between 0 and 1,
     none above UPDATE_NORM; zeros stay zeros. Entries may have any finite size. `dtype` (float32 or bfloat16)
@@ -72,11 +63,7 @@ def orthogonalize(G, coefficients=POLAR, dtype=torch.float32):
     """
     X = of_size_1(G.detach().reshape(-1, *G.shape[-2:]).float()).to(dtype)
     tall = X.shape[-2] > X.shape[-1]
-    if tall:
-        X = X.mT  # products on the small side
-    X = polar_steps(X, coefficients)
-    if tall:
-        X = X.mT
+    X = polar_steps(X.mT, coefficients).mT if tall else polar_steps(X, coefficients)  # on the small side
     return X.float().reshape(G.shape)
 
 
@@ -97,8 +84,7 @@ def polar_steps(X, coefficients=POLAR):
 
 
 def dual_rows(G, max_inflation=16.0):
-    """
-    The update of an embedding table (V, n) with a token's vector in each row: every row scaled to RMS norm 1.
+    """The update of an embedding table (V, n), a token's vector in each row: rows scaled to RMS norm 1.
 
     Steepest descent under the largest RMS norm of a row. A row with a gradient more than max_inflation times
     smaller than the largest row's (a token that hardly occurred) grows by that factor less, and zero rows
@@ -110,10 +96,7 @@ def dual_rows(G, max_inflation=16.0):
 
 
 def map_by_shape(fn, tensors, *more):
-    """
-    [fn(t, ...) for t, ... in zip(tensors, *more)], for fn on (..., m, n) batches: matrices of one shape go
-    through fn as one batch.
-    """
+    """[fn(t, ...) for t, ... in zip(tensors, *more)], matrices (m, n) of one shape as one batch (k, m, n)."""
     results = [None] * len(tensors)
     for shape in dict.fromkeys(t.shape[-2:] for t in tensors):
         where = [i for i, t in enumerate(tensors) if t.shape[-2:] == shape]
@@ -124,14 +107,13 @@ def map_by_shape(fn, tensors, *more):
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Steps made for a manifold, when the constraint puts W back onto it: the steepest update that stays on it to
-# first order or, on the hyperball, one of fixed size. M and W are batches (..., m, n), polar orthogonalizes.
-# W = 0 does not hold an update back.
+# --- Steps made for a manifold ------------------------------------------------------------------------------
+# For when the constraint puts W back onto it: the steepest update that stays on it to first order or, on the
+# hyperball, one of fixed size. M and W are batches (..., m, n), polar orthogonalizes. W = 0 does not hold an
+# update back.
 
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
-    """
-    The largest singular triple of each matrix (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n, 1).
+    """Largest singular triples of matrices (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n, 1).
 
     Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps at the price of a
     few matrix products. Started from the largest column of A^512 it needs no memory and no random numbers.
@@ -162,10 +144,9 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
 
 
 def sphere_tangent(M, W, polar, steps=14):
-    """
-    polar(M + x u v^T) with the x for which u^T update v = 0, u and v the largest singular pair of W, so that
-    |W| stays as it is (Xie et al., arXiv 2601.08393). u^T update v grows with x and has the sign of x from
-    |x| = 2 |M|_nuclear on, so that bisection finds it; here over log|x|, as it is mostly small.
+    """polar(M + x u v^T) with the x for which u^T update v = 0, u and v the largest singular pair of W, so
+    that |W| stays as it is (Xie et al., arXiv 2601.08393). u^T update v grows with x and has the sign of x
+    from |x| = 2 |M|_nuclear on, so that bisection finds it; here over log|x|, as it is mostly small.
     """
     _, u, v = top_singular(W)
     uv, rank = u @ v.mT, min(M.shape[-2:])
@@ -181,8 +162,7 @@ def sphere_tangent(M, W, polar, steps=14):
 
 
 def stiefel_tangent(M, W, polar, steps=16):
-    """
-    polar(M - X L) for X = W / |W| with orthonormal columns (rows if m < n) and the symmetric L for which
+    """polar(M - X L) for X = W / |W| with orthonormal columns (rows if m < n) and the symmetric L for which
     X^T update is skew, so that all singular values stay as they are (Bernstein 2025, Modular manifolds,
     thinkingmachines.ai). L maximizes -|M - X L|_nuclear, a concave function whose gradient is the symmetric
     part of X^T update: gradient ascent from the L of the Frobenius norm, which is the solution if m = n.
@@ -198,10 +178,9 @@ def stiefel_tangent(M, W, polar, steps=16):
 
 
 def relative_size(M, W, polar):
-    """
-    polar(M) times the factor that makes its Frobenius norm sqrt(min(m, n)), as if all singular values were 1:
-    the step is then lr / w_max of W on the sphere of constrain.hyperball (Wen et al., arXiv 2606.16899). Of
-    momentum with many small singular values Muon's own is down to half of it, and this exceeds UPDATE_NORM.
+    """polar(M) scaled to the Frobenius norm sqrt(min(m, n)), as if all singular values were 1: the step is
+    then lr / w_max of W on the sphere of constrain.hyperball (Wen et al., arXiv 2606.16899). Of momentum with
+    many small singular values Muon's own is down to half of it, and this exceeds UPDATE_NORM.
     """
     return math.sqrt(min(M.shape[-2:])) * of_size_1(polar(M))
 
@@ -209,12 +188,10 @@ def relative_size(M, W, polar):
 TANGENTS = {"spectral_sphere": sphere_tangent, "stiefel": stiefel_tangent, "hyperball": relative_size}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Muon
+# --- Muon ---------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """
-    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) with lr in units of the RMS->RMS norm.
+    """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) with lr in units of the RMS->RMS norm.
 
     Parameters are matrices (..., m, n), stacks of them counting as separate matrices; a step is
         M <- momentum M + (1 - momentum) G,   W <- (1 - lr weight_decay) W - lr sqrt(m/n) orthogonalize(M)
@@ -229,19 +206,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       embedding=embedding, coefficients=coefficients, dtype=dtype,
                                       tangent=tangent))
-
-    def add_param_group(self, group):
-        super().add_param_group(group)
-        group = self.param_groups.pop()
-        lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
-        if not (0 <= lr < math.inf and 0 <= decay < math.inf and 0 <= momentum < 1):
-            raise ValueError("Muon needs finite lr >= 0 and weight_decay >= 0, and 0 <= momentum < 1, not "
-                             f"{lr}, {decay} and {momentum}")
-        for p in group["params"]:
-            least = 1 if group["embedding"] else 2
-            if p.ndim < least or p.numel() == 0 or not p.is_floating_point():
-                raise ValueError(f"Muon is for real matrices (..., m, n), not for {p.dtype} {tuple(p.shape)}")
-        self.param_groups.append(group)
+        for group in self.param_groups:
+            rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+            if not (0 <= rate < math.inf and 0 <= decay < math.inf and 0 <= momentum < 1):
+                raise ValueError("Muon needs finite lr >= 0 and weight_decay >= 0, and 0 <= momentum < 1, "
+                                 f"not {rate}, {decay} and {momentum}")
+            for p in group["params"]:
+                if p.ndim < (1 if group["embedding"] else 2) or p.numel() == 0 or not p.is_floating_point():
+                    raise ValueError("Muon is for real matrices (..., m, n), not for "
+                                     f"{p.dtype} {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self):

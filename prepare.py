@@ -1,5 +1,4 @@
-"""
-Download and tokenize text into data/NAME.
+"""Download and tokenize text into data/NAME.
 
     python prepare.py shakespeare                                    # tiny Shakespeare, 65 characters
     python prepare.py shakespeare --source input.txt                 # from a file, or a URL, of your own
@@ -44,8 +43,7 @@ SHARD_MAGIC, SHARD_TOKENS = 20240520, 100_000_000
 PIECE = 1 << 16  # characters that are read at a time; tiktoken panics at a million blanks
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What all scripts share: errors and options in one line each, output, files
+# --- What all scripts share: errors and options in one line each, output, files -----------------------------
 
 class UserError(Exception):
     """What went wrong and what to do, in one line; every script prints it without a traceback."""
@@ -142,8 +140,7 @@ def alone(lock_file, wait=True):
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# --- Tokenizers ---------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """encode and decode by a meta.json: {"tokenizer": "char", "vocabulary": "..."} or "gpt2" without one."""
@@ -179,8 +176,7 @@ class Tokenizer:
         return self.gpt2.decode(ids) if self.name == "gpt2" else "".join(self.itos[i] for i in ids)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Downloads, and texts from anywhere
+# --- Downloads, and texts from anywhere ---------------------------------------------------------------------
 
 class Patience(Retry):
     """Does as requests' retries do, but waits ten minutes at most."""
@@ -192,8 +188,7 @@ class Patience(Retry):
 
 
 def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
-    """
-    Stream url to path, with a progress bar. `timeout` (seconds) is for the connection and between two pieces.
+    """Stream url to path; `timeout`, in seconds, is for the connection and between two pieces.
 
     What may pass is tried again: by requests an error of the network or a busy server, and here a body that
     breaks off, has another sha256, or for which check(file) raises UserError. Raises UserError; the next call
@@ -229,9 +224,8 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
 
 
 def fetch(get, url, path):
-    """
-    One try to get all of url, as a part of path. It is named by URL, version and length of the file; if there
-    is one of just this file, it goes on from there. Raises HTTPError, of urllib3, where the body breaks off.
+    """One try to get all of url, as a part of path. It is named by URL, version and length of the file; if
+    there is one of just this file, it goes on from there. Raises urllib3's HTTPError where a body breaks off.
     """
     response = get()
     if response.status_code != 200:
@@ -266,14 +260,12 @@ def read_text(path):
         raise UserError(f"{path} is not UTF-8 text; convert it, say with iconv -t utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading data sets
+# --- Reading data sets --------------------------------------------------------------------------------------
 
 def open_data(folder, like=None):
-    """
-    (meta, train, val) of a data set: a list of memory-mapped arrays of uint16 tokens to train on, and one of
-    them to validate on. Raises UserError unless the data set is whole and, given the meta of a checkpoint as
-    `like`, the one that it was trained on. Of training tokens only the number is checked.
+    """(meta, train, val) of a data set: a list of memory-mapped arrays of uint16 tokens to train on, and one
+    of them to validate on. Raises UserError unless the data set is whole and, given the meta of a checkpoint
+    as `like`, the one that it was trained on. Of training tokens only the number is checked.
     """
     path, text = Path(folder) / "meta.json", b""
     try:
@@ -299,8 +291,7 @@ def open_data(folder, like=None):
 
 
 def read_shard(path, vocab_size=None):
-    """
-    The tokens of a shard, memory-mapped. Its header is 256 int32, of which the first are the magic number,
+    """The tokens of a shard, memory-mapped. Its header is 256 int32, of which the first are the magic number,
     the version 1 and the number of tokens, which follow as uint16. Raises UserError if these do not fit or,
     given vocab_size, a token is past it.
     """
@@ -313,17 +304,15 @@ def read_shard(path, vocab_size=None):
     return tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Writing data sets
+# --- Writing data sets --------------------------------------------------------------------------------------
 
 OURS = re.compile(r"(train|val)_[0-9a-f]{8}_\d{6}\.bin|meta\.json\.part")
 
 
 @contextmanager
 def replaced(folder, meta):
-    """
-    Write a data set, one process at a time. If nothing fails, meta then replaces meta.json, in one step; in
-    any case the files of ours that meta.json does not name are removed.
+    """Write a data set, one process at a time. If nothing fails, meta then replaces meta.json, in one step;
+    in any case the files of ours that meta.json does not name are removed.
     """
     path, part = folder / "meta.json", folder / "meta.json.part"
     with alone(folder / ".lock"):
@@ -340,9 +329,8 @@ def replaced(folder, meta):
 
 
 def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
-    """
-    Make pieces of text (str) the data set in the folder out, and return its meta.json. All tokens go to one
-    file first, then 0.9 of them to shards to train on and the rest to one to validate on. Characters have
+    """Make pieces of text (str) the data set in the folder out, and return its meta.json. All tokens go to
+    one file first, then 0.9 of them to shards to train on and the rest to one to validate on. Characters have
     their own vocabulary, sorted, unless one is given.
     """
     out, new, digest = Path(out), secrets.token_hex(4), hashlib.sha256()
@@ -377,8 +365,7 @@ def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
     return meta
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The commands
+# --- The commands -------------------------------------------------------------------------------------------
 
 HTML = re.compile(r"(?is)(\s|<!--.*?-->|<\?xml.*?\?>)*<(!doctype|html|head|body|meta|title|script)\b")
 
@@ -411,7 +398,7 @@ def texts(files, name, tokenizer="char", vocabulary_of=None):
     """Write UTF-8 files to data/NAME: their characters, or those of another data set, or GPT-2's tokens."""
     vocabulary, before = None, "\n" if tokenizer == "char" else END_OF_TEXT
     if vocabulary_of is not None:
-        vocabulary = open_data(data_folder(vocabulary_of, "--vocabulary_of"))[0].get("vocabulary")
+        vocabulary = open_data(Path("data") / vocabulary_of)[0].get("vocabulary")
         if vocabulary is None:
             raise UserError(f"data/{vocabulary_of} has GPT-2's tokens, no characters")
     for path in files:
@@ -419,13 +406,12 @@ def texts(files, name, tokenizer="char", vocabulary_of=None):
     pieces = (piece for path in files for piece in chain([before], read_text(path)))
     if tokenizer == "char":
         next(pieces)  # lines are between files alone
-    return write_dataset(pieces, data_folder(name), ", ".join(files), tokenizer, vocabulary)
+    return write_dataset(pieces, Path("data") / name, ", ".join(files), tokenizer, vocabulary)
 
 
 def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
-    """
-    Download the validation shard and the first `shards` training shards, 1 to 103, of FineWeb10B in GPT-2's
-    tokens (100 million to a shard, 200 MB). What is there and whole is kept.
+    """Download the validation shard and the first `shards` training shards, 1 to 103, of FineWeb10B in
+    GPT-2's tokens (100 million to a shard, 200 MB). What is there and whole is kept.
     """
     out = Path(out)
     meta = {"tokenizer": "gpt2", "source": url, "vocab_size": GPT2_VOCAB, "val": ["fineweb_val_000000.bin"],
@@ -443,16 +429,7 @@ def fineweb(shards, out="data/fineweb", url=FINEWEB_URL):
         "published sums: headers, lengths and that tokens are GPT-2's were checked, no more")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-
-def data_folder(name, option="--name"):
-    """The folder data/name of a data set, which must lie in data/."""
-    path = Path(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{option}={name} must be the name of a folder in data/")
-    return Path("data") / path
-
+# --- Command line -------------------------------------------------------------------------------------------
 
 def main():
     parser = Parser(description="Download and tokenize text.")

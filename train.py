@@ -1,14 +1,8 @@
-"""
-Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
+"""Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
 
     python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 1 to 4 minutes on 2 CPU cores
-
-    python train.py --help                                              # all options, such as
-    python train.py --method=hard_cap --optimizer=adamw --w_max=2
+    python train.py --help                                              # all options; examples: README.md
     python train.py --resume                                            # go on from out_dir/ckpt.pt
-    python train.py --init_from=out/shakespeare/ckpt.pt --dataset=mine  # its weights, on other text
-    python train.py --preset=tight-radius                               # certified predictions, see README.md
-    python train.py --preset=fineweb-w16                                # 145 M (prepare.py fineweb first)
     torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb-w1   # on 8 GPUs
 
 Writes out_dir/ckpt.pt every few minutes and at each evaluation, and out_dir/log.jsonl as it goes; those of an
@@ -43,11 +37,10 @@ from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, la
                        worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
 from optim import TANGENTS, UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, alone, commit, data_folder, one_line_errors, open_data,
-                     option, say, to_json)
+from prepare import (Parser, Tokenizer, UserError, alone, commit, one_line_errors, open_data, option, say,
+                     to_json)
 
-# ------------------------------------------------------------------------------------------------------------
-# Options
+# --- Options ------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {}  # name: function, see `optimizer`
 PRESETS = {}     # name: options
@@ -67,41 +60,32 @@ class Config(GPTConfig):
     # constraint
     method: str = option("soft_cap", "the weight constraint", choices=METHODS)
     w_max: float = option(6.0, "largest RMS->RMS norm of a matrix", 1e-9, 1e9)
-    w_max_mlp: float | None = option(None, "w_max of the MLPs, if another; their learning rate scales as it "
-                                     "does", 1e-9, 1e9)
+    w_max_mlp: float | None = option(None, "w_max of the MLPs, whose lr scales as it does", 1e-9, 1e9)
     # optimizer
     optimizer: str = option("muon", "the optimizer", choices=OPTIMIZERS)
-    lr: float | None = option(None, "peak learning rate; by default 0.1 for muon, 0.002 for adamw",
-                              1e-30, 1e30)
+    lr: float | None = option(None, "peak learning rate [muon 0.1, adamw 0.002]", 1e-30, 1e30)
     cooldown: float = option(1.0, "share of the steps, at the end, in which it falls linearly", 1e-9, 1)
     lr_floor: float = option(0.0, "the share of it to which it falls", 0, 1)
     head_lr: float = option(1.0, "the output matrix's learning rate, as a multiple of lr", 1e-9, 1e6)
-    embedding: str = option("dual", "with muon, the embedding table's optimizer: dual (rows of norm 1, see "
-                            "optim.py) or adam", choices=("dual", "adam"))
+    embedding: str = option("dual", "of the table, with muon: see optim.dual_rows", choices=("dual", "adam"))
     embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
-    radius: float = option(0.0, "train for the worst case of changes of the embeddings of this RMS norm, see "
-                           "constrain.worst_case", 0, 1e9)
-    weight_decay: float = option(0.0, "a step decays weights, or with spectral_weight_decay their largest "
-                                 "singular value, by lr * weight_decay", 0, 1e30)
+    radius: float = option(0.0, "train for the worst change of this RMS norm, see worst_case", 0, 1e9)
+    weight_decay: float = option(0.0, "decay of W, or its largest sigma, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
     nesterov: bool = option(True, "Muon's Nesterov momentum")
-    tangent: bool = option(False, "make Muon's steps for the manifold of spectral_sphere, stiefel or "
-                           "hyperball, see optim.TANGENTS")
+    tangent: bool = option(False, "Muon's steps made for the method's manifold, see optim.TANGENTS")
     momentum_warmup: int = option(0, "steps over which Muon's momentum rises from 0.85", 0, 10 ** 12)
     batch_size: int = option(16, "sequences per step", 1, 10 ** 7)
     accumulate: int = option(1, "parts of a batch that take turns in the model, for less memory", 1, 10 ** 7)
     max_steps: int = option(500, "optimizer steps", 1, 10 ** 12)
     eval_interval: int = option(500, "steps between evaluations", 1, 10 ** 12)
     log_interval: int = option(10, "steps between lines of the log with loss and learning rate", 1, 10 ** 12)
-    eval_tokens: int | None = option(None, "tokens of the validation split to evaluate on, its first ones; "
-                                     "by default all", 2, 10 ** 15)
+    eval_tokens: int | None = option(None, "first tokens of the validation split to use [all]", 2, 10 ** 15)
     # machine
     seed: int = option(0, "of initialization, batches and the sample of text", 0, 2 ** 63 - 1)
     device: str | None = option(None, "cpu, cuda, cuda:1, mps ...; by default cuda if there is one, else cpu")
-    dtype: str | None = option(None, "of products: bfloat16 or float32; by default bfloat16 if the hardware "
-                               "has it", choices=("bfloat16", "float32"))
-    compile: bool | None = option(None, "use torch.compile; by default where that works, on a CPU from "
-                                  f"{COMPILE_STEPS:,} steps on")
+    dtype: str | None = option(None, "of products [bfloat16 if in hardware]", choices=("bfloat16", "float32"))
+    compile: bool | None = option(None, f"torch.compile [on a CPU from {COMPILE_STEPS:,} steps on]")
     resume: bool = option(False, "go on from out_dir/ckpt.pt, with its options but for those given")
 
 
@@ -132,8 +116,7 @@ for w in (4, 8, 16):  # scores of w^2 times the size are scaled by so much less
 
 
 def configure(given, ckpt=None):
-    """
-    The Config of the options given, {name: value}, over those of the preset, over the defaults. Those of a
+    """The Config of the options given, {name: value}, over those of the preset, over the defaults. Those of a
     checkpoint come between: all of them with --resume, its architecture with --init_from. UserError for what
     no run, or not the checkpoint's, can have.
     """
@@ -172,8 +155,7 @@ def configure(given, ckpt=None):
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training -----------------------------------------------------------------------------------------------
 
 def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
@@ -250,10 +232,9 @@ def train(given):
 
 
 def gradients(net, model, x, y, reach, config, amp, asked_to_stop):
-    """
-    The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss and
-    whether any process has been asked to stop. `net` is the model or, of several processes, one that sends
-    gradients round with the last part's backward pass. With a reach the loss is that of the worst case.
+    """The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss
+    and whether any process has been asked to stop. `net` is the model or, of several processes, one that
+    sends gradients round with the last part's backward pass. With a reach the loss is that of the worst case.
     """
     state, parts = torch.zeros(2, dtype=torch.float64), config.accumulate
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
@@ -278,8 +259,7 @@ def watch(model):
     return {"grad_norm": torch.nn.utils.get_total_norm(gradients).item()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches
+# --- Batches ------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n):
@@ -289,12 +269,11 @@ def epoch_order(seed, epoch, n):
 
 
 class Text:
-    """
-    The shards of tokens in data/NAME, and batches from them; Shakespeare is fetched when missing. `like` is
-    the meta of a checkpoint, whose data they must be.
+    """The shards of tokens in data/NAME, and batches from them; Shakespeare is fetched when missing. `like`
+    is the meta of a checkpoint, whose data they must be.
     """
     def __init__(self, config, device, like=None):
-        folder, T = data_folder(config.dataset, "--dataset"), config.block_size
+        folder, T = Path("data") / config.dataset, config.block_size
         if config.dataset == "shakespeare" and rank() == 0 and not (folder / "meta.json").exists():
             prepare.shakespeare()
         if dist.is_initialized():
@@ -311,8 +290,7 @@ class Text:
         self.ends = np.cumsum(self.counts)
 
     def batch(self, step):
-        """
-        Inputs and targets (B, T), int64, of this process's share of a step's batch. An epoch takes every
+        """Inputs and targets (B, T), int64, of this process's share of a step's batch. An epoch takes every
         window once; where windows begin differs from epoch to epoch. All depends on (seed, step) alone, so
         that a resumed run sees the same.
         """
@@ -337,8 +315,7 @@ def shifted(rows, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model, optimizers and the constraint
+# --- Model, optimizers and the constraint -------------------------------------------------------------------
 
 def new_model(config, data, device, first=None):
     """A GPT with config's options, of the weights of a checkpoint `first` if there is one, in their caps."""
@@ -364,10 +341,7 @@ def new_model(config, data, device, first=None):
 
 
 def matrix_groups(model, config):
-    """
-    Parameter groups of all matrices of one cap and one learning rate. The MLPs' learning rate scales as their
-    cap does, and their decay against that.
-    """
+    """Parameter groups of all matrices of one cap and learning rate, which in MLPs scales as the cap does."""
     groups = {}
     for name, W in matrices(model).items():
         cap = (config.w_max_mlp or config.w_max) / config.w_max if ".mlp." in name else 1.0
@@ -393,8 +367,7 @@ def make_optimizers(model, config, dtype):
 
 
 def optimizer(lr, update_norm=math.inf):
-    """
-    Registers f(groups, table, config, dtype, mine): parameter groups of matrices and one of the embedding
+    """Registers f(groups, table, config, dtype, mine): parameter groups of matrices and one of the embedding
     table and position biases -> a list of torch optimizers. `mine` are the parameters that this process has
     to move. lr is the learning rate by default, update_norm the largest RMS->RMS norm of a step at rate 1.
     """
@@ -440,10 +413,7 @@ def param_groups(optimizers, key="lr"):
 
 @torch.no_grad()
 def constrain(model, optimizers, config, dtype):
-    """
-    Constrain all matrices after a step; rows of the embedding get RMS norm <= 1, scores of distance stay
-    within MAX_BIAS.
-    """
+    """Constrain all matrices after a step, rows of the table to RMS norm <= 1, biases to MAX_BIAS."""
     owner, update_norm = owners(model), OPTIMIZERS[config.optimizer].update_norm
     for group in param_groups(optimizers, "w_max"):
         weights, lr = [W for W in group["params"] if owner[W] == rank()], group["lr"]
@@ -459,13 +429,11 @@ def constrain(model, optimizers, config, dtype):
             block.attn.bias.clamp_(-MAX_BIAS, MAX_BIAS)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
+# --- Evaluation ---------------------------------------------------------------------------------------------
 
 def measure(model, data, x, optimizers, config, amp):
-    """
-    {name: number} of an evaluation: scores on the validation split, activations on inputs x and, in the first
-    process alone, the bounds and the largest norm over its cap.
+    """{name: number} of an evaluation: scores on the validation split, activations on inputs x and, in the
+    first process alone, the bounds and the largest norm over its cap.
     """
     model.eval()
     layers = layer_norms(model) if config.radius else None
@@ -481,8 +449,7 @@ def measure(model, data, x, optimizers, config, amp):
 
 @torch.inference_mode()
 def score(model, tokens, starts, length, reaches=()):
-    """
-    Sums over the windows of tokens (N,) that predict `length` tokens after each start: predictions, loss
+    """Sums over the windows of tokens (N,) that predict `length` tokens after each start: predictions, loss
     (nats), right ones; and, for each logit_reach at a radius in reaches, the largest loss under a change of
     that norm, and how many predictions are certified at it.
     """
@@ -502,8 +469,7 @@ def score(model, tokens, starts, length, reaches=()):
 
 
 def evaluate(model, tokens, radius=0.0, most=None, layers=None):
-    """
-    Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones
+    """Loss (nats) and accuracy on a whole split, every token predicted once from the up to block_size ones
     before it in its window; and `paper protocol`: accuracy on the first 20 batches of 64 windows that start
     one token apart, fewer of them where that would be more tokens than `most`. With a radius also what is
     certified, in float64 on the CPU: the largest loss under a change of the embeddings of that norm, and
@@ -528,20 +494,17 @@ def evaluate(model, tokens, radius=0.0, most=None, layers=None):
 
 @torch.inference_mode()
 def activations(model, x):
-    """
-    Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on inputs
-    x; and both for the output of every block by itself.
+    """Largest entry and largest RMS norm of a token's vector over all layers' outputs but the logits, on
+    inputs x; and both for the output of every block by itself.
     """
     sizes = {}  # module: largest entry and largest RMS norm
 
     def record(module, args, y):
-        sizes[module] = y.abs().max().item(), y.float().square().mean(dim=-1).max().sqrt().item()
+        if module not in (model, model.head):
+            sizes[module] = y.abs().max().item(), y.float().square().mean(dim=-1).max().sqrt().item()
 
-    hooks = [m.register_forward_hook(record) for m in model.modules()
-             if m is not model.head and not isinstance(m, (GPT, torch.nn.ModuleList))]
-    model(x)
-    for hook in hooks:
-        hook.remove()
+    with torch.nn.modules.module.register_module_forward_hook(record):
+        model(x)
     act_max, act_rms = map(max, zip(*sizes.values()))
     blocks_max, blocks_rms = map(list, zip(*(sizes[block] for block in model.blocks)))
     return {"act_max": act_max, "act_rms": act_rms,
@@ -562,16 +525,14 @@ def describe(line):
                       f"{line['tokens_per_second']:,.0f} tokens/s"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run: its checkpoint and log, going on from them, and its end
+# --- A run: its checkpoint and log, going on from them, and its end -----------------------------------------
 
 SAVE_SECONDS = 180  # between checkpoints, if evaluations are farther apart
 REACH_STEPS = 100   # between computing what a change of the radius can do to the logits
 
 
 class Run:
-    """
-    What a run has counted so far, with its checkpoint and log in config.out_dir. The log is part of the
+    """What a run has counted so far, with its checkpoint and log in config.out_dir. The log is part of the
     checkpoint; log.jsonl has the same lines and those since, and is written anew when a run goes on.
     """
     def __init__(self, config, data, model, optimizers, ckpt):
@@ -623,8 +584,7 @@ class Run:
                 f.write(to_json(line) + "\n")
 
     def save(self):
-        """
-        Write the checkpoint. Of the optimizers it has what they have learned, by the parameters' names:
+        """Write the checkpoint. Of the optimizers it has what they have learned, by the parameters' names:
         learning rates and the like are the options', which may change when a run goes on.
         """
         self.saved_step, self.saved_at = self.step, time.perf_counter()
@@ -663,8 +623,7 @@ class Run:
 
 def save(path, checkpoint):
     """Write a checkpoint so that path is always a whole one: under another name first, then renamed."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
             torch.save(checkpoint, f)
@@ -678,9 +637,8 @@ def save(path, checkpoint):
 
 @contextmanager
 def stop_requests():
-    """
-    A list that Ctrl-C, and what schedulers and closed terminals send, add to, so that the run ends after its
-    step. A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
+    """A list that Ctrl-C, and what schedulers and closed terminals send, add to, so that the run ends after
+    its step. A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
     """
     def ask(number, _):
         if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 2:
@@ -700,15 +658,13 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Machine, and processes (torchrun). Each process takes its share of a batch, has all gradients, and
-# orthogonalizes and constrains its share of the matrices, which it then sends to the others; so all have the
-# same weights and optimizer state. The first logs and saves.
+# --- Machine and processes ----------------------------------------------------------------------------------
+# With torchrun each process takes its share of a batch, has all gradients, and orthogonalizes and constrains
+# its share of the matrices, which it then sends to the others; so all have the same weights and optimizer
+# state. The first logs and saves.
 
 def machine(config):
-    """
-    (torch.device to train on, the dtype of its products, the context in which they have it), or UserError.
-    """
+    """(torch.device, dtype of its products, context in which they have it) to train with, or UserError."""
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else "cuda"
     name = config.device if config.device is not None else gpu if torch.cuda.is_available() else "cpu"
     try:
@@ -723,10 +679,8 @@ def machine(config):
 
 
 def compile_blocks(model, config, device):
-    """
-    Compile the blocks, as --compile says or else where it pays, if that works; returns words about it. One
-    by one: they are alike, so that only the first takes time. The loss too, but on a CPU, whose own kernels
-    are faster.
+    """Compile the blocks, as --compile says or else where it pays, if that works; returns words about it. One
+    by one only the first takes time, as they are alike. The loss too, but on a CPU, whose kernels are faster.
     """
     wanted = config.compile
     if wanted is None:
@@ -773,16 +727,11 @@ def owners(model):
     return owner
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line -------------------------------------------------------------------------------------------
 
 def parse(argv):
     """Command line -> {name: value} of the options given."""
-    def boolean(text):
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() in ("true", "1")
-
+    boolean = {"true": True, "1": True, "false": False, "0": False}
     parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
@@ -790,14 +739,13 @@ def parse(argv):
             continue
         kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # `float | None`: float
         help, choices = field.metadata["help"], field.metadata["choices"]
-        if isinstance(choices, dict):  # tables, to which lines are added
-            help += ": " + ", ".join(choices)
         if field.default is not None:
             help += f" [{field.default}]"
         if kind is bool:
-            how = dict(type=boolean, nargs="?", const=True, metavar="BOOL")
+            how = dict(type=lambda text: boolean.get(text.lower(), text), choices=(True, False), nargs="?",
+                       const=True, metavar="BOOL")
         else:
-            how = dict(type=kind, choices=choices, metavar=kind.__name__.upper())
+            how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         parser.add_argument(f"--{field.name}", help=help, **how)
     return vars(parser.parse_args(argv))
 

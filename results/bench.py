@@ -1,5 +1,4 @@
-"""
-Where the time goes: of a training step, and of every constraint.
+"""Where the time goes: of a training step, and of every constraint.
 
     python results/bench.py step --batch_size=64    # a step against its matrix products; options of train.py
     python results/bench.py methods                 # every constraint against an exact SVD: time and error
@@ -47,10 +46,9 @@ def median(f, repeats, device=torch.device("cpu")):
 
 
 def products(model, config, batch):
-    """
-    The bare matrix products of a step, as (batch, m, k, n) for m x k times k x n: three per matrix, y = x W^T
-    and the gradients of x and W; and six for attention, of which causality leaves half: scores, outputs, and
-    two gradients of each.
+    """The bare matrix products of a step, as (batch, m, k, n) for m x k times k x n: three per matrix, y = x
+    W^T and the gradients of x and W; and six for attention, of which causality leaves half: scores, outputs,
+    and two gradients of each.
     """
     T, H, d_head, shapes = config.block_size, config.n_head, config.n_embd // config.n_head, []
     for W in matrices(model).values():
@@ -61,8 +59,7 @@ def products(model, config, batch):
 
 
 def step(argv, grows=False):
-    """
-    (a) A training step, (b) the same without optimizer and constraint, in turns, and (c) its bare matrix
+    """(a) A training step, (b) the same without optimizer and constraint, in turns, and (c) its bare matrix
     products, one after the other, at the model's shapes and in its dtype; medians. And the share of the
     machine's best matmul rate that it reaches. With `grows` also what `widths` asks, which takes longer.
     """
@@ -130,8 +127,7 @@ def step(argv, grows=False):
 
 
 def images(s, w_max, alpha, decay):
-    """
-    {method: exact image of the RMS->RMS singular values s (..., r), largest first}. Others' errors are not
+    """{method: exact image of the RMS->RMS singular values s (..., r), largest first}. Others' errors are not
     measured.
     """
     top = torch.zeros_like(s)
@@ -146,8 +142,7 @@ def images(s, w_max, alpha, decay):
 
 
 def methods(_):
-    """
-    Time of every method against the exact SVD and, for a batch, against a loop over its matrices; and its
+    """Time of every method against the exact SVD and, for a batch, against a loop over its matrices; and its
     largest error against its exact target. Inner products are in bfloat16 where the hardware has it, as in
     train.py.
     """

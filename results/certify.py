@@ -1,5 +1,4 @@
-"""
-Attack the certificate of a checkpoint, and certify its predictions.
+"""Attack the certificate of a checkpoint, and certify its predictions.
 
     python results/certify.py out/shakespeare/ckpt.pt            # norms, bounds, an attack, certified radii
     python results/certify.py out/shakespeare/ckpt.pt --json     # the same for programs
@@ -27,8 +26,7 @@ from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball, ro
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 
-# ------------------------------------------------------------------------------------------------------------
-# The attack on the Lipschitz constant
+# --- The attack on the Lipschitz constant -------------------------------------------------------------------
 
 def rms(x):
     """RMS norms of vectors (..., n): (..., 1)."""
@@ -43,9 +41,8 @@ def unit(x):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def ascend(f, X, R, steps=100):
-    """
-    The largest gain |df_T|_rms / max_t |dx_t|_rms, T the last token, found by gradient ascent over X and the
-    direction dX.
+    """The largest gain |df_T|_rms / max_t |dx_t|_rms, T the last token, found by gradient ascent over X and
+    the direction dX.
 
     f maps (B, T, n) to (B, T, m), each of the B sequences by itself; X (B, T, n) are B starting points, which
     stay in the ball {|x_t|_rms <= R}. Given the direction u in which the output moves, the best dX is J^T u
@@ -76,8 +73,7 @@ def ascend(f, X, R, steps=100):
 
 
 def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
-    """
-    A lower bound on the Lipschitz constant that the certificate bounds from above: the largest gain that
+    """A lower bound on the Lipschitz constant that the certificate bounds from above: the largest gain that
     `ascend` finds on sequences of block_size tokens in the same ball, in float64. Half of the restarts begin
     at embeddings of text, cut from tokens (N,) or else of random ids, half at random points.
     """
@@ -92,13 +88,11 @@ def attack(model, block_size=32, restarts=8, steps=100, tokens=None):
     return ascend(net.forward_embeddings, X, R, steps)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Certified predictions, by the constant; and the attack on predictions
+# --- Certified predictions, by the constant; and the attack on predictions ----------------------------------
 
 def whole_windows(model, tokens, most=16):
-    """
-    Inputs (B, n) and targets (B n,) that predict every token of (N,) but the first once, in order: at most so
-    many windows of block_size at a time, and at the end of the text a shorter one.
+    """Inputs (B, n) and targets (B n,) that predict every token of (N,) but the first once, in order: at most
+    so many windows of block_size at a time, and at the end of the text a shorter one.
     """
     T = model.config.block_size
     n = (len(tokens) - 1) // T * T
@@ -115,8 +109,7 @@ def spread(tokens, n, count):
 
 @torch.no_grad()
 def predictions(net, X):
-    """
-    What each prediction at embeddings X (B, T, d) can bear, and the prediction: (B T,) both.
+    """What each prediction at embeddings X (B, T, d) can bear, and the prediction: (B T,) both.
 
     If the head's input h moves by |dh|_rms <= delta, the difference of logits i and j moves by at most
     logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up
@@ -130,9 +123,8 @@ def predictions(net, X):
 
 
 def margins(model, tokens):
-    """
-    What each prediction of tokens (N,) can bear, and whether it is right, in float64: two tensors (N - 1,),
-    every token but the first predicted once in windows of block_size.
+    """What each prediction of tokens (N,) can bear, and whether it is right, in float64: two tensors (N -
+    1,), every token but the first predicted once in windows of block_size.
     """
     net, tokens = exact_model(model), tokens.cpu()
     found = [(*predictions(net, net.wte(x)), y) for x, y in whole_windows(net, tokens)]
@@ -140,8 +132,7 @@ def margins(model, tokens):
 
 
 def log10_radii(model, bears, layers):
-    """
-    log10 of the certified radius of predictions that bear a change `bears` (N,) of the head's input: no
+    """log10 of the certified radius of predictions that bear a change `bears` (N,) of the head's input: no
     change of the embeddings with max_t |dx_t|_rms below the radius alters them. The ball grows by the radius,
     and the bound K with it: the radius is the largest r with r K(R_0 + r) <= bears, K without the head; found
     on a grid of 1 %, rounded down.
@@ -163,11 +154,10 @@ def log10_radii(model, bears, layers):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def stays_largest(model, X, y, radius, steps=20):
-    """
-    Which labels y (B, n) have the largest logits at the last n of embeddings X (B, T, d), and keep them under
-    projected gradient ascent (Madry et al. 2018) on X, all tokens of a sequence changed at once, each within
-    RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the largest
-    wrong logit, over the labels not yet turned over.
+    """Which labels y (B, n) have the largest logits at the last n of embeddings X (B, T, d), and keep them
+    under projected gradient ascent (Madry et al. 2018) on X, all tokens of a sequence changed at once, each
+    within RMS norm `radius`, a float or (B, 1, 1): (B, n), bool. What climbs is the sum of z_j - z_y, j the
+    largest wrong logit, over the labels not yet turned over.
     """
     y = y.clone()  # made in inference mode it could not be saved for a backward pass
     change, right = torch.zeros_like(X), torch.ones_like(y, dtype=torch.bool)
@@ -189,9 +179,8 @@ def attacked(model, tokens, radius):
 
 
 def attack_radii(model, X, halvings=10):
-    """
-    log10 of radii within which an attack alters the last prediction at embeddings X (B, T, d), to within one
-    of 2^halvings parts of [-9, 1], inf where none does: (B,). No certified radius can be larger.
+    """log10 of radii within which an attack alters the last prediction at embeddings X (B, T, d), to within
+    one of 2^halvings parts of [-9, 1], inf where none does: (B,). No certified radius can be larger.
     """
     top = model.forward_embeddings(X)[:, -1:].argmax(dim=-1)
     low, high = (torch.full((len(X), 1, 1), x, dtype=X.dtype) for x in (-9.0, 1.0))
@@ -202,16 +191,15 @@ def attack_radii(model, X, halvings=10):
     return torch.where(high < 1, high, math.inf)[:, 0, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Radii at one text: what its tokens' changes can do at the attention that is there. Token by token, delta
+# --- Radii at one text --------------------------------------------------------------------------------------
+# What its tokens' changes can do at the attention that is there. Token by token, delta
 # (B, T) bounds the L2 norm of the change of a token's vector; each function below is one bound of the proof.
 # `at` is what facts_at says of a block at the text.
 
 def local_radii(net, norms, X):
-    """
-    log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds at
-    this text, and the predictions, three tensors (B, T). The second is never smaller, and many times larger
-    where attention looks at content. `net` is in float64, norms are its block_norms. A grid of 0.1 is
+    """log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds
+    at this text, and the predictions, three tensors (B, T). The second is never smaller, and many times
+    larger where attention looks at content. `net` is in float64, norms are its block_norms. A grid of 0.1 is
     searched upwards, each prediction until it is not certified.
     """
     bears, top = predictions(net, X)
@@ -228,10 +216,9 @@ def local_radii(net, norms, X):
 
 
 def block_norms(net, layers):
-    """
-    Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of heads
-    (H,); root_q and root_k (H, d_head, d_head), with |root y| = |W^hT y|; and, if its MLP has two layers,
-    matrices with half(x) = (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry (proof:
+    """Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of
+    heads (H,); root_q and root_k (H, d_head, d_head), with |root y| = |W^hT y|; and, if its MLP has two
+    layers, matrices with half(x) = (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry (proof:
     results/certificate.md, MLP halves).
     """
     found, activation = [], ACTIVATIONS[net.config.activation]
@@ -260,8 +247,7 @@ def block_norms(net, layers):
 
 @torch.no_grad()
 def facts_at(net, norms, X):
-    """
-    What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: beside its
+    """What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: beside its
     block_norms for each block its input x and that with attention, mid, (B, T, d), for all but the last
     near_gain, and for every head attention p (B, H, T, T) of queries t to keys s and, unless scores are free
     of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - E_p k)|, |v_s - o_t| and
@@ -300,9 +286,8 @@ def through(M, y, c):
 
 @torch.no_grad()
 def certified_under(net, facts, delta, asked):
-    """
-    Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding by
-    at most delta (B, T) in L2 norm alters: (B T,).
+    """Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding
+    by at most delta (B, T) in L2 norm alters: (B T,).
 
     Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
     half to its gain times delta. A ball takes it to ball_change; behind the last block it multiplies all
@@ -320,11 +305,10 @@ NEAR = 0.02  # of a token's norm: a radius of 0.01 takes tight-content's tokens 
 
 
 def near_gain(at):
-    """
-    Bounds (B, T), near and gain: |half(y) - half(mid)| <= gain |y - mid| while |y - mid| <= near. With the
-    slopes there half(y) - half(mid) = (K + U E V) (y - mid), K = A + U middle V, |E| <= off; so
-    sqrt(l) sigma([L^-1 K; off^1/2 V]) is a gain for any L L^T = l I - U off U^T (proof:
-    results/certificate.md, MLP halves near a text). That of mlp_norms if it is smaller or d is large.
+    """Bounds (B, T), near and gain: |half(y) - half(mid)| <= gain |y - mid| while |y - mid| <= near. With the
+    slopes there half(y) - half(mid) = (K + U E V) (y - mid), K = A + U middle V, |E| <= off; so sqrt(l)
+    sigma([L^-1 K; off^1/2 V]) is a gain for any L L^T = l I - U off U^T (proof: results/certificate.md, MLP
+    halves near a text). That of mlp_norms if it is smaller or d is large.
     """
     near = NEAR * at.mid.norm(dim=-1)
     most = torch.full_like(near, at.layer.mlp_gain)
@@ -342,9 +326,8 @@ def near_gain(at):
 
 
 def ball_change(at, delta):
-    """
-    Behind the ball, if there is one, of L2 radius rho: delta or, where the token and all within delta of it
-    are longer than m >= rho, delta rho / m, as x rho / |x| has the derivative (I - x x^T / |x|^2) rho / |x|.
+    """Behind the ball, if there is one, of L2 radius rho: delta or, where the token and all within delta of
+    it are longer than m >= rho, delta rho / m, as the derivative is rho (I - x x^T / |x|^2) / |x|.
     """
     if at.block.ball is None:
         return delta
@@ -354,8 +337,7 @@ def ball_change(at, delta):
 
 
 def attention_change(at, delta):
-    """
-    A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input, and bounds
+    """A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input, and bounds
     (B, H, T) on what is not of first order in both sums of a head, none if scores are free of content:
 
       o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
@@ -382,12 +364,11 @@ LARGEST = 300.0  # a change of a score by more says nothing, and its exponential
 
 
 def score_change(at, delta):
-    """
-    Bounds (B, H, T, T) on the parts b <dq_t, k_s - c>, b <q_t, dk_s> and b <dq_t, dk_s> of the change of the
-    scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, c = E_p k, which is the same for all
-    keys and which softmax does not see (proof: results/certificate.md, At a text): b |W_q^T R_t^T (k_s - c)|
-    delta_t, b |W_k^T R_s^T q_t| delta_s and b sigma_q delta_t sigma_k delta_s. 0 for keys that are not seen,
-    infinite together from LARGEST on. The bias depends on positions alone.
+    """Bounds (B, H, T, T) on the parts b <dq_t, k_s - c>, b <q_t, dk_s> and b <dq_t, dk_s> of the change of
+    the scores b <q_t, k_s>, b = softmax_scale / d_head, but for b <dq_t, c>, c = E_p k, which is the same for
+    all keys and which softmax does not see (proof: results/certificate.md, At a text): b |W_q^T R_t^T (k_s -
+    c)| delta_t, b |W_k^T R_s^T q_t| delta_s and b sigma_q delta_t sigma_k delta_s. 0 for keys that are not
+    seen, infinite together from LARGEST on. The bias depends on positions alone.
     """
     delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
     sizes = at.k * delta_t, at.q * delta_s, (at.sigma_q * at.sigma_k)[:, None, None] * delta_t * delta_s
@@ -401,17 +382,15 @@ def mean(at, f):
 
 
 def probability_ratio(at, e):
-    """
-    Bounds on p'_s / p_s from above and below, if scores change by at most e: p'_s = p_s exp(da_s) / E exp(da)
-    lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), E being the mean under p.
+    """Bounds on p'_s / p_s from above and below, if scores change by at most e: p'_s = p_s exp(da_s) / E
+    exp(da) lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), E being the mean under p.
     """
     up, down = e.exp(), (-e).exp()
     return up / mean(at, down), down / mean(at, up)
 
 
 def value_input(at, e, delta):
-    """
-    Bounds (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest; and on
+    """Bounds (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest; and on
     |sum_s (p' - p)_s dx_s|.
     """
     most, least = probability_ratio(at, e)
@@ -425,8 +404,7 @@ def off(most, least):
 
 
 def score_output(at, by_q, by_k, cross, delta):
-    """
-    A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
+    """A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
     - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
     - sum_s |p'_s - p_s| |v_s - o|, by probability_ratio;
     - with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o): of da_s, b <dq, k_s>
@@ -446,8 +424,7 @@ def score_output(at, by_q, by_k, cross, delta):
 
 
 def leads_hold(at, W, delta, asked, before=None):
-    """
-    Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's
+    """Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's
     MLP half is given within delta (B, T) in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before`
     is (change of the block's input (B, T), *beyond of attention_change), if that is what moves it.
 
@@ -478,10 +455,9 @@ def leads_hold(at, W, delta, asked, before=None):
 
 
 def lead_gradient(at, w, x, delta):
-    """
-    g (N, d) and a bound off (N,) with |<w, half(x')> - <w, half(x)> - <g, x' - x>| <= off |x' - x| within
-    delta (N, 1) of x (N, d), for w (N, d): with half(x) = A x + U f(V x) and the slopes of f there,
-    g = A^T w + V^T middle U^T w and off = sigma(V) |off U^T w|.
+    """g (N, d) and a bound off (N,) with |<w, half(x')> - <w, half(x)> - <g, x' - x>| <= off |x' - x| within
+    delta (N, 1) of x (N, d), for w (N, d): with half(x) = A x + U f(V x) and the slopes of f there, g = A^T w
+    + V^T middle U^T w and off = sigma(V) |off U^T w|.
     """
     A, U, V, f = at.half
     (middle, off), u = slopes(f, x @ V.T, at.rows * delta), w @ U
@@ -489,8 +465,7 @@ def lead_gradient(at, w, x, delta):
 
 
 def through_attention(at, g, n, delta, *beyond):
-    """
-    A bound (N,) on |<g, mid' - mid>| for g (N, d), at tokens n (N,) of B T, if a block's input changes by
+    """A bound (N,) on |<g, mid' - mid>| for g (N, d), at tokens n (N,) of B T, if a block's input changes by
     delta (B, T), with beyond of attention_change: sum_s |g_s| delta_s, g_s being the gradient of <g, mid> by
     the input of token s, and what a head has beyond first order, with u_h = alpha m W_o^hT g: |W_v^hT u_h|
     times that of its first sum and |u_h| times that of the second; proof: results/certificate.md, Last block.
@@ -515,8 +490,7 @@ SIZE = Activation(torch.abs, slope=(-1, 1), curvature=0.0, kink=True)
 
 
 def slopes(activation, z, reach):
-    """
-    (middle, off) with |f(z') - f(z) - middle (z' - z)| <= off |z' - z| for all |z' - z| <= reach, entry by
+    """(middle, off) with |f(z') - f(z) - middle (z' - z)| <= off |z' - z| for all |z' - z| <= reach, entry by
     entry. Left is a mean of slopes between z and z': on this side of a kink they are on average within
     curvature / 2 times reach of f'(z), beyond it in f's interval of slopes; and beyond it is at most a share
     1 - |z| / reach of the way.
@@ -533,18 +507,16 @@ def slopes(activation, z, reach):
     return (least + most) / 2, (most - least) / 2
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Which last tokens decide a prediction: whatever stands in the older ones' place, it is the same
+# --- Which last tokens decide a prediction: whatever stands in the older ones' place, it is the same --------
 
 DECIDING = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @torch.no_grad()
 def deciding(net, layers, ids):
-    """
-    The smallest D of DECIDING for which no text in the place of all tokens but the last D alters a prediction
-    at tokens ids (B, T), inf where none is proved: (B, n), of the last n predictions of each row, which see
-    more than D tokens. `net` is in float64, layers are its layer_norms.
+    """The smallest D of DECIDING for which no text in the place of all tokens but the last D alters a
+    prediction at tokens ids (B, T), inf where none is proved: (B, n), of the last n predictions of each row,
+    which see more than D tokens. `net` is in float64, layers are its layer_norms.
 
     A change of 0 on the last D tokens, and on an older one of the largest distance of its embedding to any
     other's, goes through the steps of certified_under, which prove the last prediction (n = 1). One layer of
@@ -575,10 +547,9 @@ def deciding(net, layers, ids):
 
 
 def moves(at, embeddings):
-    """
-    (V, T, T): how far another token in the place of token i at s moves attention's output at t, at most, if
-    scores do not depend on tokens; the moves of all s add. It is the largest norm, over the embeddings e_j,
-    (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i).
+    """(V, T, T): how far another token in the place of token i at s moves attention's output at t, at most,
+    if scores do not depend on tokens; the moves of all s add. It is the largest norm, over the embeddings
+    e_j, (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i).
     """
     attn, p = at.block.attn, at.p[0].permute(1, 2, 0)                           # (T, T, H)
     H, d = attn.n_head, len(attn.proj.weight)
@@ -593,9 +564,8 @@ def moves(at, embeddings):
 
 
 def altered(net, ids, D, restarts=3, rounds=4):
-    """
-    Which last predictions of tokens ids (B, T) an attack alters by other tokens in the place of all but the
-    last D: (B,). It begins at those there or at random ones, and replaces all at once by those that the
+    """Which last predictions of tokens ids (B, T) an attack alters by other tokens in the place of all but
+    the last D: (B,). It begins at those there or at random ones, and replaces all at once by those that the
     gradient of the lead says make it smallest.
     """
     g, y = torch.Generator().manual_seed(0), net(ids)[0][:, -1:].argmax(dim=-1)
@@ -614,9 +584,8 @@ def altered(net, ids, D, restarts=3, rounds=4):
 
 
 def decided(model, layers, text, attacked=64):
-    """
-    Of predictions of text (N,) the shares that are right and decided by the last D tokens, of all D; of the
-    last predictions of `attacked` windows those decided and those that an attack does not alter; and the
+    """Of predictions of text (N,) the shares that are right and decided by the last D tokens, of all D; of
+    the last predictions of `attacked` windows those decided and those that an attack does not alter; and the
     first windows' characters, with the D of each.
     """
     net, T = exact_model(model), model.config.block_size
@@ -635,8 +604,7 @@ def decided(model, layers, text, attacked=64):
             "characters": list(zip(*(x.flatten()[:1024].tolist() for x in (y, right, sizes))))}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The report: every number once, in a dict; its text is made from that
+# --- The report: every number once, in a dict; its text is made from that -----------------------------------
 
 ATTACKED = 2048             # tokens, at once
 LOCAL = 512                 # tokens, with radii at the text
@@ -659,8 +627,7 @@ def median(x):
 
 
 def at_radii(net, text, right, log10_radii):
-    """
-    {radius: accuracies} at each of RADII: certified on all of text (N,), and of its first ATTACKED tokens
+    """{radius: accuracies} at each of RADII: certified on all of text (N,), and of its first ATTACKED tokens
     what is certified, what an attack leaves, the plain one, and how many certified ones the attack altered.
     """
     n, found = at_most(ATTACKED, net), {}
@@ -674,8 +641,7 @@ def at_radii(net, text, right, log10_radii):
 
 
 def at_text(net, layers, text):
-    """
-    Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions;
+    """Of the first LOCAL tokens of text (N,) the radii by the constant and at the text, of right predictions;
     and of ALONE predictions all over the text both radii and one at which an attack succeeds. All as log10.
     """
     norms, names = block_norms(net, layers), ("constant", "local", "attack")
@@ -695,8 +661,7 @@ def at_text(net, layers, text):
 
 @torch.inference_mode()
 def rounding(model, net, text):
-    """
-    How far float32 and bfloat16 move a logit of the first LOCAL predictions of text (N,), at most, and the
+    """How far float32 and bfloat16 move a logit of the first LOCAL predictions of text (N,), at most, and the
     median lead of the largest logit: the bounds are about real numbers.
     """
     leads, off = [], {"float32": 0.0, "bfloat16": 0.0}
@@ -710,9 +675,8 @@ def rounding(model, net, text):
 
 
 def certified_predictions(model, layers, text):
-    """
-    Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack; and
-    the first 256 radii.
+    """Accuracy on tokens (N,), plain, certified at radii around the median, and at RADII beside an attack;
+    and the first 256 radii.
     """
     net = exact_model(model)
     bears, right = margins(net, text)
@@ -748,8 +712,7 @@ CERTIFIED = ("log10_certified", "log10_layers", "certified_accuracy", "radii", "
 
 
 def report(model, ckpt, text, steps=100, last=False):
-    """
-    The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
+    """The dict of a GPT's norms, its bounds with their parts, an attack of so many steps and, on text (N,) or
     None, certified predictions, with `last` also what their last tokens decide. "refused" says why there is
     no certificate, "alarms" what broke it.
     """

@@ -1,5 +1,4 @@
-"""
-The paper's MLP on CIFAR-10 in one file: images, network, training, certificate, attack, and runs compared.
+"""The paper's MLP on CIFAR-10 in one file: images, network, training, certificate, attack, and runs compared.
 
     cifar10         57.7 % of the test images right, 22.5 % certified against every change of L2 norm 36/255
     cifar10-tight   58.6 % right, 46.2 % certified: built and trained for its certificate
@@ -41,8 +40,8 @@ from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from parts import append_line, at_strengths, bracket, pairs, read_lines, strengths, tuning_loss
 from prepare import Parser, UserError, commit, download, number, one_line_errors, option, say
 
-# ------------------------------------------------------------------------------------------------------------
-# Options. The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which
+# --- Options ------------------------------------------------------------------------------------------------
+# The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which
 # trains with another derivative of ReLU at 0; ours is orthogonal.)
 
 ACTIVATIONS = {"relu": F.relu, "maxmin": maxmin}
@@ -96,8 +95,7 @@ def configure(options):
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data: {"train" or "val": (images (N, 3072) uint8, labels (N,) int64)}, in one file
+# --- Data: {"train" or "val": (images (N, 3072) uint8, labels (N,) int64)}, in one file ---------------------
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9dddda3db29a59bca1dd"
@@ -159,8 +157,7 @@ def batches(n, config):
         order = order[config.batch_size:]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Network
+# --- Network ------------------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
     """Linear layers, each initialized to RMS->RMS norm 1 with all singular values equal."""
@@ -183,8 +180,8 @@ class MLP(nn.Module):
         return self.logit_scale * self.layers(x)[-1]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Certificate. It is about `network`, written a second time from the weights alone. No layer moves its output
+# --- Certificate --------------------------------------------------------------------------------------------
+# It is about `network`, written a second time from the weights alone. No layer moves its output
 # by more than its norm times the change of its input, and no activation by more than the change of its own.
 
 MARGIN = 1e-6  # by which a claim has to hold, relative: more than rounding can move
@@ -222,9 +219,8 @@ def checked_weights(model, config):
 
 
 def logit_reach(weights, config, r):
-    """
-    What a change of L2 norm r at the input can do to the difference of logits i and j, over |w_i - w_j|_2 for
-    the rows w_i of the last matrix: logit_scale times r times the norms of the matrices before that.
+    """What a change of L2 norm r at the input can do to the difference of logits i and j, over |w_i - w_j|_2
+    for the rows w_i of the last matrix: logit_scale times r times the norms of the matrices before that.
     """
     return config.logit_scale * r * math.prod(sigma(W).item() for W in weights[:-1])
 
@@ -235,13 +231,11 @@ def certified(weights, z, y, config, eps):
     return lead(worst, y) > MARGIN * z.abs().amax(dim=1)  # false for NaN
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Attack
+# --- Attack -------------------------------------------------------------------------------------------------
 
 def pgd(model, x, y, eps, steps=20):
-    """
-    Which inputs x (B, n) with labels y (B,) stay right under projected gradient descent (Madry et al. 2018)
-    in the L2 ball of radius eps around each: (B,) of bool. The ball is not cut to valid pixels, as the
+    """Which inputs x (B, n) with labels y (B,) stay right under projected gradient descent (Madry et al.
+    2018) in the L2 ball of radius eps around each: (B,) of bool. The ball is not cut to valid pixels, as the
     certificate's is not.
     """
     norm = lambda v: v.norm(dim=1, keepdim=True).clamp_min(1e-30)
@@ -270,15 +264,13 @@ def largest_gain(model):
     return ascend(lambda X: net(X.flatten(0, 1))[:, None], X, 1.0, steps=20)  # an image: a text of one token
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
+# --- Evaluation ---------------------------------------------------------------------------------------------
 
 EPSILONS = (36, 72, 108, 255)  # L2 norms in 255ths of a pixel's range
 
 
 def evaluate(model, split, config):
-    """
-    Loss (nats) and accuracy on all images of a split; the accuracy that is certified, and what an attack
+    """Loss (nats) and accuracy on all images of a split; the accuracy that is certified, and what an attack
     leaves of the first ones; the Lipschitz bound above the largest gain found. If an attack is above what is
     certified, that is None.
     """
@@ -306,8 +298,7 @@ def evaluate(model, split, config):
     return scores | claims
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training -----------------------------------------------------------------------------------------------
 
 def find_device():
     """The GPU if there is one, which CUDA_VISIBLE_DEVICES= hides, else the CPU."""
@@ -385,8 +376,8 @@ def train(config, data, device):
     return model, log
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The runs compared: each is one line of results/cifar.jsonl, and is not repeated. Every part takes its
+# --- The runs compared --------------------------------------------------------------------------------------
+# Each is one line of results/cifar.jsonl, and is not repeated. Every part takes its
 # choices from the lines of those before it.
 
 RECORDS = RESULTS / "cifar.jsonl"
@@ -447,10 +438,9 @@ def grid(pair):
 
 
 def equal_pairs():
-    """
-    For both optimizers the unconstrained run of the grid with the smallest training loss, and the constrained
-    one of about its accuracy or more whose bound is the smallest: their options, with three seeds that had no
-    part in the choice.
+    """For both optimizers the unconstrained run of the grid with the smallest training loss, and the
+    constrained one of about its accuracy or more whose bound is the smallest: their options, with three seeds
+    that had no part in the choice.
     """
     runs, found = [r for r in read_lines(RECORDS) if r["part"] == "cifar-grid" and "val_acc" in r], []
     free = [r for r in runs if r["options"].get("weight_decay") == 0]
@@ -467,8 +457,7 @@ PARTS = {"cifar": lambda: [run("cifar", options) for options in FULL],
          "cifar-pairs": lambda: [run("cifar-pairs", options) for options in equal_pairs()]}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line -------------------------------------------------------------------------------------------
 
 def refuse_alarm(log):
     if any(line["log10_certified"] is None for line in log):

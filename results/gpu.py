@@ -1,5 +1,4 @@
-"""
-What wants a GPU, on a machine that has one and nothing else, in order of worth:
+"""What wants a GPU, on a machine that has one and nothing else, in order of worth:
 
     python results/gpu.py                               # 35 minutes; needs data/shakespeare and data/books
     python results/gpu.py profile bench w8 --minutes=9  # these jobs alone, and no longer than that
@@ -41,8 +40,7 @@ TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size":
 
 
 def run(name, seconds, *command, **environment):
-    """
-    The output of a Python script, which goes to out/gpu/NAME.txt too. After so many seconds it is asked to
+    """The output of a Python script, which goes to out/gpu/NAME.txt too. After so many seconds it is asked to
     end as Ctrl-C would ask, upon which train.py saves; UserError if it ends otherwise than well.
     """
     OUT.mkdir(parents=True, exist_ok=True)
@@ -62,8 +60,8 @@ def run(name, seconds, *command, **environment):
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# nanoGPT's architecture (karpathy/nanoGPT) as a baseline, with its settings for GPT-2: layer norm, GELU, no
+# --- nanoGPT's architecture ---------------------------------------------------------------------------------
+# (karpathy/nanoGPT) as a baseline, with its settings for GPT-2: layer norm, GELU, no
 # biases, one table for input and output, AdamW, gradients clipped, a learning rate that rises for 100 steps
 # and falls as a cosine to a tenth. Positions are RoPE's, as in our transformer, instead of learned
 
@@ -114,8 +112,7 @@ def nanogpt(argv):
     train.main()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Where a step's time goes
+# --- Where a step's time goes -------------------------------------------------------------------------------
 
 def profiled(argv):
     """Ten of bench.py's steps: the twenty kernels, or on a CPU operations, that take most of their time."""
@@ -144,8 +141,7 @@ def one_graph(argv):
     bench.step(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The jobs: functions of name, options, and how many seconds there are
+# --- The jobs: functions of name, options, and how many seconds there are -----------------------------------
 
 def tests(name, args, seconds):
     """The tests that a GPU is for."""
@@ -182,8 +178,7 @@ def on_books(args, share):
 
 
 def training(options, *script, share=0):
-    """
-    A job: options and log of a run of train.py, or of a script like it, on Shakespeare or for a share of
+    """A job: options and log of a run of train.py, or of a script like it, on Shakespeare or for a share of
     --tokens on the books: the last evaluation, and its numbers all along. A run that was stopped goes on.
     """
     def job(name, args, seconds):

@@ -1,6 +1,5 @@
-"""
-What sweep.py measures of a checkpoint beside train.py's log: scores on the whole validation split, an attack,
-certified radii, what float8 costs, and what a ball around the blocks would bring.
+"""What sweep.py measures of a checkpoint beside train.py's log: scores on the whole validation split, an
+attack, certified radii, what float8 costs, and what a ball around the blocks would bring.
 """
 import math
 import sys
@@ -62,8 +61,7 @@ def largest_norm(model, tokens):
 
 
 def with_ball(model, train, val):
-    """
-    What a ball around the outputs of a model's blocks makes of its certificate, if its radius is 1 % above
+    """What a ball around the outputs of a model's blocks makes of its certificate, if its radius is 1 % above
     all norms in 2^18 training tokens; and the largest norm in the validation text. If that is smaller, the
     function there is the same.
     """
@@ -74,8 +72,7 @@ def with_ball(model, train, val):
 
 
 def measurements(model, ckpt, names):
-    """
-    Scores on the whole validation split, or 2^17 tokens of it, 2^15 of GPT-2's (train.py's are on
+    """Scores on the whole validation split, or 2^17 tokens of it, 2^15 of GPT-2's (train.py's are on
     eval_tokens), an attack, and the accuracy that float8 costs. With "radii" a larger attack, float8 on as
     many tokens, 5,337 of GPT-2's, and certified radii; with "ball" what one would do to the certificate.
     """

@@ -1,5 +1,4 @@
-"""
-Which runs sweep.py makes: PARTS, at the end, has for each part its jobs, what its runs have in common, the
+"""Which runs sweep.py makes: PARTS, at the end, has for each part its jobs, what its runs have in common, the
 file of its records and what is measured. A part may take its choices from the records of those before it.
 """
 import json
@@ -24,8 +23,7 @@ OPTIMIZERS = ("muon", "adamw")
 BOUNDS = ("log10_certified", "log10_paper")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Records, and what is chosen from them
+# --- Records, and what is chosen from them ------------------------------------------------------------------
 
 def read_lines(path):
     """The dicts in a JSON-lines file, without lines that a crash tore; an empty list if there is no file."""
@@ -141,8 +139,7 @@ def best_short(records):
     return list(best.values())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Searches: jobs of several runs. `run` takes options and gives the record
+# --- Searches: jobs of several runs. `run` takes options and gives the record -------------------------------
 
 def bracket(lr, run_at):
     """Run at rates around lr, twice as large each, until the one of least loss is not at an end: that one."""
@@ -195,8 +192,7 @@ def final(run, options, steps):
         run(min(tried, key=tuning_loss)["options"] | {"seed": seed})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Shakespeare: the paper's model, all methods
+# --- Shakespeare: the paper's model, all methods ------------------------------------------------------------
 
 PAPER = {"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "logit_scale": 1.0,
          "position_bias": False}
@@ -291,10 +287,9 @@ def frontier_seeds():
 
 
 def finalists():
-    """
-    What is best under each bound that is asked for. Every bound is proportional to logit_scale; so runs whose
-    bound is up to 1.5 times too large take part, and who is not 5 % below, 15 % with two layers, as seeds
-    differ, gets a smaller logit_scale.
+    """What is best under each bound that is asked for. Every bound is proportional to logit_scale; so runs
+    whose bound is up to 1.5 times too large take part, and who is not 5 % below, 15 % with two layers, as
+    seeds differ, gets a smaller logit_scale.
     """
     runs, found = searched(), []
     for bound, limit in ASKED:
@@ -353,8 +348,7 @@ def letter_long():
     return [best | {"batch_size": 64, "max_steps": 2000, "eval_interval": 250}]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Shakespeare: the tight presets
+# --- Shakespeare: the tight presets -------------------------------------------------------------------------
 
 # The first at several bounds, which are logit_scale, as all norms are 1; and the one that looks at content
 CONTENT = {"preset": "tight-content"}
@@ -403,8 +397,8 @@ ABLATIONS = [("the paper's architecture", {}, CHANGES[0]),  # (from what, what c
              *(("that, but", change, STEEP | change) for change in CONTENT_BACK)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Long texts, from prepare.py: data/books-char by character, one pass over 10 or 42 million; data/books and
+# --- Long texts ---------------------------------------------------------------------------------------------
+# From prepare.py: data/books-char by character, one pass over 10 or 42 million; data/books and
 # data/wikitext2 in GPT-2's tokens
 
 BOOKS_RUNS = [{"max_steps": steps, **options} for steps in (2560, 10_240) for options in (
@@ -433,8 +427,7 @@ TOKENS_RUNS = [{"preset": "tight", "n_layer": 1, "n_head": 8, "logit_scale": 10.
                {"preset": "fineweb-w16", "method": "none"}, {"preset": "fineweb-w4"}]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The parts, in order
+# --- The parts, in order ------------------------------------------------------------------------------------
 
 @dataclass
 class Part:

@@ -1,5 +1,4 @@
-"""
-Draw the figures of results/ from its records, and write the tables of its texts and of README.md.
+"""Draw the figures of results/ from its records, and write the tables of its texts and of README.md.
 
     pip install matplotlib && python results/plot.py              # tables and figures
     python results/plot.py --tables                               # the tables alone
@@ -33,8 +32,7 @@ LINES = {"muon": dict(linestyle="-", marker="o"),
 WIDEST = 20  # log10 of the largest bound that is drawn
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Records
+# --- Records ------------------------------------------------------------------------------------------------
 
 def load():
     """{part: records}, those of speed.jsonl under "speed, WHAT"."""
@@ -49,8 +47,7 @@ def load():
     return runs
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures
+# --- Figures ------------------------------------------------------------------------------------------------
 
 def math_power(log10_x):
     """power, for matplotlib."""
@@ -79,8 +76,7 @@ def percent(values):
 
 
 def tradeoff(runs, plt):
-    """
-    Accuracy and loss against both bounds: what every method and optimizer reaches with the paper's shape,
+    """Accuracy and loss against both bounds: what every method and optimizer reaches with the paper's shape,
     dominated runs left out, and in grey what the search over shapes and scales reaches.
     """
     figure, axes = panels(plt, 2, 2, (11, 8), sharex=True, sharey="row")
@@ -220,9 +216,8 @@ def tight(runs, plt):
 
 
 def cifar(runs, plt):
-    """
-    On images: accuracy against the bound, every method and optimizer at four strengths; and what the attack
-    leaves of models of equal accuracy, unconstrained and constrained, means of three seeds.
+    """On images: accuracy against the bound, every method and optimizer at four strengths; and what the
+    attack leaves of models of equal accuracy, unconstrained and constrained, means of three seeds.
     """
     figure, (left, right) = panels(plt, 1, 2, (12, 4.5))
     for method, optimizer in pairs():

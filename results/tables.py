@@ -1,6 +1,4 @@
-"""
-The tables of results/ from its records, for plot.py; and what its figures need, too.
-"""
+"""The tables of results/ from its records, for plot.py; and what its figures need, too."""
 import math
 import sys
 from pathlib import Path
@@ -8,9 +6,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LETTER, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS, SPHERES,
-                   WIDTHS, best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind, pairs,
-                   seeds, trained, tuning_loss, unscaled)
+from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LETTER, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS,
+                   SPHERES, WIDTHS, best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind,
+                   pairs, seeds, trained, tuning_loss, unscaled)
 from constrain import RADII
 
 LABELS = {name: name.replace("_", " ") for name in (*METHODS, "spectral_sphere", "hyperball")}
@@ -22,8 +20,7 @@ LARGE = {"w8": "w_max 8", "none": "no constraint", "baseline": "nanoGPT's, AdamW
 IMAGE_RADII = 36, 72, 108  # in 255ths of a pixel's range
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Records, and how runs are called
+# --- Records, and how runs are called -----------------------------------------------------------------------
 
 def of_pair(records, method, optimizer):
     return of_kind(records, {"method": method, "optimizer": optimizer})
@@ -100,8 +97,7 @@ def power(log10_x):
     return f"{10 ** log10_x:.3g}" if log10_x < 3 else f"{10 ** (log10_x % 1):.1f}·10^{math.floor(log10_x)}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables. A row is a list of runs that differ in their seeds, a column a function of it
+# --- Tables. A row is a list of runs that differ in their seeds, a column a function of it ------------------
 
 def spread(values, form="{:.2%}"):
     """The mean and, of several values, the smallest and largest."""
