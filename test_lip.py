@@ -8,12 +8,10 @@ import builtins
 import copy
 import dataclasses
 import hashlib
-import inspect
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -28,7 +26,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from email.utils import formatdate
 from functools import partial
@@ -37,12 +35,10 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks here are too small for more
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to look for a GPU does not spoil it for forks
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # the first optimizer does, so that no fork has to
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -114,40 +110,6 @@ def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few_tokens(monkeypatch)
     return small_data(tmp_path)
-
-
-LINUX = sys.platform == "linux"  # where a process that has loaded torch may be forked
-fork = multiprocessing.get_context("fork") if LINUX else None
-
-
-@pytest.fixture(scope="session", autouse=True)
-def beside(request, tmp_path_factory):
-    """
-    Begin the tests that ask for `folder`, one after the other in a process that is forked before any test has
-    run. The others go on meanwhile, and when the turn of one of these comes only its result is waited for.
-    Where forks are not safe, they run in their turn.
-    """
-    with ProcessPoolExecutor(1, fork) as pool:
-        for test in (item for item in request.session.items if "folder" in item.fixturenames):
-            values = test.callspec.params if hasattr(test, "callspec") else {}
-            call = partial(run_in, small_data(tmp_path_factory.mktemp("beside")), test.obj, values)
-            call = pool.submit(call).result if LINUX else call
-            test.obj = lambda call=call, **_: call()
-        yield
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def folder():
-    """What `data` is, for a test that may have monkeypatch and parameters beside it; see `beside`."""
-
-
-def run_in(folder, test, values):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        few_tokens(patch)
-        patched = {"monkeypatch": patch} if "monkeypatch" in inspect.signature(test).parameters else {}
-        test(folder, **values, **patched)
 
 
 def log_lines(out="out", key="val_loss"):
@@ -263,53 +225,14 @@ def attention(net):
 
 def start(folder, *command, **options):
     """A process in a folder; what it prints, errors too, is its stdout."""
-    return subprocess.Popen(command, cwd=folder, text=True,
-                            **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | options)
+    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=folder, text=True, **both | options)
 
 
-class Forked:
-    """train.py, after some code, in a process that need not import torch; with some of Popen's methods."""
-    def __init__(self, *what):
-        self.printed = tempfile.TemporaryFile("w+")
-        self.process = fork.Process(target=self.run, args=what)
-        self.process.start()
-        self.pid = self.process.pid
-
-    def run(self, folder, argv, environment, code):
-        os.chdir(folder)
-        os.environ.update(environment)
-        for stream in (1, 2):
-            os.dup2(self.printed.fileno(), stream)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
-        sys.argv = ["train.py", *argv]
-        exec(code)
-        train.main()
-
-    returncode = property(lambda self: self.process.exitcode)
-    poll = lambda self: self.returncode
-
-    def wait(self):
-        self.process.join()
-        return self.returncode
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def communicate(self, timeout=None):
-        self.process.join(timeout)
-        if self.returncode is None:
-            self.process.kill()
-            raise subprocess.TimeoutExpired("train.py", timeout)
-        self.printed.seek(0)
-        return self.printed.read(), None
-
-
-def start_train(folder, argv, environment={}, code=""):
+def start_train(folder, argv, code="", **environment):
     """train.py with a command line, after some code."""
-    if LINUX:
-        return Forked(folder, argv, environment, code)
-    code, environment = f"import train; {code}; train.main()", environment | {"PYTHONPATH": str(HERE)}
-    return start(folder, sys.executable, "-c", code, *argv, env=os.environ | environment)
+    environment = os.environ | {"PYTHONPATH": str(HERE)} | environment
+    return start(folder, sys.executable, "-c", f"import train\n{code}\ntrain.main()", *argv, env=environment)
 
 
 def start_training(folder, *argv, **options):
@@ -320,8 +243,9 @@ def start_two(folder, **options):
     """Two processes that train together, started as torchrun starts its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    return [start_train(folder, flags(**options), group | dict(RANK=i, LOCAL_RANK=i)) for i in "01"]
+        port = str(free.getsockname()[1])
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start_train(folder, flags(**options), RANK=i, LOCAL_RANK=i, **group) for i in "01"]
 
 
 def torchrun(folder, processes, *argv, **options):
@@ -1657,7 +1581,7 @@ class GPU(TorchDispatchMode):
         return OnGPU.__torch_dispatch__(*what)
 
 
-def test_no_float64_on_a_device_that_is_not_the_cpu(folder, monkeypatch):
+def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
     for owner, name in ((train, "activations"), (train, "score"), (GPT, "generate")):
         without = torch.no_grad()(getattr(owner, name).__wrapped__)  # inference mode knows no such devices
         monkeypatch.setattr(owner, name, without)
@@ -1713,13 +1637,13 @@ def test_gpu_two_processes(data):
     assert all(a["val_loss"] == pytest.approx(b["val_loss"], rel=0.03) for a, b in zip(one, two, strict=True))
 
 
-def test_rehearsal_of_the_gpu(folder, monkeypatch):
+def test_rehearsal_of_the_gpu(data, monkeypatch):
     """results/gpu.py, small and on the CPU: every job that has its data ends in a line, a failure too."""
-    monkeypatch.setattr(gpu, "ROOT", folder)
-    monkeypatch.setattr(gpu, "OUT", folder / "out/gpu")
+    monkeypatch.setattr(gpu, "ROOT", data)
+    monkeypatch.setattr(gpu, "OUT", data / "out/gpu")
     for path in (*HERE.glob("*.py"), HERE / "results"):
-        (folder / path.name).symlink_to(path)
-    log, books = folder / "out/gpu/baseline/log.jsonl", folder / "data/books"
+        (data / path.name).symlink_to(path)
+    log, books = data / "out/gpu/baseline/log.jsonl", data / "data/books"
     books.symlink_to("shakespeare")
 
     def records(*jobs):
@@ -2085,7 +2009,7 @@ def test_init_from(data, monkeypatch):
     assert contents("new") == before
 
 
-def test_constraints_hold_during_training(folder):
+def test_constraints_hold_during_training(data):
     """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and all of them learn."""
     rates, both = (("muon", 0.3), ("adamw", 0.02)), ((0.5, None), (2.0, 1.0), (0.5, 1.5))
     for (optimizer, lr), method, (w_max, w_max_mlp) in itertools.product(rates, METHODS, both):
@@ -3037,15 +2961,15 @@ def test_float8_rounds_every_result():
     assert masked.tolist() == [0.0, 1.0] and big[2] == 448
 
 
-def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
+def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     for path in HERE.glob("*.py"):
         Path(path.name).symlink_to(path)
     for module, name in ((sweep, "ROOT"), (sweep, "RESULTS"), (sweep, "RUNS"), (measure, "ROOT")):
-        monkeypatch.setattr(module, name, folder)
+        monkeypatch.setattr(module, name, data)
     monkeypatch.setattr(measure, "attack", partial(certify.attack, steps=9))
     options = {**TINY, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
     del options["out_dir"]
-    done, records = sweep.run("final", options, 1), folder / "shakespeare.jsonl"
+    done, records = sweep.run("final", options, 1), data / "shakespeare.jsonl"
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     scores = train.evaluate(net, prepare.open_data("data/shakespeare", like=ckpt["meta"])[2])
     assert {name: done[name] for name in scores} == pytest.approx(scores)
@@ -3148,59 +3072,59 @@ def test_tables_in_the_results_come_from_the_records():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes: these begin first and run beside the others, so they come last; see the fixture `beside`
+# Processes
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("near, options", (
     (1e-4, {}),
     (1e-2, dict(max_steps=2, eval_interval=2, n_head=1, n_embd=128, block_size=256, batch_size=2,
                 eval_tokens=300, dtype="bfloat16"))), ids=("float32", "wide heads in bfloat16"))
-def test_compiled_training_agrees_with_eager(folder, near, options):
+def test_compiled_training_agrees_with_eager(data, near, options):
     """Wide heads in bfloat16 once gave NaN, on a CPU with AMX."""
     losses = []
     for compiled in (False, True):
-        run = start_training(folder, **options, compile=compiled)
+        run = start_training(data, **options, compile=compiled)
         printed = run.communicate()[0]
         assert run.returncode == 0 and (", compiled\n" in printed) == compiled, printed
-        losses.append([line["train_loss"] for line in log_lines(folder / "out")])
+        losses.append([line["train_loss"] for line in log_lines(data / "out")])
     assert losses[0] == pytest.approx(losses[1], abs=near)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
 @pytest.mark.parametrize("kind", ("gone", "failing", "asked for"))
-def test_without_a_compiler(folder, kind):
+def test_without_a_compiler(data, kind):
     """No compiler, or one that fails: the run goes on as it is, or, if --compile asked, one line."""
-    compiler = folder / "failing" / "g++"
+    compiler = data / "failing" / "g++"
     compiler.parent.mkdir(exist_ok=True)
     compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
     compiler.chmod(0o755)
-    path = folder if kind == "gone" else compiler.parent
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "PATH": str(path)}
+    path = data if kind == "gone" else compiler.parent
     options = [flag for flag in flags(max_steps=2, eval_interval=2) if "compile" not in flag]
-    run = start_train(folder, options + ["--compile"] * (kind == "asked for"), environment,
-                      "train.COMPILE_STEPS = 2; train.sample = lambda *_: 'end'")
+    run = start_train(data, options + ["--compile"] * (kind == "asked for"),
+                      "train.COMPILE_STEPS = 2; train.sample = lambda *_: 'end'",
+                      TORCHINDUCTOR_CACHE_DIR=str(data / "cache"), PATH=str(path))
     lines = run.communicate()[0].splitlines()
     if kind == "asked for":
-        assert run.returncode and not contents(folder / "out")
+        assert run.returncode and not contents(data / "out")
         return one_line("\n".join(lines), "torch.compile does not work", "--compile=False")
-    assert run.returncode == 0 and len(lines) == 3 and len(log_lines(folder / "out")) == 1, lines
+    assert run.returncode == 0 and len(lines) == 3 and len(log_lines(data / "out")) == 1, lines
     assert ", not compiled, as torch.compile does not work here (" in lines[0]
     assert lines[1].startswith("step 2:") and lines[2] == "end"
 
 
-def test_adding_what_the_readme_shows_leaves_everything_working(folder):
+def test_adding_what_the_readme_shows_leaves_everything_working(data):
     """All Python under "Change one thing", in a copy: trains, is in --help, benchmarked, tested, logged."""
     part = re.search(r"(?s)\n## Change one thing\n(.*?)\n## ", (HERE / "README.md").read_text())[1]
     for path in HERE.glob("*.py"):
-        shutil.copy(path, folder)
-    shutil.copytree(HERE / "results", folder / "results")
+        shutil.copy(path, data)
+    shutil.copytree(HERE / "results", data / "results")
     constraints, optimizers = (re.findall(rf"@{kind}[^\n]*\ndef (\w+)", part) for kind in
                                ("constraint", "optimizer"))
     assert constraints and optimizers and "\ndef watch(" in part
     for block in re.findall(r"(?s)```python\n(.*?)```", part):
-        path = folder / ("constrain.py" if "@c" in block else "train.py")
+        path = data / ("constrain.py" if "@c" in block else "train.py")
         path.write_text(path.read_text().replace("\ndef main():", f"\n{block}\n\ndef main():"))
-    run = lambda code: start(folder, sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": "."},
+    run = lambda code: start(data, sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": "."},
                              stderr=subprocess.PIPE)
     runs = run(f"""
 import sys
@@ -3217,19 +3141,19 @@ for module, *sys.argv in (bench, "bench.py", "methods"), (train, "train.py", "--
     assert runs.returncode == 0 and errors == "", errors
     assert all(printed.count(name) >= 3 for name in constraints)
     assert all(printed.count(name) >= 2 for name in optimizers)
-    logged, plain = log_lines(folder / "out", "lr"), {"step", "loss", "lr"}
+    logged, plain = log_lines(data / "out", "lr"), {"step", "loss", "lr"}
     assert len(logged) == 2 and all({*line} > plain and "grad_norm" not in line for line in logged)
-    assert log_lines(folder / "out")[0]["norm_over_cap"] <= 1.001
+    assert log_lines(data / "out")[0]["norm_over_cap"] <= 1.001
     tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', '--assert=plain', 'test_lip.py', '-k', "
                 "'methods_keep or test_bench or hold_during_training']))")
     printed = tests.communicate()[0]
     assert tests.returncode == 0, printed
 
 
-def test_resume_after_kill_and_ctrl_c(folder):
+def test_resume_after_kill_and_ctrl_c(data):
     """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
-    start_run = lambda out, *argv: start_training(folder, *argv, max_steps=400, eval_interval=20, out_dir=out)
-    whole, killed = start_run("whole"), folder / "killed"
+    start_run = lambda out, *argv: start_training(data, *argv, max_steps=400, eval_interval=20, out_dir=out)
+    whole, killed = start_run("whole"), data / "killed"
     for n, number in ((2, signal.SIGKILL), (6, signal.SIGKILL), (10, signal.SIGINT)):
         run = start_run("killed", *["--resume"] * (n > 2))
         wait_for_lines(killed, n, run)
@@ -3241,91 +3165,90 @@ def test_resume_after_kill_and_ctrl_c(folder):
     assert torch.load(killed / "ckpt.pt", weights_only=True)["step"] < 400
     run = start_run("killed", "--resume")
     assert "resumed at step" in run.communicate()[0] and run.returncode == whole.wait() == 0
-    same_runs(folder / "whole", killed)
+    same_runs(data / "whole", killed)
 
 
 @pytest.mark.parametrize("how", ("one", "two"))
-def test_sigterm_saves(folder, how):
+def test_sigterm_saves(data, how):
     """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
     options = dict(max_steps=100_000, eval_interval=20)
-    run = start_training(folder, **options) if how == "one" else torchrun(folder, 2, **options)
-    wait_for_lines(folder / "out", 1, run)
+    run = start_training(data, **options) if how == "one" else torchrun(data, 2, **options)
+    wait_for_lines(data / "out", 1, run)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     printed = run.communicate(timeout=60)[0]
     assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
     assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
-    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
+    assert torch.load(data / "out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
 
 
 @pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
-def test_no_output_error_loses_a_run(folder, redirect):
+def test_no_output_error_loses_a_run(data, redirect):
     scripts = [f"train.py {' '.join(flags(max_steps=12, eval_interval=3))}"]
     if "|" in redirect:
         scripts += ["model.py out/ckpt.pt", "constrain.py out/ckpt.pt"]
     for script in scripts:
         command = f"set -o pipefail; {sys.executable} {HERE}/{script} {redirect}"
-        run = start(folder, "bash", "-c", command, stderr=subprocess.PIPE)
+        run = start(data, "bash", "-c", command, stderr=subprocess.PIPE)
         errors = run.communicate()[1]
         assert run.returncode == 0 and errors == "", errors
-    assert [line["step"] for line in log_lines(folder / "out")] == [3, 6, 9, 12]
+    assert [line["step"] for line in log_lines(data / "out")] == [3, 6, 9, 12]
 
 
-def test_two_processes_train_as_one(folder):
+def test_two_processes_train_as_one(data):
     """The same losses in float32; and a resumed run does not care how many there were."""
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
     for change in ({}, dict(embedding="adam", method="hard_cap")):
         more = options | change
-        running = start_training(folder, out_dir="one", **more), *start_two(folder, out_dir="two", **more)
+        running = start_training(data, out_dir="one", **more), *start_two(data, out_dir="two", **more)
         printed = "".join(run.communicate()[0] for run in running[1:])
         assert [run.wait() for run in running] == [0, 0, 0], printed
         assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
-        for a, b in zip(*map(log_lines, (folder / "one", folder / "two")), strict=True):
+        for a, b in zip(*map(log_lines, (data / "one", data / "two")), strict=True):
             for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
                 assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    run = torchrun(folder, 2, out_dir="half", **more)
-    wait_for_lines(folder / "half", 1, run)
+    run = torchrun(data, 2, out_dir="half", **more)
+    wait_for_lines(data / "half", 1, run)
     run.send_signal(signal.SIGINT)  # torchrun hands it on
     assert "saved half/ckpt.pt" in run.communicate()[0]
-    assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
-    assert start_train(folder, ["--resume", "--out_dir=half"]).wait() == 0
-    one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
+    assert 25 <= torch.load(data / "half/ckpt.pt", weights_only=True)["step"] < 50
+    assert start_train(data, ["--resume", "--out_dir=half"]).wait() == 0
+    one, half = (log_lines(data / out)[-1]["val_loss"] for out in ("one", "half"))
     assert half == pytest.approx(one, abs=1e-5)
 
 
-def test_what_schedulers_leave_makes_no_group(folder):
+def test_what_schedulers_leave_makes_no_group(data):
     """Some of torchrun's variables without the others: a run by itself."""
-    run = start_train(folder, flags(), {"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "1"})
+    run = start_train(data, flags(), LOCAL_RANK="1", WORLD_SIZE="4", RANK="1")
     printed = run.communicate(timeout=60)[0]
-    assert run.returncode == 0 and len(log_lines(folder / "out")) == 2, printed
+    assert run.returncode == 0 and len(log_lines(data / "out")) == 2, printed
 
 
-def test_failure_of_one_process_ends_all(folder):
-    two = start_two(folder, batch_size=5)
+def test_failure_of_one_process_ends_all(data):
+    two = start_two(data, batch_size=5)
     printed = "".join(run.communicate(timeout=60)[0] for run in two)
     assert all(run.returncode for run in two)
     assert "--batch_size=5 must be a multiple of --accumulate=1 times the number of processes, 2" in printed
-    run = torchrun(folder, 2, max_steps=100_000, eval_interval=10)
-    wait_for_lines(folder / "out", 1, run)
-    workers = start(folder, "pgrep", "-P", str(run.pid)).communicate()[0].split()
+    run = torchrun(data, 2, max_steps=100_000, eval_interval=10)
+    wait_for_lines(data / "out", 1, run)
+    workers = start(data, "pgrep", "-P", str(run.pid)).communicate()[0].split()
     assert len(workers) == 2, run.communicate(timeout=60)[0]
     os.kill(int(workers[-1]), signal.SIGKILL)
     printed = run.communicate(timeout=60)[0]
     assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
-    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] >= 10
+    assert torch.load(data / "out/ckpt.pt", weights_only=True)["step"] >= 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are looked up in /proc")
-def test_no_thread_outlives_its_group(folder):
+def test_no_thread_outlives_its_group(data):
     """One of gloo's that did could abort the process while Python ends, one time in a hundred."""
     code = """
-import os, train
-train.main()
-print("threads", *(open(f"/proc/self/task/{i}/comm").read().strip() for i in os.listdir("/proc/self/task")))
+import atexit, pathlib
+names = lambda: [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print("threads", *names()))
 """
     group = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    run = start(folder, sys.executable, "-c", code, *flags(),
-                env=os.environ | group | {"PYTHONPATH": str(HERE)})
+    run = start_train(data, flags(), code, **group)
     printed = run.communicate()[0]
     assert run.returncode == 0 and "threads python" in printed and "gloo" not in printed, printed
