@@ -41,7 +41,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 import constrain
 import model
@@ -1001,6 +1001,8 @@ def test_what_has_no_bound_has_no_certificate():
     net.blocks[-1].mlp.fc.weight.data.zero_()
     assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
     assert constrain.logit_reach(net, 1.0) == 0 and certified(net) == -math.inf
+    no_gpt = torch.nn.Linear(3, 3)
+    assert "no certificate" in constrain.refused(no_gpt) and lipschitz_bounds(no_gpt) == NO_BOUNDS
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1091,11 +1093,6 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
 def test_claims_about_an_activation_are_tried(claims, wrong):
     found = constrain.misclaimed(model.Activation(*claims))
     assert wrong in found if wrong else found is None
-
-
-def test_what_is_no_gpt_gets_no_certificate():
-    net = torch.nn.Linear(3, 3)
-    assert "no certificate" in constrain.refused(net) and lipschitz_bounds(net) == NO_BOUNDS
 
 
 def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):
@@ -1439,18 +1436,17 @@ def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, 
 
 def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     """No right prediction, a head of zeros, one character alone: numbers or null, never a traceback."""
-    def with_head(value, *where):
+    def with_head(value):
         ckpt = torch.load("out/ckpt.pt", weights_only=True)
-        ckpt["model"]["head.weight"][where] = value
+        ckpt["model"]["head.weight"][:] = value
         train.save("out/ckpt.pt", ckpt)
 
     once = TINY | dict(max_steps=1, eval_interval=1)
     train.train(once)
-    with_head(0, ...)
+    with_head(0)
     _, result = read_report(monkeypatch, capsys)
     assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
     assert set(result["certified_accuracy"].values()) == {0}
-    assert certified(model.load_checkpoint("out/ckpt.pt")[0]) == -math.inf
     with monkeypatch.context() as patch:
         wrong = lambda net, tokens: (torch.ones(len(tokens) - 1).double(), torch.arange(len(tokens) - 1) < 0)
         patch.setattr(certify, "margins", wrong)
@@ -1458,14 +1454,12 @@ def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     assert result["val_acc"] == 0 and result["log10_median_radius"] is None
     prepare.write_dataset(["a" * 1000], "data/shakespeare", "test")
     train.train(once)
-    found = [strict_json(line).get("val_acc") for line in Path("out/log.jsonl").read_text().splitlines()]
-    assert found[-1] == 1 and found.count(1) == 1
+    assert [strict_json(line) for line in Path("out/log.jsonl").read_text().splitlines()][-1]["val_acc"] == 1
     _, result = read_report(monkeypatch, capsys)
     assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
-    for bad in (math.nan, math.inf):
-        with_head(bad, 0, 0)
-        for script in (certify, constrain, model):
-            one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
+    with_head(math.inf)
+    for script in (certify, constrain, model):
+        one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -1473,73 +1467,62 @@ def test_the_tables_have_what_they_are_about(options):
     """A column for each kind of matrix, with the largest norm; and the bounds, with their parts."""
     net = random_weights(gpt(**options))
     head, *rows = [line.split()[2:] for line in constrain.norm_table(net)]
-    attn, mlp, kinds = net.blocks[-1].attn, net.blocks[-1].mlp, 3 if net.config.softmax_scale else 1
-    columns = dict(zip(("W_q", "W_k", "W_v")[-kinds:], attn.qkv.weight.chunk(kinds)))
-    columns |= {"W_o": attn.proj.weight, "W_in": mlp.fc.weight, "W_out": mlp.proj.weight}
-    columns |= {"W_mid": torch.stack([layer.weight for layer in mlp.mid])} if mlp.mid else {}
+    attn, mlp = net.blocks[-1].attn, net.blocks[-1].mlp
+    columns = {"W_o": attn.proj, "W_in": mlp.fc, "W_out": mlp.proj}
     assert len(rows) == len(net.blocks)
-    assert dict(zip(head, rows[-1])) == {name: f"{rms_norm(W).max():.4f}" for name, W in columns.items()}
+    assert ("W_q" in head) == bool(attn.scale) and ("W_mid" in head) == bool(mlp.mid)
+    shown = dict(zip(head, rows[-1]))
+    assert all(shown[name] == f"{rms_norm(layer.weight).max():.4f}" for name, layer in columns.items())
     (bound, parts), paper = constrain.certificate(net), constrain.paper_bounds(net)["paper"]
     text = "\n".join(constrain.bound_lines(bound, parts, paper, paper))
     assert re.findall(r"\nlayer .* (\S+)", text) == [f"{part['gain']:.4f}" for part in parts]
     assert f"certified {bound:.4f}" in text and ("authors" in text) == (options == {})
 
 
-def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys):
+@pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
+def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys, tokenizer):
     """Data prepared again under the same name are refused by all who read them; the same text is not."""
-    texts = dict(a="to be or not to be, that is the question\n",
-                 b="To Be Or Not, or whether it is nobler in the mind\n")  # more characters
-    for name, line in texts.items():
-        Path(name).write_text(line * 100)
-    other, run = "other data than data/mine now holds", dict(max_steps=2, eval_interval=2, dataset="mine")
-    for tokenizer in ("char", "gpt2"):
-        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, "--name=mine",
-                                         f"--tokenizer={tokenizer}") is None
-        go_on = partial(run_main, train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=3")
-        assert prepared("a")
-        train.train(TINY | run)
-        assert prepared("b")
-        before = Path("out/ckpt.pt").read_bytes()
-        one_line(go_on(), other)
-        report, result = read_report(monkeypatch, capsys)
-        assert other in report[-1] and other in result["without_text"] and "val_acc" not in result
-        with pytest.raises(UserError, match="other data than"):
-            prepare.open_data("data/mine", like=torch.load("out/ckpt.pt", weights_only=True)["meta"])
-        assert Path("out/ckpt.pt").read_bytes() == before and prepared("a")
-        assert "val_acc" in read_report(monkeypatch, capsys)[1] and go_on() is None
+    def prepare_again(line):
+        Path("text").write_text(line * 100)
+        prepare.texts(["text"], "mine", tokenizer)
+
+    line, other = "to be or not to be, that is the question\n", "other data than data/mine now holds"
+    go_on = partial(run_main, train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=3")
+    prepare_again(line)
+    train.train(TINY | dict(max_steps=2, eval_interval=2, dataset="mine"))
+    before = Path("out/ckpt.pt").read_bytes()
+    prepare_again("To Be Or Not, or whether it is nobler in the mind\n")  # more characters
+    one_line(go_on(), other)
+    report, result = read_report(monkeypatch, capsys)
+    assert other in report[-1] and other in result["without_text"] and "val_acc" not in result
+    assert Path("out/ckpt.pt").read_bytes() == before
+    prepare_again(line)
+    assert "val_acc" in read_report(monkeypatch, capsys)[1] and go_on() is None
 
 
 class OnGPU(torch.Tensor):
-    """A tensor on the CPU that says it is on another device, "meta", and has no float64, as Apple's GPUs."""
+    """A tensor on the CPU, `inner`, that says that it is on another device, "meta"."""
     @staticmethod
     def __new__(cls, inner):
         assert inner.dtype != torch.float64, "float64 on the device"
         like = dict(strides=inner.stride(), dtype=inner.dtype, storage_offset=inner.storage_offset())
-        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="meta", **like)
-        tensor.inner = inner
-        return tensor
+        inner.there = torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="meta", **like)
+        inner.there.inner = inner
+        return inner.there
 
     @classmethod
     def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
-        inputs = {}
-
-        def unwrap(x):
-            if not isinstance(x, cls):
-                return x
-            inputs[id(x.inner)] = x
-            return x.inner
-
-        args, kwargs = tree_map(unwrap, (args, kwargs or {}))
-        there = bool(inputs)
+        there, kwargs = any(issubclass(kind, cls) for kind in types), kwargs or {}
         if kwargs.get("device") is not None:
             there = torch.device(kwargs["device"]).type == "meta"
             kwargs = kwargs | {"device": "cpu"}
-        wrap = lambda x: inputs[id(x)] if id(x) in inputs else cls(x)
-        return tree_map(lambda x: wrap(x) if there and isinstance(x, torch.Tensor) else x, f(*args, **kwargs))
+        args, kwargs = tree_map_only(cls, lambda x: x.inner, (args, kwargs))
+        wrap = lambda x: x.there if hasattr(x, "there") else cls(x)  # what is changed in place stays the same
+        return tree_map_only(torch.Tensor, wrap if there else lambda x: x, f(*args, **kwargs))
 
 
 class GPU(TorchDispatchMode):
-    """Within it there is a device "meta" that computes, in all types but float64."""
+    """Within it there is a device "meta" that computes, in all types but float64, as Apple's GPUs do."""
     def __torch_dispatch__(self, *what):
         return OnGPU.__torch_dispatch__(*what)
 
@@ -1605,33 +1588,23 @@ def test_rehearsal_of_the_gpu(data, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", data)
     monkeypatch.setattr(gpu, "OUT", data / "out/gpu")
     for path in (*HERE.glob("*.py"), HERE / "results"):
-        (data / path.name).symlink_to(path)
-    log, books = data / "out/gpu/baseline/log.jsonl", data / "data/books"
-    books.symlink_to("shakespeare")
+        Path(path.name).symlink_to(path)
+    Path("data/books").symlink_to("shakespeare")
 
     def records(*jobs):
         args = argparse.Namespace(jobs=jobs, tiny=True, tokens=1e8, minutes=10)
         gpu.main(args)
         return parts.read(args.records)[-len(jobs):]
 
-    jobs = "profile", "bench-one-graph", "w8", "none", "baseline", "default"
-    found = dict(zip(jobs, records(*jobs), strict=True))
-    assert 0.2 < sum(kernel["share"] for kernel in found["profile"]["kernels"]) < 1 + 1e-6
-    assert found["bench-one-graph"]["tokens_per_second"] > 0
-    assert all(found[job]["trace"]["step"] == [2, 4] for job in jobs[2:])
+    profile, one_graph, baseline, default = records("profile", "bench-one-graph", "baseline", "default")
+    assert 0.2 < sum(kernel["share"] for kernel in profile["kernels"]) < 1 + 1e-6
+    assert one_graph["tokens_per_second"] > 0
+    assert baseline["trace"]["step"] == default["trace"]["step"] == [2, 4]
+    log = Path("out/gpu/baseline/log.jsonl")
     log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # as if it had been stopped
-    again, = records("baseline")
-    assert again["trace"] == found["baseline"]["trace"]
+    assert records("baseline")[0]["trace"] == baseline["trace"]
     assert [line["step"] for line in parts.read_lines(log) if "options" in line] == [0, 4]
-
-    runs = {f"gpu, {job}": [found[job]] for job in plot.LARGE}
-    (_, table), = tables.large_tables(runs)
-    assert "| no constraint |" in table and table.count("\n") == 5
-    with suppress(ImportError):
-        from matplotlib import pyplot
-        pyplot.switch_backend("agg")
-        plot.large(runs, pyplot).draw_without_rendering()
-    books.unlink()
+    Path("data/books").unlink()
     assert "no data/books" in records("w1")[0]["error"]
 
 
