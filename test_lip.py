@@ -658,19 +658,17 @@ def test_caps_in_bfloat16_hold_what_they_say():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
-    """Near the manifold a few products suffice, in bfloat16 too; far from it Muon's iteration takes over."""
+    """Near the manifold a few products suffice, in bfloat16 too, without Muon's iteration."""
     torch.manual_seed(0)
-    slow, calls = constrain.orthogonalize, []
-    monkeypatch.setattr(constrain, "orthogonalize", lambda *args: calls.append(1) or slow(*args))
+    slow = constrain.orthogonalize
+    monkeypatch.setattr(constrain, "orthogonalize", None)
     for shape in ((4, 64, 64), (2, 16, 128), (128, 16), (1, 7)):
         unit = math.sqrt(shape[-2] / shape[-1])
         for w_max in (0.3, 4.0):
             W = w_max * unit * (polar_of(torch.randn(shape)) - 0.1 * slow(torch.randn(shape)))
             result = constrain.stiefel(W, Step(w_max, dtype=dtype))
-            assert (sigma(result) / unit / w_max - 1).abs().max() < 1e-4 and not calls
+            assert (sigma(result) / unit / w_max - 1).abs().max() < 1e-4
             assert (result / w_max / unit - polar_of(W.double())).abs().max() < 1e-3
-    s = sigma(constrain.stiefel(torch.randn(64, 20), Step(2.0, dtype=dtype))) / math.sqrt(64 / 20)
-    assert calls and (s - 2).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("shape", ((3, 24, 24), (2, 40, 10), (2, 10, 40), (64, 48)))
@@ -1233,12 +1231,6 @@ def below(change, bound):
     return (found <= bound * (1 + 1e-9) + 1e-12).all()
 
 
-def gradient_of(f, x, what):
-    """The gradient of what(f(x)) by x."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(what(f(x)), x)[0]
-
-
 @of_text_models
 def test_no_change_exceeds_a_bound_at_a_text(options):
     """Each bound of the proof by itself, for random changes of the embeddings."""
@@ -1287,32 +1279,6 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
             if ball is not None:
                 change = certify.ball_change(at, (y_ - y).norm(dim=-1))
                 assert below(onto_ball(y_, ball) - onto_ball(y, ball), change)
-
-
-@of_text_models
-def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
-    """
-    To first order through_attention and near_gain are reached: by each token moved along the gradient, and by
-    the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
-    """
-    net, X, _, norms = at_a_text(options)
-    tables = net.cos[:10], net.sin[:10]
-    for at in certify.facts_at(net, norms, X):
-        block, g, n = at.block, torch.randn(120, 16).double(), torch.arange(120)
-        delta = 1e-6 * (0.1 + torch.rand(12, 10).double())
-        bound = certify.through_attention(at, g, n, delta, *certify.attention_change(at, delta)[1])
-        mid = lambda x: (1 - block.alpha) * x + block.alpha * block.attn(x, *tables)
-        for i in range(0, 120, 7):
-            b, t = divmod(i, 10)
-            step = gradient_of(mid, at.x[b:b + 1], lambda y: y[0, t] @ g[i])
-            step *= delta[b, :, None] / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-            found = ((mid(at.x[b:b + 1] + step) - at.mid[b])[0, t] @ g[i]).item()
-            assert 0.999 * bound[i] <= found <= bound[i] * (1 + 1e-6)
-        if at.gain is not None and at.half:
-            half = lambda x: (1 - block.alpha) * x + block.alpha * block.mlp(x)
-            J = torch.func.vmap(torch.func.jacrev(half))(at.mid.flatten(0, 1)).detach()
-            sharp = constrain.sigma(J).view(at.gain.shape)
-            assert below(sharp, at.gain) and (at.gain / sharp).median() < 1.2
 
 
 @of_text_models
@@ -1374,17 +1340,13 @@ def test_the_last_tokens_that_decide_a_prediction(options):
 def test_distances_of_near_rows_are_never_too_small():
     """Pairs 3e-4 and 3e-9 apart, rows of size 1e-25: what products in float32 make 0, or 40 times as far."""
     torch.manual_seed(0)
-    for gap in (3e-4, 3e-9):
+    for gap, size in itertools.product((3e-4, 3e-9), (1.0, 1e-25)):
         W = torch.randn(200, 64).double().repeat(2, 1)
         W[200:] += gap / 8 * torch.randn(200, 64).sign()
-        for size in (1.0, 1e-25):
-            true = (size * (W[:5, None] - W)).norm(dim=-1)
-            found = constrain.rows_apart(size * W, torch.arange(5))
-            assert (found >= true).all() and (found - true <= 1e-6 * true + size * 2e-6).all()
-    y, z = torch.arange(5), torch.zeros(5, 400)  # fewer labels than the vocabulary has rows
+        true, found = (size * (W[:5, None] - W)).norm(dim=-1), constrain.rows_apart(size * W, torch.arange(5))
+        assert (found >= true).all() and (found - true <= 1e-6 * true + size * 2e-6).all()
     W = W.float().requires_grad_()
-    moved = constrain.worst_case(z, y, W, 1.0)
-    assert torch.allclose(moved, (W[:5, None] - W).norm(dim=-1), rtol=1e-4)
+    moved = constrain.worst_case(torch.zeros(5, 400), torch.arange(5), W, 1.0)
     moved.sum().backward()
     assert W.grad.isfinite().all()
     assert not (constrain.lead(torch.full((1, 3), math.nan), torch.tensor([0])) > 0).any()
@@ -1468,23 +1430,6 @@ def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
         one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_tables_have_what_they_are_about(options):
-    """A column for each kind of matrix, with the largest norm; and the bounds, with their parts."""
-    net = random_weights(gpt(**options))
-    head, *rows = [line.split()[2:] for line in constrain.norm_table(net)]
-    attn, mlp = net.blocks[-1].attn, net.blocks[-1].mlp
-    columns = {"W_o": attn.proj, "W_in": mlp.fc, "W_out": mlp.proj}
-    assert len(rows) == len(net.blocks)
-    assert ("W_q" in head) == bool(attn.scale) and ("W_mid" in head) == bool(mlp.mid)
-    shown = dict(zip(head, rows[-1]))
-    assert all(shown[name] == f"{rms_norm(layer.weight).max():.4f}" for name, layer in columns.items())
-    (bound, parts), paper = constrain.certificate(net), constrain.paper_bounds(net)["paper"]
-    text = "\n".join(constrain.bound_lines(bound, parts, paper, paper))
-    assert re.findall(r"\nlayer .* (\S+)", text) == [f"{part['gain']:.4f}" for part in parts]
-    assert f"certified {bound:.4f}" in text and ("authors" in text) == (options == {})
-
-
 @pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
 def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys, tokenizer):
     """Data prepared again under the same name are refused by all who read them; the same text is not."""
@@ -1538,14 +1483,14 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
         without = torch.no_grad()(getattr(owner, name).__wrapped__)  # inference mode knows no such devices
         monkeypatch.setattr(owner, name, without)
     runs = [dict(optimizer="adamw"), dict(embedding="adam"), dict(preset="tight", radius=0.1)]
-    runs += [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]
-    runs += [dict(method=method, tangent=True, w_max=0.7) for method in optim.TANGENTS]
+    runs += [dict(method=method, tangent=method in optim.TANGENTS, weight_decay=0.1) for method in METHODS]
     runs += [dict(preset=name, accumulate=1, dataset="shakespeare") for name in train.PRESETS]
+    few = TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50)
     with GPU():
         with pytest.raises(AssertionError, match="float64"):
             torch.zeros(3, device="meta").double()
         for options in runs:
-            train.train(TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50) | options)
+            train.train(few | options)
         net = gpt().to("meta")
         bears, right = certify.margins(net, torch.randint(0, 11, (40, )).to("meta"))
         assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
@@ -1754,15 +1699,6 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # train.py: data, optimizers, evaluation
 
-def test_batches_depend_on_seed_and_step_alone(data):
-    batches = train.Text(tiny_config(), "cpu")
-    x, y = batches.batch(3)
-    assert x.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    train.epoch_order.cache_clear()
-    assert torch.equal(x, batches.batch(3)[0]) and not torch.equal(x, batches.batch(4)[0])
-    assert not torch.equal(x, train.Text(tiny_config(seed=1), "cpu").batch(3)[0])
-
-
 @pytest.mark.parametrize("lengths", ((17,), (18,), (31, 32, 33), (160, 17, 500)))
 def test_an_epoch_takes_every_window_once(monkeypatch, lengths):
     """Tokens that count up: a window's first one says where it was cut."""
@@ -1858,20 +1794,14 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     assert result["log10_attack"] <= result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"])
     largest = max(sum(result["norms"].values(), []))
     assert largest / train.Config.w_max == pytest.approx(lines[-1]["norm_over_cap"])
-
-
-def test_the_log_has_options_and_a_line_every_log_interval(data):
-    train.train(TINY | dict(max_steps=25, eval_interval=20))
-    train.train(dict(resume=True, out_dir="out", max_steps=30, log_interval=2))
-    first, lines = log_lines(key="options"), log_lines(key="lr")
-    assert [line["step"] for line in first] == [0, 25] and first[0]["torch"] == str(torch.__version__)
-    assert first[0]["options"].items() >= (TINY | dict(max_steps=25, eval_interval=20)).items()
-    assert first[1]["options"]["log_interval"] == 2
-    assert {"python", "commit", "device", "processes"} < {*first[0]}
-    assert [line["step"] for line in lines] == [10, 20, 26, 28, 30]
-    assert lines[0]["lr"] == pytest.approx(0.1 * (1 - 9 / 25))
+    train.train(dict(resume=True, out_dir="out", max_steps=65, log_interval=2))
+    (first, second), lines = log_lines(key="options"), log_lines(key="lr")
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60, 62, 64]
+    assert lines[0]["lr"] == pytest.approx(0.1 * (1 - 9 / 60))
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    assert [line["step"] for line in log_lines()] == [20, 25, 30]
+    assert first["options"].items() >= TINY.items() - {("max_steps", 8), ("eval_interval", 4)}
+    assert second["step"] == 60 and second["options"]["log_interval"] == 2
+    assert {"torch", "python", "commit", "device", "processes"} < {*first}
 
 
 STOPPED = {"muon": {}, "AdamW and soft cap": dict(optimizer="adamw", lr=0.05, w_max=0.5),
@@ -1912,11 +1842,6 @@ def test_a_torn_log_loses_nothing(data):
     train.train(dict(resume=True, out_dir="out", max_steps=12))
     assert Path("out/log.jsonl").read_bytes().startswith(whole)
     assert [line["step"] for line in log_lines()] == [4, 8, 12]
-    ckpt = torch.load("out/ckpt.pt", weights_only=True)
-    ckpt.pop("lines")
-    torch.save(ckpt, "out/ckpt.pt")
-    with pytest.raises(UserError, match="is of an older train.py, from which this one cannot go on"):
-        train.train(dict(resume=True, out_dir="out", max_steps=13))
 
 
 def test_init_from(data, monkeypatch):
@@ -2021,24 +1946,6 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
     message = run_main(train, monkeypatch, *tiny, "--eval_interval=3")
     one_line(message, "the validation loss is nan at step 6", "of step 3, is out/ckpt.pt")
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 3
-
-
-def test_what_is_compiled(monkeypatch):
-    """On a CPU no run too short to bring it back; what --compile asks for in any case."""
-    compiled, ones = [], torch.ones
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
-    monkeypatch.setattr(torch, "ones", lambda *size, device, **options: ones(*size, **options))
-    for steps, wanted, where, fault, said in (
-            (train.COMPILE_STEPS, None, "cpu", None, "compiled"), (1, None, "cuda", None, "compiled"),
-            (train.COMPILE_STEPS - 1, None, "cpu", None, ""), (1, True, "cpu", None, "compiled"),
-            (10 ** 6, False, "cuda", None, ""), (10 ** 6, None, "mps", None, ""),
-            (10 ** 6, None, "cuda", {}, "not compiled, as torch.compile does not work here (TypeError)")):
-        monkeypatch.setattr(torch, "compile", lambda f: partial(f) if fault is None else fault)
-        compiled.clear()
-        net, config = gpt(L=2), tiny_config(max_steps=steps, compile=wanted)
-        assert train.compile_blocks(net, config, torch.device(where)) == said
-        assert compiled == (list(net.blocks) if said == "compiled" else [])
-        assert (net.loss is not GPT.loss) == (said == "compiled" and where != "cpu")
 
 
 def test_checkpoints_between_evaluations(data, monkeypatch):
@@ -2357,14 +2264,14 @@ def test_what_fails_leaves_the_old_data_set(here, monkeypatch, error):
     texts = {"a.txt": "to be or not to be\n" * 50, "b.txt": "To be, or not\n" * 100}
     for name, text in texts.items():
         Path(name).write_text(text)
-    passed, when, source = [], 0, None
+
+    def trip():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise error
 
     def tripped(call):
-        def trip():
-            passed.append(call)
-            if len(passed) == when:
-                raise error
-
         def wrapped(*args, **more):
             trip()
             result = call(*args, **more)
@@ -2372,45 +2279,39 @@ def test_what_fails_leaves_the_old_data_set(here, monkeypatch, error):
             return result
         return wrapped
 
-    while len(passed) >= when:
+    left = when = 0
+    while left <= 0:
         assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
-        passed.clear()
-        when += 1
-        with pytest.MonkeyPatch.context() as patch:
+        left = when = when + 1
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
             for where, name in ((os, "replace"), (builtins, "open"), (Path, "write_text"), (np, "memmap"),
                                 (tempfile, "TemporaryFile"), (Path, "iterdir")):
                 patch.setattr(where, name, tripped(getattr(where, name)))
-            try:
-                one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
-            except Killed:
-                pass
+            one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
         source = prepare.open_data("data/mine")[0]["source"]
         assert text_of("data/mine") == texts[source]
     assert source == "b.txt" and is_whole("data/mine") and when > 10
 
 
 def test_several_at_once_leave_one_whole_data_set(here):
-    """
-    Six preparations of one name, of two texts, and one that is killed: what is left is one of them, and every
-    reader meanwhile saw a whole one.
-    """
+    """Of one name, of two texts, one of them killed; and every reader meanwhile saw a whole one."""
     texts = {name: f"{name} to be or not to be\n" * 20_000 for name in ("first", "second")}
     for name, text in texts.items():
         Path(name).write_text(text)
     prepare.write_dataset([texts["first"]], "data/mine", "first")
-    run = lambda name: start(here, sys.executable, HERE / "prepare.py", "text", name, "--name", "mine",
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    code = ("import os, prepare; os.replace = lambda *_: os.kill(os.getpid(), 9); "
-            "os.chdir('{here}'); prepare.texts(['first'], 'mine')")
-    killed = start(HERE, sys.executable, "-c", code.format(here=here))
-    running, seen = [run(name) for name in ("first", "second") * 3], 0
+    run = lambda name, code="": start(here, sys.executable, "-c", f"""
+import os, prepare
+{code}
+prepare.texts(["{name}"], "mine")""", env=os.environ | {"PYTHONPATH": str(HERE)}, stdout=subprocess.DEVNULL)
+    killed = run("first", "os.replace = lambda *_: os.kill(os.getpid(), 9)")
+    running, seen = [run(name) for name in ("first", "second") * 2], 0
     while any(process.poll() is None for process in (killed, *running)):
         meta, shards, val = prepare.open_data("data/mine")
         text = prepare.Tokenizer(meta).decode(np.concatenate([*shards, val]).tolist())
         assert text == texts[meta["source"]]
         seen += 1
-    assert seen > 3 and all(process.communicate()[1] == "" for process in running)
-    assert all(process.returncode == 0 for process in running) and killed.returncode == -signal.SIGKILL
+    assert seen > 3 and killed.returncode == -signal.SIGKILL
+    assert [process.returncode for process in running] == [0] * 4
     prepare.write_dataset([texts["first"]], "data/mine", "first")  # the killed one may have been the last
     assert is_whole("data/mine")
 
@@ -2433,28 +2334,25 @@ def test_a_data_set_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
 def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage):
     """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
     Path("a.txt").write_text("to be or not to be\n" * 100)
-    assert prepared(monkeypatch, "a.txt", "--name", "mine", "--tokenizer", kind) is None
-    tiny, again = flags(max_steps=1, dataset="mine"), ["--resume", "--out_dir=out", "--max_steps=1"]
-    assert run_main(train, monkeypatch, *tiny) is None
-    files = [Path("data/mine") / name for name in contents("data/mine")]
-    for path in (*files, Path("out/ckpt.pt"), Path("out/log.jsonl")):
+    prepare.texts(["a.txt"], "mine", kind)
+    train.train(TINY | dict(max_steps=1, dataset="mine"))
+    resume = ["--resume", "--out_dir=out", "--max_steps=1"]
+    of_data = [(train, flags(max_steps=1, dataset="mine")), (train, resume)]
+    of_run = [(train, resume), (constrain, ["out/ckpt.pt"]), (model, ["out/ckpt.pt", "--tokens=3"])]
+    cases = [(Path("data/mine", name), of_data) for name in contents("data/mine")]
+    for path, commands in [*cases, (Path("out/ckpt.pt"), of_run)]:
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[:len(whole) // 2], "odd": whole[:-1],
                           "binary": b"\x80\xff\x00" * 500}.get(damage, b""))
         if damage == "absent":
             path.unlink()
-        ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
-        for module, argv, reads in ((train, tiny, ("mine",)), (train, again, ("mine", "out")),
-                                    (constrain, ["out/ckpt.pt"], ("out",)),
-                                    (model, ["out/ckpt.pt", "--tokens=3"], ("out",))):
-            if path.parent.name in reads:
-                message = run_main(module, monkeypatch, *argv)
-                if path.name == "log.jsonl":  # a damaged log is no reason not to go on
-                    assert message is None
-                else:
-                    one_line(message, f"{module.__name__}.py: ")
-                    assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt
+        before = contents("out")
+        for module, argv in commands:
+            one_line(run_main(module, monkeypatch, *argv), f"{module.__name__}.py: ")
+            assert contents("out") == before
         path.write_bytes(whole)
+    Path("out/log.jsonl").write_bytes(b"\x80\xff")  # a damaged log is no reason not to go on
+    assert run_main(train, monkeypatch, *resume) is None
 
 
 def test_damaged_meta_is_one_line(tmp_path):
@@ -2549,7 +2447,6 @@ def test_shakespeare_sources(server, here, monkeypatch, capsys, no_waits):
         prepare.shakespeare(**how)
         meta, _, _ = prepare.open_data(folder)
         assert meta["source"] == url and meta["sha256"] == SHA
-        assert f"{len(BODY):,} characters, {url}" in capsys.readouterr().out
 
     server.files["/input.txt"] = BODY + b"changed"
     with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
@@ -2585,20 +2482,14 @@ def test_fineweb(server, fake_gpt2, here, monkeypatch, capsys, no_waits):
     whole = {name: shard(200_000 + i) for i, name in enumerate(FINEWEB)}
     server.files |= {"/" + name: body for name, body in whole.items()}
     folder, first = Path("data/fineweb"), FINEWEB[1]
-    one, url, good = folder / first, "/" + first, (200, whole[first], {"ETag": '"one"'})
 
-    server.files[url] = (*good, "cut")  # each try gets half of what it asks for
+    server.files["/" + first] = (200, whole[first], {}, "cut")
     one_line(fetch(2), "more expected")
-    (part, ) = folder.glob("*.part")
-    have = part.stat().st_size
-    assert good[1].startswith(part.read_bytes()) and have > len(good[1]) // 2
-    assert not (folder / FINEWEB[2]).exists()
-    server.files[url] = good
+    server.files["/" + first] = whole[first]
     server.requests.clear()
     assert fetch(2) is None
-    # the rest of one, the other; not what is whole
-    assert server.requests == [url, f"{url} bytes={have}-", f"/{FINEWEB[2]}"]
-    meta, train_shards, val = prepare.open_data(folder)
+    assert server.requests == [f"/{name}" for name in FINEWEB[1:]]  # not what is whole
+    meta, _, val = prepare.open_data(folder)
     assert contents(folder) == whole | {"meta.json": (folder / "meta.json").read_bytes()}
     assert meta["train"] == FINEWEB[1:] and meta["train_tokens"] == 400_003 and len(val) == 200_000
     assert "no published sums" in capsys.readouterr().out
@@ -2608,21 +2499,28 @@ def test_fineweb(server, fake_gpt2, here, monkeypatch, capsys, no_waits):
     one_line(str(pytest.raises(UserError, prepare.open_data, folder).value), "prepare.py fineweb")
     assert fetch(2) is None and prepare.open_data(folder, like=meta)[0] == meta
     assert fetch(1) is None and len(prepare.open_data(folder)[1]) == 1 and not server.requests
+    one_line(fetch(104), "1 to 103")
 
-    damaged = (good[1][:-10], shard(5000, magic=7), shard(5000, version=2), shard(5000, count=6000),
+
+def test_damaged_shards_of_fineweb_are_refused_and_replaced(server, fake_gpt2, here, monkeypatch, no_waits):
+    get, name = partial(prepare.fineweb, 1, "data/fineweb", server.url), FINEWEB[1]
+    path, good = Path("data/fineweb", name), shard(5000)
+    server.files |= {f"/{FINEWEB[0]}": shard(5000), f"/{name}": good}
+    get()
+    damaged = (good[:-10], shard(5000, magic=7), shard(5000, version=2), shard(5000, count=6000),
                shard(5000, count=4000), shard(1)[:-2], b"short", b"")
     past = "token 50257, past the vocabulary"
     for bad, message in (*((bad, "not a shard") for bad in damaged), (shard(5000, largest=50257), past)):
-        server.files[url] = bad
-        one.unlink(missing_ok=True)
-        one_line(fetch(1), message)
-        assert not one.exists() and not list(folder.glob("*part"))
-        one.write_bytes(bad)
+        server.files[f"/{name}"] = bad
+        path.unlink()
+        one_line(str(pytest.raises(UserError, get).value), message)
+        assert not path.exists() and not list(path.parent.glob("*part"))
+        path.write_bytes(bad)
         if message != past:  # of training tokens not all are read
-            one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, first)
-            server.files[url] = good
-            assert fetch(1) is None and one.read_bytes() == good[1]  # it is replaced
-    one_line(fetch(104), "1 to 103")
+            one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, name)
+            server.files[f"/{name}"] = good
+            get()
+            assert path.read_bytes() == good
 
 
 def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
@@ -2673,18 +2571,17 @@ def test_images_are_prepared_whole_or_not_at_all(images, monkeypatch):
     run_cifar, path = partial(run_main, cifar, monkeypatch), Path("data/cifar10/images.npz")
     one_line(run_cifar("train"), "python results/cifar.py prepare")
     archive = images.files["/cifar.tar.gz"]
-    for served, said in ((b"another archive", "corrupted"), (archive, None), (archive + b"x", "corrupted")):
-        images.files["/cifar.tar.gz"] = served
-        message = run_cifar("prepare")
-        assert message is None if said is None else said in message
-        assert path.exists() == (served != b"another archive")  # what is there stays
+    images.files["/cifar.tar.gz"] = archive + b"x"
+    one_line(run_cifar("prepare"), "corrupted")
+    assert not path.exists()
+    images.files["/cifar.tar.gz"] = archive
+    assert run_cifar("prepare") is None
     for (split, names), seed in zip(cifar.BATCHES.items(), (0, 5)):
         pixels, labels = cifar.read_images()[split]
         assert pixels.shape == (200 * len(names), 3072) and pixels.dtype == np.uint8
         assert all(map(np.array_equal, (pixels[:200], labels[:200]), patterns(200, seed)))
     whole = path.read_bytes()
-    turned = whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]
-    for damaged in (b"", whole[:len(whole) // 2], b"\x80\xff\x00" * 500, turned):
+    for damaged in (b"", whole[:len(whole) // 2], whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]):
         path.write_bytes(damaged)
         one_line(run_cifar("train"), "damaged", "python results/cifar.py prepare")
 
@@ -2722,15 +2619,13 @@ def test_cifar10(images, monkeypatch, capsys):
 
 
 def test_the_sweep_on_images_repeats_no_run(images, monkeypatch):
-    """All records are results of runs that the sweep asks for, and a run that it lacks is made like them."""
-    done, kept, find = cifar.read_lines(cifar.RECORDS), [], cifar.run
+    """A sweep finds all its runs in the records; and a run that they lack is made like them."""
+    done = cifar.read_lines(cifar.RECORDS)
     shutil.copy(cifar.RECORDS, "some.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(cifar, "RECORDS", Path("some.jsonl"))
         patch.setattr(cifar, "train", None)
-        patch.setattr(cifar, "run", lambda *args: kept.append(find(*args)) or kept[-1])
         assert run_main(cifar, patch, "sweep") is None
-    assert done and all(record in kept for record in done)
     one_line(run_main(cifar, monkeypatch, "sweep", "x"), "cifar-grid")
     assert run_main(cifar, monkeypatch, "prepare") is None
     monkeypatch.setattr(cifar, "RECORDS", Path("new.jsonl"))
@@ -2794,15 +2689,6 @@ def test_an_edited_mlp_has_no_certificate(edit):
 # ------------------------------------------------------------------------------------------------------------
 # results/
 
-def test_bench(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SHAPES", ((2, 24, 24), (2, 32, 16)))
-    assert run_main(bench, monkeypatch, "methods") is None
-    printed = capsys.readouterr().out
-    for name in IMAGES:
-        errors = [float(line.split()[-1]) for line in printed.splitlines() if f" {name} " in line]
-        assert len(errors) == 2 and (max(errors) < 0.01 or name == "stiefel")
-
-
 def test_bench_of_a_step(data, monkeypatch, capsys):
     assert run_main(bench, monkeypatch, "step", *flags()) is None
     lines = capsys.readouterr().out.splitlines()
@@ -2812,48 +2698,28 @@ def test_bench_of_a_step(data, monkeypatch, capsys):
     assert "(a) step" in lines[-3] and not Path("out").exists()
 
 
-def test_a_sweep_of_what_is_recorded_makes_no_run():
+OTHER_CHOICE = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}  # when their runs were made
+
+
+@pytest.mark.parametrize("name", [name for name in parts.PARTS if name not in OTHER_CHOICE])
+def test_a_sweep_of_what_is_recorded_makes_no_run(name):
     """
-    Every part asks for what is in the records, by the choices from them, but for three whose choice was
-    another when they were made; and a part's records are what it asks for, but for some learning rates.
+    Every part asks for what is in the records, by the choices from them; and a part's records are what it
+    asks for, but for some learning rates.
     """
-    unfinished = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}
-    for name in parts.PARTS.keys() - unfinished:
-        part = parts.PARTS[name]
-        records, asked = parts.read(parts.RESULTS / f"{part.records}.jsonl"), []
+    part, asked = parts.PARTS[name], []
+    records = parts.read(parts.RESULTS / f"{part.records}.jsonl")
 
-        def run(options):
-            found = (r for r in records if r["options"] == part.complete(options))
-            asked.append(next(found, {"error": "it is not there", "options": options}))
-            return asked[-1]
+    def run(options):
+        found = [record for record in records if record["options"] == part.complete(options)]
+        assert found or name in ("final", "short", "radius"), options
+        asked.append(found[0] if found else {"error": "it is not there", "options": options})
+        return asked[-1]
 
-        for job in part.jobs():
-            part.search(run, job)
-        if name not in ("final", "short", "radius"):
-            assert all("part" in record for record in asked), name
-        done = parts.of_part(name)
-        assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done), name
-
-
-def test_a_ball_that_no_token_reaches_changes_the_certificate_alone():
-    torch.manual_seed(0)
-    free, x = random_weights(gpt(L=3), 2.0), torch.randint(11, (41, 12))
-    found = measure.with_ball(free, x.flatten().numpy(), x[:5].flatten().numpy())
-    for share, same in ((1.0, True), (0.98, False)):
-        held = gpt(L=3, ball=share * found["ball"])
-        held.load_state_dict(free.state_dict())
-        assert torch.equal(held(x)[0], free(x)[0]) == same
-        assert (constrain.certificate(held)[0] == found["log10_certified_ball"]) == same
-    assert certified(held) < certified(free) and 0 < found["largest_norm"] < found["ball"]
-
-
-def test_float8_rounds_every_result():
-    x, mask = torch.tensor([0.1, 0.011, 300.0]), torch.tensor([-math.inf, 2.0])
-    with measure.Float8():
-        rounded, masked, big = x * 1, mask.softmax(0), x * 2
-    # three bits after the first one; steps of 2^-9 below 2^-6
-    assert rounded.tolist() == [0.1015625, 0.01171875, 288.0] and (x * 1).equal(x)
-    assert masked.tolist() == [0.0, 1.0] and big[2] == 448
+    for job in part.jobs():
+        part.search(run, job)
+    done = parts.of_part(name)
+    assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done)
 
 
 def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
@@ -2862,27 +2728,26 @@ def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     for module, name in ((sweep, "ROOT"), (sweep, "RESULTS"), (sweep, "RUNS"), (measure, "ROOT")):
         monkeypatch.setattr(module, name, data)
     monkeypatch.setattr(measure, "attack", partial(certify.attack, steps=9))
-    options = {**TINY, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
+    options = {**TINY, "n_layer": 2, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1}
     del options["out_dir"]
     done, records = sweep.run("final", options, 1), data / "shakespeare.jsonl"
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     scores = train.evaluate(net, prepare.open_data("data/shakespeare", like=ckpt["meta"])[2])
     assert {name: done[name] for name in scores} == pytest.approx(scores)
-    assert done["trace"]["step"] == [1, 2, 3] and done["options"].items() >= options.items()
-    assert len(done["log10_radii"]) == 41 and "alarm" not in done
+    assert done["trace"]["step"] == [1, 2, 3] and len(done["log10_radii"]) == 41 and "alarm" not in done
     assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(certified(net))
+    assert done["log10_certified_ball"] < done["log10_certified"] and done["largest_norm"] < done["ball"]
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
     assert "loss is" in hot["error"]
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.run("final", options, 1) == done and sweep.read(records) == [done, hot]
     records.unlink()  # as if stopped while it was measured: it is not trained again
-    assert sweep.run("short", options, 1)["trace"] == done["trace"]
-    records.unlink()
     monkeypatch.setattr(sweep, "measurements", lambda *_: {"log10_attack": 99.0})
     for _ in range(2):  # an attack above the certificate is an alarm, at once and when it is found again
         with pytest.raises(UserError, match="AN ATTACK, 10.99.0000, IS ABOVE ITS CERTIFICATE"):
             sweep.run("grid", options, 1)
-    assert sweep.read(records)[-1]["log10_certified"] == math.inf
+    alarm, = sweep.read(records)
+    assert alarm["trace"] == done["trace"] and alarm["log10_certified"] == math.inf
 
 
 CHILD = """import os, signal, sys, time
@@ -2922,18 +2787,17 @@ def test_a_failed_job_is_said_at_once_and_counted(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
-    here = tmp_path / "of"
-    here.mkdir()
-    (here / "a.py").write_text("1\n")
-    run = lambda command: subprocess.run(command, shell=True, check=True, cwd=here, capture_output=True)
-    run("git init -q; git add .; git -c user.name=a -c user.email=a@b commit -qm a; "
-        f"git clone -q --depth=1 file://{here} ../shallow")
-    commit = run("git log -1 --format=%h").stdout.decode().strip()
-    for where, text, said in (("of", "1\n", commit), ("of", "2\n", f"{commit}-dirty"),
-                              ("shallow", "1\n", commit), (".", "1\n", "")):
-        (here / "a.py").write_text(text)
-        monkeypatch.setattr(prepare, "__file__", str(tmp_path / where / "prepare.py"))
-        assert prepare.commit() == said, (where, text)
+    script = tmp_path / "prepare.py"
+    monkeypatch.setattr(prepare, "__file__", str(script))
+    script.write_text("1\n")
+    assert prepare.commit() == ""  # outside a repository
+    git = lambda command: subprocess.run(f"git {command}", shell=True, check=True, cwd=tmp_path, text=True,
+                                         capture_output=True).stdout.strip()
+    git("init -q; git add .; git -c user.name=a -c user.email=a@b commit -qm a")
+    commit = git("log -1 --format=%h")
+    assert prepare.commit() == commit != ""
+    script.write_text("2\n")
+    assert prepare.commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")  # without git
     assert prepare.commit() == ""
 
@@ -3039,7 +2903,7 @@ def test_adding_what_the_readme_shows_leaves_everything_working(data):
         assert len(logged) == 2 and all({*line} > plain and "grad_norm" not in line for line in logged)
     assert log_lines()[0]["norm_over_cap"] <= 1.001  # of the last, an optimizer under hard_cap
     run("-m", "pytest", "-qx", "--assert=plain", "test_lip.py", "-k",
-        "methods_keep or test_bench or hold_during_training")
+        "methods_keep or hold_during_training")
 
 
 def test_resume_after_kill_and_ctrl_c(data):
