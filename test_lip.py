@@ -145,17 +145,6 @@ def stop_after(patch, steps):
     patch.setattr(train, "stop_requests", lambda: nullcontext(Asked()))
 
 
-def train_step(net, optimizers, config, x, y):
-    """The loss before a step on a batch."""
-    loss = net(x, y)[1]
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    train.constrain(net, optimizers, config, torch.float32)
-    return loss.item()
-
-
 def run_main(module, monkeypatch, *argv):
     """(exit message or None) of a script's main() with a command line."""
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
@@ -1586,27 +1575,23 @@ def test_options(monkeypatch, capsys):
     ("--w_max=0.1 --lr=0.5", "largest lr that it can hold is 0.1613"),
     ("--preset=best", "--preset: invalid choice: 'best' (choose from 'tight'"),
     ("--dataset=poems", "data/poems holds no data set"), ("--device=abacus", "--device=abacus"),
-    ("--block_size=1000000", "block_size 1000000"), ("--resume", "out/ckpt.pt"),
-    ("--init_from=x.pt", "there is no checkpoint x.pt"),
-    ("--out_dir=data/shakespeare/meta.json", "meta.json")))
+    ("--block_size=1000000", "block_size 1000000"), ("--init_from=x.pt", "there is no checkpoint x.pt"),
+    ("--out_dir=data/shakespeare/meta.json", "meta.json"), ("--resume --out_dir=new", "new/ckpt.pt"),
+    # what the checkpoint cannot go on with
+    ("--resume --optimizer=adamw", "has optimizer=muon, so it cannot go on with --optimizer=adamw"),
+    ("--resume --embedding=adam", "embedding=dual"), ("--resume --seed=1", "seed=0"),
+    ("--resume --n_head=4", "n_head=2"), ("--resume --ball=2", "ball=None"),
+    ("--resume --preset=tight", "has preset=None, so it cannot go on with --preset=tight"),
+    ("--resume --init_from=out/ckpt.pt", "init_from=None"),
+    ("--resume --position_bias=false", "position_bias=True"),
+    ("--resume --max_steps=3", "is at step 8, past --max_steps=3"),
+    ("--resume --lr=3 --w_max=1", "no soft cap holds w_max=1"),
+    ("--resume --weight_decay=10", "--weight_decay=10 times the learning rate, 0.1, must be below 1")))
 def test_bad_options_are_one_line(data, monkeypatch, argv, part):
-    one_line(run_main(train, monkeypatch, *flags(), *argv.split()), "train.py: ", part)
-    assert not contents("out")
-
-
-def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch):
     train.train(TINY)
     before = contents("out")
-    for argv, part in (
-            ("--optimizer=adamw", "has optimizer=muon, so it cannot go on with --optimizer=adamw"),
-            ("--embedding=adam", "embedding=dual"), ("--seed=1", "seed=0"), ("--n_head=4", "n_head=2"),
-            ("--preset=tight", "has preset=None, so it cannot go on with --preset=tight"),
-            ("--init_from=out/ckpt.pt", "init_from=None"), ("--position_bias=false", "position_bias=True"),
-            ("--max_steps=3", "is at step 8, past --max_steps=3"), ("--ball=2", "ball=None"),
-            ("--lr=3 --w_max=1", "no soft cap holds w_max=1"),
-            ("--weight_decay=10", "--weight_decay=10 times the learning rate, 0.1, must be below 1")):
-        one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv.split()), part)
-        assert contents("out") == before
+    one_line(run_main(train, monkeypatch, *flags(), *argv.split()), "train.py: ", part)
+    assert contents("out") == before and not contents("new")
 
 
 @pytest.mark.parametrize("module, argv, names", (
@@ -1768,8 +1753,6 @@ def test_activations_sees_the_largest_layer():
     net.head.weight.data *= 1e6  # logits do not count
     after = train.activations(net, x)
     assert all(20 < after[name] / before[name] < 1e5 for name in ("act_max", "act_rms"))
-    block = net.blocks[0](net.wte(x), net.cos, net.sin)
-    assert after["act_rms_layers"] == pytest.approx([block.square().mean(-1).max().sqrt().item()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1848,8 +1831,8 @@ def test_init_from(data, monkeypatch):
     """The weights of a run, on other data in its vocabulary, their norms within the new caps."""
     train.train(TINY | dict(max_steps=40, eval_interval=40, logit_scale=3.0, activation="relu"))
     Path("a.txt").write_text("the question is not to be or to be\n" * 100)
-    prepared(monkeypatch, "a.txt", "--name", "own")
-    assert prepared(monkeypatch, "a.txt", "--name", "more", "--vocabulary_of", "shakespeare") is None
+    prepare.texts(["a.txt"], "own")
+    prepare.texts(["a.txt"], "more", vocabulary_of="shakespeare")
     begin = lambda *argv: run_main(train, monkeypatch, "--init_from=out/ckpt.pt", "--dataset=more",
                                    "--out_dir=new", "--max_steps=1", "--device=cpu", *argv)
     assert begin("--lr=1e-9", "--dtype=float32") is None
@@ -1880,7 +1863,13 @@ def test_constraints_hold_during_training(data):
         optimizers, largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
         for step in range(15):
             train.set_schedule(optimizers, 0, config)
-            losses.append(train_step(net, optimizers, config, *batches.batch(step)))
+            loss = net(*batches.batch(step))[1]
+            loss.backward()
+            for optimizer_ in optimizers:
+                optimizer_.step()
+                optimizer_.zero_grad()
+            train.constrain(net, optimizers, config, torch.float32)
+            losses.append(loss.item())
             largest = max(largest, largest_over_cap(net, config))
             assert net.wte.weight.square().mean(dim=1).max() <= 1 + 1e-5
             assert net.blocks[0].attn.bias.abs().max() <= model.MAX_BIAS
@@ -2025,7 +2014,6 @@ def test_download(server, tmp_path, no_waits):
     ((429, b"", {"Retry-After": "86400"}), "to wait for more than 600 seconds", 1),
     ((429, b"", {"Retry-After": "0"}), "refused (429 Too Many Requests)", 3),
     ("https:", "SSL", 0), ("http://127.0.0.1:9/f", "Connection refused", 0), ("http://", "No host", 0),
-    ("http://[::1", "not a valid host", 0), ("http://127.0.0.1:99999/f", "Failed to parse", 0),
     ("http://.example/f", "invalid label", 0), ("http://no-such-host.invalid/f", "Failed to resolve", 0),
     ("http://proxy.invalid/f", "connect to proxy", 0)))
 def test_bad_downloads_are_one_line(server, tmp_path, monkeypatch, no_waits, what, message, tries):
@@ -2174,18 +2162,22 @@ def test_gpt2_tokens_of_pieces_are_those_of_the_whole(here, monkeypatch):
     rng, tok = random.Random(0), prepare.Tokenizer({"tokenizer": "gpt2"})
     kinds = ["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "\u00e9", "42", "...", "\t",
              prepare.END_OF_TEXT]
-    mixed = "".join(rng.choice(kinds) for _ in range(20_000))
-    blanks = "x".join(blank * 1_200_000 for blank in " \n\t")
-    for text, piece in ((blanks, prepare.PIECE), *((mixed, len(mixed) // 2 + i) for i in range(5))):
-        monkeypatch.setattr(prepare, "PIECE", piece)
+
+    def tokens(text):
         Path("a.txt").write_text(text, encoding="utf-8")
         prepare.texts(["a.txt"], "a", "gpt2")
         ids = shard_tokens("data/a")[1:]
         assert tok.decode(ids + [50300]) == text
-        if text == mixed:
-            whole = tok.encode(text)
-            same = [len(os.path.commonprefix(lists)) for lists in ((ids, whole), (ids[::-1], whole[::-1]))]
-            assert sum(same) > len(whole) - 6 and ids.count(END) == text.count(prepare.END_OF_TEXT)
+        return ids
+
+    tokens("x".join(blank * 1_200_000 for blank in " \n\t"))
+    text = "".join(rng.choice(kinds) for _ in range(20_000))
+    whole = tok.encode(text)
+    for i in range(5):
+        monkeypatch.setattr(prepare, "PIECE", len(text) // 2 + i)
+        ids = tokens(text)
+        same = [len(os.path.commonprefix(lists)) for lists in ((ids, whole), (ids[::-1], whole[::-1]))]
+        assert sum(same) > len(whole) - 6
 
 
 @pytest.mark.parametrize("piece, times, most", (("to be or not to be, that is\n", 200_000, 1e6),
@@ -2218,15 +2210,6 @@ def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, here, text):
     assert meta["train_tokens"] == int(0.9 * (meta["train_tokens"] + meta["val_tokens"]))
 
 
-def test_a_short_split_says_what_it_can_train(fake_gpt2, data):
-    Path("a.txt").write_text("x y " * 100)
-    size = prepare.texts(["a.txt"], "mine", "gpt2")["val_tokens"] - 1
-    few = TINY | dict(max_steps=1, eval_interval=1, dataset="mine")
-    train.train(few | dict(block_size=size))
-    with pytest.raises(UserError, match="use more text or a smaller --block_size"):
-        train.train(few | dict(block_size=size + 1))
-
-
 def test_only_files_of_a_data_set_are_replaced(fake_gpt2, here, monkeypatch):
     """In a folder that is a link to another file system, too."""
     replace = os.replace
@@ -2238,16 +2221,15 @@ def test_only_files_of_a_data_set_are_replaced(fake_gpt2, here, monkeypatch):
 
     monkeypatch.setattr(os, "replace", in_one_folder)
     Path("a.txt").write_text("to be or not to be\n" * 100)
-    mine = ["fineweb_train_000001.bin", "mytrain_000000.bin", "notes.txt", "other.bin", "train.bin",
-            "train_000000.bin", "val_1.bin"]
+    mine = ["fineweb_train_000001.bin", "mytrain_000000.bin", "notes.txt", "train_000000.bin", "val_1.bin"]
     left = ["meta.json.part", "train_0123abcd_000000.bin"]  # by a crash
-    Path("elsewhere").mkdir()
-    Path("data").mkdir()
+    for folder in ("elsewhere", "data"):
+        Path(folder).mkdir()
     Path("data/linked").symlink_to(here / "elsewhere")
     for name in mine + left:
         Path("elsewhere", name).write_text(name)
-    for tokenizer in ("gpt2", "char", "gpt2"):
-        assert prepared(monkeypatch, "a.txt", "--name", "linked", "--tokenizer", tokenizer) is None
+    for tokenizer in ("gpt2", "char"):
+        prepare.texts(["a.txt"], "linked", tokenizer)
         meta, _, _ = prepare.open_data("data/linked")
         assert sorted(contents("elsewhere")) == sorted([*mine, "meta.json", *meta["train"], *meta["val"]])
         assert all(Path("elsewhere", name).read_text() == name for name in mine)
@@ -2385,12 +2367,10 @@ def test_json_lines(tmp_path):
 
 PLAY = """# A Play
 
-## ACT I
-
 _Enter ANNA and
 BEN_
 
-**ANNA**  
+**ANNA & BEN**  
 Good morrow.  
 'Fare \\-- well\\--'
 
@@ -2398,24 +2378,17 @@ _Drum_
 
 Hark!
 
-**ANNA & BEN**  
-Together.
-
 **BEN**  
 _\\[Aside]_  
 What follows is lost,  
 all of it.
 
-_Exit_
-
 **BEN**  
 Kept, _\\[to ANNA]_  
 and the rest of this is lost.
 """
-SPEECHES = [
-    "ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "ANNA:\nTogether.", "BEN:",
-    "BEN:\nKept, \nand the rest of this is lost."
-]
+SPEECHES = ["ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "BEN:",
+            "BEN:\nKept, \nand the rest of this is lost."]
 
 
 def wheel():
@@ -2779,6 +2752,7 @@ def test_a_failed_job_is_said_at_once_and_counted(tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(sweep, name, tmp_path)
     part = parts.Part(lambda: [{}, {"seed": 1}, {"w_max": -1.0}], records="books")
     monkeypatch.setattr(sweep, "PARTS", {"p": part})
+    one_line(run_main(sweep, monkeypatch, "grids"), "the parts are p, not grids")
     one_line(run_main(sweep, monkeypatch), "3 jobs failed", "as said above")
     said = capsys.readouterr().out
     assert said.count("p: FAILED: ") == said.count("\n") == 3
@@ -2800,17 +2774,6 @@ def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
     assert prepare.commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")  # without git
     assert prepare.commit() == ""
-
-
-def test_what_is_asked_in_vain_is_said_in_one_line(data, monkeypatch):
-    monkeypatch.setattr(sweep, "ROOT", data)
-    monkeypatch.setattr(plot, "RESULTS", data)
-    Path("shakespeare.jsonl").write_text('{"part": "grid"')  # a torn line is passed over, and left behind
-    for module, argv, said in ((sweep, (), "not the canonical text"), (sweep, ("grids", ), "lr, grid, "),
-                               (plot, (), "has no runs")):
-        one_line(run_main(module, monkeypatch, *argv), said)
-    sweep.append_line(data / "shakespeare.jsonl", {"a": 1})
-    assert sweep.read(data / "shakespeare.jsonl") == [{"a": 1}]
 
 
 @pytest.mark.parametrize("draw", plot.FIGURES, ids=lambda draw: draw.__name__)
@@ -2854,21 +2817,20 @@ def test_compiled_training_agrees_with_eager(data, near, options):
 def test_without_a_compiler(data, kind):
     """No compiler, or one that fails: the run goes on as it is, or, if --compile asked, one line."""
     compiler = data / "failing" / "g++"
-    compiler.parent.mkdir(exist_ok=True)
+    compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
     compiler.chmod(0o755)
     path = data if kind == "gone" else compiler.parent
     options = [flag for flag in flags(max_steps=2, eval_interval=2) if "compile" not in flag]
-    run = start_train(data, options + ["--compile"] * (kind == "asked for"),
-                      "train.COMPILE_STEPS = 2; train.sample = lambda *_: 'end'",
+    run = start_train(data, options + ["--compile"] * (kind == "asked for"), "train.COMPILE_STEPS = 2",
                       TORCHINDUCTOR_CACHE_DIR=str(data / "cache"), PATH=str(path))
-    lines = run.communicate()[0].splitlines()
+    printed = run.communicate()[0]
     if kind == "asked for":
-        assert run.returncode and not contents(data / "out")
-        return one_line("\n".join(lines), "torch.compile does not work", "--compile=False")
-    assert run.returncode == 0 and len(lines) == 3 and len(log_lines(data / "out")) == 1, lines
-    assert ", not compiled, as torch.compile does not work here (" in lines[0]
-    assert lines[1].startswith("step 2:") and lines[2] == "end"
+        assert run.returncode and not contents("out")
+        return one_line(printed.strip(), "torch.compile does not work", "--compile=False")
+    assert run.returncode == 0 and len(log_lines()) == 1, printed
+    assert ", not compiled, as torch.compile does not work here (" in printed.splitlines()[0]
+    assert printed.splitlines()[1].startswith("step 2:"), printed
 
 
 def test_adding_what_the_readme_shows_leaves_everything_working(data):
