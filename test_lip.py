@@ -562,17 +562,15 @@ def test_maps_against_svd(name):
 def test_maps_on_extreme_inputs(name):
     torch.manual_seed(0)
     promised, (step, image) = HOLDS[name] != "never", step_and_image(name, 1.0)
-    lost = ("mixed sizes", "denormal" if name == "spectral_sphere" else None)
-    for m, n in ((12, 12), (30, 8), (8, 30)):
+    lost = ("mixed sizes", "denormal" if name == "spectral_sphere" else None)  # in float32
+    for (m, n) in ((12, 12), (30, 8), (8, 30)):
         for kind, W in zoo(m, n).items():
             if name == "soft_cap":  # a polynomial: its domain is norms of the order of w_max
                 W = W / max(1.0, rms_norm(W).item())
             result, unit = step(W), constrain.rms_unit(W)
-            assert result.isfinite().all(), (kind, m, n)
+            assert result.isfinite().all() and (kind != "zeros" or not result.any()), (kind, m, n)
             assert not promised or rms_norm(result) <= 1.001, (kind, m, n, rms_norm(result))
-            if kind == "zeros":
-                assert (result == 0).all()
-            elif name != "stiefel" and kind not in lost:  # not unique or lost in float32
+            if name != "stiefel" and kind not in lost:
                 s = sigma(W) / unit
                 error = (sigma(result) / unit - image(s).sort(descending=True).values).abs().max()
                 assert error <= 0.01 * max(1, 0 if promised else s[0]), (kind, m, n, error)
@@ -799,32 +797,6 @@ def test_tight_bound_by_hand_and_reached():
     net.blocks[0].attn.bias.mul_(-100)
     net.blocks[0].mlp.mid[0].weight.mul_(3)
     assert certified(net) == pytest.approx(math.log10(24), abs=1e-6)
-
-
-@pytest.mark.parametrize("H", (1, 4))
-def test_heads_constrained_one_by_one_cost_no_factor(H):
-    """With every head's W_v of norm 1 the values' gain is 1, which tokens that differ between heads reach."""
-    net = identities(exact_gpt(H=H, c=0, position_bias=True, per_head=True, attn_scale=1.0))
-    assert net.blocks[0].attn.qkv.weight.shape == (H, 16 // H, 16)
-    assert constrain.attention_norms(net.blocks[0].attn, 0.0) == (pytest.approx(1), 0)
-    X = torch.zeros(1, 8, 16, dtype=torch.float64)
-    assert 0.99 < certify.ascend(attention(net), X, 1.0, steps=0) <= 1 + 1e-6
-    with_content = identities(gpt(H=H, c=0.5, per_head=True, attn_scale=1.0)).blocks[0].attn
-    assert constrain.attention_norms(with_content, 0.5) == (pytest.approx(1), pytest.approx(2 * 0.5))
-
-
-def test_ball_stops_the_growth_of_the_activations():
-    x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
-    y, root = onto_ball(x, 0.5), math.sqrt(2)
-    torch.testing.assert_close(y, torch.tensor([[0.3 * root, 0.4 * root], [0.3, 0.4], [0.0, 0.0]]))
-    y.sum().backward()
-    assert x.grad.isfinite().all()
-    torch.manual_seed(0)
-    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0) for ball in (None, 0.5))
-    held.load_state_dict(free.state_dict())
-    (first, *_), (same, *others) = (constrain.certificate(net)[1] for net in (free, held))
-    assert first == same and [part["R"] for part in others] == [math.log10(0.5)] * 2
-    assert certified(held) < certified(free) and lipschitz_bounds(held)["paper"] is None
 
 
 def layer_gains(net, R=1.0):
@@ -1614,28 +1586,27 @@ def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
 
 def test_options_on_resume_take_effect(data, monkeypatch):
     """The caps hold at every step after a resume, whatever it changes; and all groups have the options."""
-    step = train.constrain
-    few = TINY | dict(max_steps=20, eval_interval=20, eval_tokens=100)
+    step, over = train.constrain, []
     every = (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4),
              dict(w_max_mlp=3.0, weight_decay=0.5), dict(method="soft_cap", w_max=0.5, lr=0.1),
              dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
              dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02),
              dict(dtype="bfloat16"), dict(batch_size=2, accumulate=2))
+
+    def watch(net, optimizers, config, dtype):
+        step(net, optimizers, config, dtype)
+        over.append(largest_over_cap(net, config))
+        fresh = train.make_optimizers(net, config, getattr(torch, config.dtype))
+        train.set_schedule(fresh, 19 + len(over), config)
+        assert [o.param_groups for o in optimizers] == [o.param_groups for o in fresh]
+
     for first, changed in ((dict(w_max=1.0), every), (dict(method="none", w_max=6.0), every),
                            (dict(method="stiefel", w_max=1.0), every),
                            (dict(optimizer="adamw", method="hard_cap"), (dict(momentum=0.5, lr=0.1), ))):
-        train.train(few | dict(lr=0.5) | first)
+        train.train(TINY | dict(max_steps=20, eval_interval=20, eval_tokens=100, lr=0.5) | first)
         saved = Path("out/ckpt.pt").read_bytes()
         for changes in changed:
-            over = []
-
-            def watch(net, optimizers, config, dtype):
-                step(net, optimizers, config, dtype)
-                over.append(largest_over_cap(net, config))
-                fresh = train.make_optimizers(net, config, getattr(torch, config.dtype))
-                train.set_schedule(fresh, 19 + len(over), config)
-                assert [o.param_groups for o in optimizers] == [o.param_groups for o in fresh]
-
+            over.clear()
             Path("out/ckpt.pt").write_bytes(saved)
             with monkeypatch.context() as patch:
                 patch.setattr(train, "constrain", watch)
@@ -1694,8 +1665,10 @@ def test_an_epoch_takes_every_window_once(monkeypatch, lengths):
     monkeypatch.setattr(train, "open_data", lambda folder, like: (meta, shards, np.zeros(17)))
     data = train.Text(tiny_config(batch_size=1, dataset="numbers"), "cpu")
     for epoch in range(20):
-        x = torch.cat([data.batch(step)[0] for step in range(epoch * n, (epoch + 1) * n)])
+        batches = [data.batch(step) for step in range(epoch * n, (epoch + 1) * n)]
+        x, y = map(torch.cat, zip(*batches))
         assert torch.equal(x, x[:, :1] + torch.arange(16)) and len(x.unique()) == 16 * n  # no token twice
+        assert torch.equal(y, x + 1)
         shard = np.searchsorted(starts, x[:, 0].numpy(), side="right") - 1
         # the last target is in the same shard
         assert (x[:, -1] + 1 < torch.from_numpy(starts[shard + 1])).all()
@@ -2193,23 +2166,6 @@ def test_text_in_shards_needs_little_memory(fake_gpt2, here, monkeypatch, piece,
     assert peak < most, peak
 
 
-TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
-         "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000,
-         "spaces": " " * 300_000, "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
-         "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000,
-         "long lines": "".join("x" * (65_520 + i) + "<|endoftext|>" for i in range(20))}
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, here, text):
-    Path("a.txt").write_bytes(text.encode())
-    meta = prepare.texts(["a.txt"], "a", "gpt2")
-    written = [b"<|endoftext|>" if token == END else bytes([token]) for token in shard_tokens("data/a")]
-    assert b"".join(written[1:]).decode() == text.replace("\r\n", "\n") and written[0] == b"<|endoftext|>"
-    assert written.count(b"<|endoftext|>") == text.count("<|endoftext|>") + 1
-    assert meta["train_tokens"] == int(0.9 * (meta["train_tokens"] + meta["val_tokens"]))
-
-
 def test_only_files_of_a_data_set_are_replaced(fake_gpt2, here, monkeypatch):
     """In a folder that is a link to another file system, too."""
     replace = os.replace
@@ -2580,8 +2536,7 @@ def test_cifar10(images, monkeypatch, capsys):
     assert tight["log10_certified"] == pytest.approx(2, abs=1e-4) and tight["worst_loss"] > tight["val_loss"]
     assert tight["certified_acc_108"] > plain["certified_acc_108"]
     assert "certified_acc_108" in capsys.readouterr().out
-    for option, said in (("--lr=nan", "nan"), ("--method=best", "best"), ("--width=0", "from 1"),
-                         ("--x=1", "--x"), ("--activation=maxmin --width=5", "even"),
+    for option, said in (("--lr=nan", "nan"), ("--x=1", "--x"), ("--activation=maxmin --width=5", "even"),
                          ("--lr=1e20 --method=none", "loss is"), ("--lr=20", "no soft cap"),
                          ("--optimizer=adamw --weight_decay=1e3", "weight_decay")):
         one_line(run_cifar(*short, *option.split()), said)
