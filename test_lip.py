@@ -920,14 +920,6 @@ def test_what_is_proved_is_what_the_model_computes(options):
     assert constrain.refused(net) is None
 
 
-@pytest.mark.parametrize("preset", (None, *train.PRESETS))
-def test_every_preset_is_certified(preset):
-    options = dataclasses.asdict(train.configure({"preset": preset}))
-    small = {"vocab_size": 11, "block_size": 12, "n_embd": 8 * options["n_head"], "n_layer": 2}
-    net = GPT(GPTConfig(**{name: options[name] for name in dataclasses.asdict(GPTConfig())} | small))
-    assert constrain.refused(net) is None and certified(net) < math.inf
-
-
 EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
     "nothing": (),
     "layer norm": ("self.attn(x, cos", "self.attn(F.rms_norm(x, x.shape[-1:]), cos"),
@@ -1556,7 +1548,7 @@ def test_presets(fake_gpt2, tmp_path, monkeypatch):
     meta = prepare.texts(["a.txt"], "fineweb", "gpt2")
     assert run() is None
     first, last = log_lines()
-    assert last["val_loss"] < first["val_loss"] < math.log(50304)
+    assert last["val_loss"] < first["val_loss"] < math.log(50304) and math.isfinite(last["log10_certified"])
     ckpt = torch.load("out/ckpt.pt", weights_only=True)
     assert ckpt["model_config"]["vocab_size"] == 50304 and ckpt["config"]["w_max"] == 4
     assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt=to be", "--tokens=9") is None
@@ -1719,7 +1711,7 @@ def same_runs(*folders):
 def test_a_torn_log_loses_nothing(data):
     train.train(TINY | dict(log_interval=4))
     whole = Path("out/log.jsonl").read_bytes()
-    Path("out/log.jsonl").write_bytes(whole[:-30])
+    Path("out/log.jsonl").write_bytes(whole[:-30] + b"\x80\xff")
     train.train(dict(resume=True, out_dir="out", max_steps=12))
     assert Path("out/log.jsonl").read_bytes().startswith(whole)
     assert [line["step"] for line in log_lines()] == [4, 8, 12]
@@ -1776,17 +1768,6 @@ def test_constraints_hold_during_training(data):
             assert largest <= 1 + 1e-3, (optimizer, method, w_max, w_max_mlp, largest)
         elif method == "none" and optimizer == "muon":
             assert largest > 1  # so the others had something to hold
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_residual_stream_has_the_type_of_the_products(dtype):
-    """Under autocast what blocks add up to is bfloat16, which halves its memory; else it is float32."""
-    net, ids, seen = gpt(L=4, d=32, T=16), torch.randint(11, (8, 17)), set()
-    for block in net.blocks:
-        block.register_forward_hook(lambda block, args, y: seen.add(y.dtype))
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = net(ids[:, :-1], ids[:, 1:])[1]
-    assert seen == {dtype} and loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("preset, options", (
@@ -2179,8 +2160,6 @@ def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage)
             one_line(run_main(module, monkeypatch, *argv), f"{module.__name__}.py: ", path.parent.name)
             assert contents("out") == before
         path.write_bytes(whole)
-    Path("out/log.jsonl").write_bytes(b"\x80\xff")  # a damaged log is no reason not to go on
-    assert run_main(train, monkeypatch, *resume) is None
 
 
 def test_damaged_meta_is_one_line(tmp_path):
