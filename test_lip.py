@@ -572,19 +572,6 @@ def test_project_caps_matrices_from_elsewhere():
     assert rms_norm(half) <= 2.0 + 1e-5
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_hard_cap_accuracy(dtype):
-    """Within 1 % of the exact one; in bfloat16 that is promised for norms up to 1.1 w_max."""
-    torch.manual_seed(0)
-    ranges = [(0, 1.1), (0, 0.01), (0, 0), (0.9, 1.1), (0.999, 1.001), (1, 1)]
-    ranges += [(0, 3), (0, 1.9), (1.9, 1.9)] if dtype == torch.float32 else []
-    for w, (low, high), (m, n) in itertools.product((0.3, 10.0), ranges, ((64, 64), (128, 32), (32, 128))):
-        W = from_singular_values(torch.linspace(high, low, min(m, n)) * w, m, n)
-        result = constrain.hard_cap(W, Step(w, update_norm=0, dtype=dtype))
-        assert rms_norm(result - reference(W, lambda s: s.clamp_max(w))) <= 0.01 * w, (w, low, high)
-        assert rms_norm(result) <= w * (1 + 1e-3)
-
-
 def test_caps_in_bfloat16_hold_what_they_say():
     """Of any matrix; soft_cap where it moves norms by up to 3 %, the hammer with one of them above."""
     torch.manual_seed(0)
