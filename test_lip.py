@@ -1142,6 +1142,30 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
 
 
 @of_text_models
+def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
+    """
+    To first order through_attention and near_gain are reached: by each token moved along the gradient, and by
+    the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
+    """
+    net, X, _, norms = at_a_text(options)
+    for at in certify.facts_at(net, norms, X):
+        block, a, g, n = at.block, at.block.alpha, torch.randn(120, 16).double(), torch.arange(120)
+        mid = lambda x: (1 - a) * x + a * block.attn(x, net.cos[:10], net.sin[:10])
+        delta, x = 1e-6 * (0.1 + torch.rand(12, 10).double()), at.x.detach().requires_grad_()
+        bound = certify.through_attention(at, g, n, delta, *certify.attention_change(at, delta)[1])
+        for i in range(0, 120, 7):
+            b, t = divmod(i, 10)
+            step, = torch.autograd.grad(mid(x)[b, t] @ g[i], x)
+            step *= delta[..., None] / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+            found = (mid(at.x + step) - at.mid)[b, t] @ g[i]
+            assert 0.999 * bound[i] <= found <= bound[i] * (1 + 1e-6)
+        if at.gain is not None and at.half:
+            J = torch.func.vmap(torch.func.jacrev(lambda y: (1 - a) * y + a * block.mlp(y)))
+            sharp = constrain.sigma(J(at.mid.flatten(0, 1)).detach()).view(at.gain.shape)
+            assert below(sharp, at.gain) and (at.gain / sharp).median() < 1.2
+
+
+@of_text_models
 def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
     """The slopes and the change of a lead at random points within delta, and the prediction there."""
     net, X, _, norms = at_a_text(options)
