@@ -253,9 +253,11 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos.float(), persistent=False)
         self.register_buffer("sin", sin.float(), persistent=False)
 
-    def forward(self, idx, targets=None):
-        """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats."""
-        x, kind = self.wte(idx), idx.device.type
+    def forward(self, idx, targets=None, shift=0.0):
+        """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats. A
+        shift (B, T, n_embd) is added to the embeddings.
+        """
+        x, kind = self.wte(idx) + shift, idx.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             if x.dtype == torch.float32:  # in which the blocks would add up; certificates are in float64
                 x = x.to(torch.get_autocast_dtype(kind))

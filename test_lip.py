@@ -1,5 +1,4 @@
-"""
-    python -m pytest -q test_lip.py
+"""python -m pytest -q test_lip.py
 
 No network and no files from elsewhere: texts, wheels and servers are made here.
 """
@@ -65,8 +64,7 @@ import sweep
 from results import rebuild
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the tests share
+# --- What the tests share -----------------------------------------------------------------------------------
 
 CANONICAL = HERE.parent / "shared/data/tinyshakespeare.txt"
 SHAPES = ((1, 1), (1, 7), (7, 1), (3, 3), (16, 16), (40, 8), (8, 40), (65, 64), (2, 5, 12, 20))
@@ -238,9 +236,8 @@ def wait_for_lines(out, n, process):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """
-    Serves server.files by path: a body, or (status, body, headers, a fault or more), or a list of these, one
-    per request.
+    """Serves server.files by path: a body, or (status, body, headers, a fault or more), or a list of these,
+    one per request.
     """
     def do_GET(self):
         start, tag = self.headers.get("Range", ""), self.headers.get("If-Range")
@@ -316,8 +313,7 @@ def shard(n, magic=prepare.SHARD_MAGIC, version=1, count=None, largest=50256):
     return header.tobytes() + tokens.astype(np.uint16).tobytes()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# model.py
+# --- model.py -----------------------------------------------------------------------------------------------
 
 def test_default_model_size_and_initial_norms():
     net = GPT(GPTConfig())
@@ -382,8 +378,7 @@ def test_full_disk_keeps_the_last_checkpoint(data, monkeypatch):
     assert sorted(contents("out")) == ["ckpt.pt", "log.jsonl"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# optim.py
+# --- optim.py -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_orthogonalize_never_exceeds_update_norm(dtype):
@@ -462,8 +457,7 @@ def test_muon_refuses_what_it_cannot_do(options, tensor):
             Muon(groups, **given)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# constrain.py: the constraints
+# --- constrain.py: the constraints --------------------------------------------------------------------------
 
 def test_norms_are_those_of_an_svd():
     torch.manual_seed(0)
@@ -663,8 +657,7 @@ def test_soft_cap_coupling_is_the_smallest_alpha_that_holds():
         pytest.raises(ValueError, coupling, 1.001 * lr)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# constrain.py: the Lipschitz bound
+# --- constrain.py: the Lipschitz bound ----------------------------------------------------------------------
 
 NO_BOUNDS = {"certified": math.inf, "paper": None, "published": None}
 
@@ -675,9 +668,8 @@ def certified(net):
 
 @pytest.mark.parametrize("H, L, s, R", ((1, 1, 1, 1), (2, 1, 1, 0.1), (2, 2, 2, 1), (4, 3, 2, 2)))
 def test_bounds_by_hand(H, L, s, R):
-    """
-    All matrices s times an identity, embeddings of norm R. Of a head W_q^h, W_k^h, W_v^h have sigma = s and
-    W_o^h W_v^h is s^2 times a projection: A_V = s^2 sqrt(H), A_QK = 2 c H s^4, a third of both; and W_out
+    """All matrices s times an identity, embeddings of norm R. Of a head W_q^h, W_k^h, W_v^h have sigma = s
+    and W_o^h W_v^h is s^2 times a projection: A_V = s^2 sqrt(H), A_QK = 2 c H s^4, a third of both; and W_out
     W_in = s^2 I. The authors' formula begins with R, takes the norm 1 inside and has other factors; to the
     letter it counts neither alpha nor logit_scale.
     """
@@ -743,8 +735,7 @@ def with_ones(H, d_head, c, T, *ones):
 
 @pytest.mark.parametrize("H, c", tuple(itertools.product((2, 4, 8, 16), (1.0, 3.0))))
 def test_counterexample_to_the_published_formula(H, c):
-    """
-    certificate.md's example: 2 c H / 3 in all, though one head holds everything. Keys and values are one
+    """certificate.md's example: 2 c H / 3 in all, though one head holds everything. Keys and values are one
     direction of the tokens, which come in pairs of opposites, and the query lies across, so that all look
     alike to it. Moving the query along the keys, and each key along the query, moves every score with the
     sign of its value.
@@ -835,7 +826,7 @@ def test_no_attack_exceeds_the_certificate(seed, tight):
     found = certify.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50, )))
     assert (tight or math.isfinite(paper)) and math.log10(found) <= bound
     net = constrain.exact_model(net)
-    block, a = net.blocks[-1], net.config.residual_weight
+    block, a = net.blocks[-1], net.config.alpha
     attend, whole = (lambda X, f=f: f(X, net.cos[:6], net.sin[:6]) for f in (block.attn, block))
     half = lambda X: (1 - a) * X + a * block.mlp(X)
     mlp = math.prod(rms_norm(W).item() for name, W in matrices(block).items() if "mlp" in name)
@@ -872,8 +863,7 @@ def test_what_has_no_bound_has_no_certificate():
     assert "no certificate" in constrain.refused(no_gpt) and lipschitz_bounds(no_gpt) == NO_BOUNDS
 
 
-# ------------------------------------------------------------------------------------------------------------
-# constrain.py: a certificate only for the network that it is about
+# --- constrain.py: a certificate only for the network that it is about --------------------------------------
 
 HEADS = dict(position_bias=True, per_head=True, activation="maxmin")
 OPTIONS = {"paper": {}, "tight": dict(c=0.0, alpha=1.0, attn_scale=1.0, mlp_layers=4, mlp_ratio=1, **HEADS),
@@ -972,8 +962,7 @@ def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):
         assert '"log10_certified":null' in printed.replace(" ", "") or "certified" not in printed
 
 
-# ------------------------------------------------------------------------------------------------------------
-# results/certify.py
+# --- results/certify.py -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, torch.enable_grad))
 def test_attacks_find_what_they_should_whatever_torch_is_told_of_gradients(mode):
@@ -1010,10 +999,9 @@ def test_radii_far_from_the_middle():
 @pytest.mark.parametrize("options", ({}, dict(c=0.0, alpha=1.0, **HEADS), dict(ball=0.7, **HEADS),
                                      dict(L=3, c=2.0)), ids=("paper", "tight", "ball", "deep"))
 def test_the_worst_case_is_no_better_than_any(options):
-    """
-    The worst-case loss is at least the loss after gradient ascent on it and after random changes, prediction
-    by prediction, and equals the plain one at radius 0; what it certifies is what the radii certify and no
-    attack turns over.
+    """The worst-case loss is at least the loss after gradient ascent on it and after random changes,
+    prediction by prediction, and equals the plain one at radius 0; what it certifies is what the radii
+    certify and no attack turns over.
     """
     torch.manual_seed(0)
     net = constrain.exact_model(random_weights(gpt(**dict(H=2, d=8, L=2, logit_scale=6.0) | options), 0.8))
@@ -1137,9 +1125,8 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
 
 @of_text_models
 def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
-    """
-    To first order through_attention and near_gain are reached: by each token moved along the gradient, and by
-    the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
+    """To first order through_attention and near_gain are reached: by each token moved along the gradient, and
+    by the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
     """
     net, X, _, norms = at_a_text(options)
     for at in certify.facts_at(net, norms, X):
@@ -1231,9 +1218,7 @@ def test_distances_of_near_rows_are_never_too_small():
 
 
 def test_training_for_a_radius(data):
-    """
-    More is certified there than without, of what an evaluation says as of what certify.py finds.
-    """
+    """More is certified there than without, of what an evaluation says as of what certify.py finds."""
     tight = dict(preset="tight", eval_interval=30, max_steps=60, n_embd=32, mlp_layers=2)
     for name, radius in (("plain", 1e-6), ("for", 0.2)):
         train.train(TINY | tight | dict(radius=radius, out_dir=name))
@@ -1433,8 +1418,7 @@ def test_rehearsal_of_the_gpu(data, monkeypatch):
     assert "no data/books" in records("w1")[0]["error"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# train.py: options
+# --- train.py: options --------------------------------------------------------------------------------------
 
 OPTION_NAMES = [field.name for field in dataclasses.fields(train.Config) if field.metadata]
 
@@ -1453,7 +1437,7 @@ def test_options(monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv, part", (
     ("--no_such=1", "--no_such"), ("--lr=fast", "--lr: invalid"), ("--method=hard", "hard_cap"),
-    ("--compile=maybe", "'maybe' is neither"), ("--w_max=-1", "--w_max=-1.0 must be positive"),
+    ("--compile=maybe", "'maybe' (choose from"), ("--w_max=-1", "--w_max=-1.0 must be positive"),
     ("--n_embd=30 --n_head=4", "n_embd=30"), ("--activation=silu", "'gelu', 'maxmin'"),
     ("--alpha=1.1", "--alpha=1.1"), ("--mlp_layers=1", "--mlp_layers=1"),
     ("--softmax_scale=0 --position_bias=false", "use position_bias"),
@@ -1564,8 +1548,7 @@ def test_presets(fake_gpt2, here, monkeypatch):
         one_line(run(), message)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# train.py: data, optimizers, evaluation
+# --- train.py: data, optimizers, evaluation -----------------------------------------------------------------
 
 @pytest.mark.parametrize("lengths", ((17,), (18,), (31, 32, 33), (160, 17, 500)))
 def test_an_epoch_takes_every_window_once(monkeypatch, lengths):
@@ -1640,8 +1623,7 @@ def test_activations_sees_the_largest_layer():
     assert all(20 < after[name] / before[name] < 1e5 for name in ("act_max", "act_rms"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# train.py: runs
+# --- train.py: runs -----------------------------------------------------------------------------------------
 
 def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
     train.train(TINY | dict(max_steps=60, eval_interval=25))
@@ -1844,8 +1826,7 @@ def test_letters_that_the_terminal_lacks(data, monkeypatch):
     assert sys.stdout.getvalue().startswith("h\u00e9")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# prepare.py: downloads
+# --- prepare.py: downloads ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def no_waits(monkeypatch):
@@ -1926,8 +1907,7 @@ def test_no_halves_of_different_files_are_joined(server, tmp_path, no_waits):
         assert any("bytes=" in request for request in server.requests) == resumed
 
 
-# ------------------------------------------------------------------------------------------------------------
-# prepare.py: data sets
+# --- prepare.py: data sets ----------------------------------------------------------------------------------
 
 def prepared(monkeypatch, *argv):
     return run_main(prepare, monkeypatch, "text", *argv)
@@ -1977,7 +1957,7 @@ def test_vocabulary_of(fake_gpt2, here, monkeypatch):
     assert text_of("data/b") == "to be\n" * 60
     for argv, *said in (("a", "not in the vocabulary: 'A' 'B'", "'J';"),
                         ("a --tokenizer gpt2", "--tokenizer: not allowed with"),
-                        ("none", "data/none holds no data set"), ("../a", "--vocabulary_of=../a must be"),
+                        ("none", "data/none holds no data set"), ("../a", "data/../a holds no data set"),
                         ("g", "data/g has GPT-2's tokens")):
         one_line(prepared(monkeypatch, "c", "--name", "c", "--vocabulary_of", *argv.split()), *said)
         pytest.raises(UserError, prepare.open_data, "data/c")
@@ -2179,8 +2159,7 @@ def test_json_lines(tmp_path):
         assert parts.read_lines(path) == [{"a": 0}, *whole, {"a": 3}, {"a": 4}]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# prepare.py: Shakespeare, FineWeb
+# --- prepare.py: Shakespeare, FineWeb -----------------------------------------------------------------------
 
 PLAY = """# A Play
 
@@ -2318,8 +2297,7 @@ def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
     assert contents(tmp_path).items() >= whole.items() and len(contents(tmp_path)) == 4
 
 
-# ------------------------------------------------------------------------------------------------------------
-# results/cifar.py
+# --- results/cifar.py ---------------------------------------------------------------------------------------
 
 def patterns(n, seed=0):
     """n images (n, 3072) of ten classes, a pattern for each and noise, and their labels (n,)."""
@@ -2463,16 +2441,14 @@ def test_an_edited_mlp_has_no_certificate(edit):
         cifar.checked_weights(net, config)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# results/
+# --- results/ -----------------------------------------------------------------------------------------------
 
 OTHER_CHOICE = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}  # when their runs were made
 
 
 @pytest.mark.parametrize("name", [name for name in parts.PARTS if name not in OTHER_CHOICE])
 def test_a_sweep_of_what_is_recorded_makes_no_run(name):
-    """
-    Every part asks for what is in the records, by the choices from them; and a part's records are what it
+    """Every part asks for what is in the records, by the choices from them; and a part's records are what it
     asks for, but for some learning rates.
     """
     part, asked = parts.PARTS[name], []
@@ -2588,8 +2564,7 @@ def test_tables_in_the_results_come_from_the_records():
         assert table in "".join(texts), f"{title} is in no text: run python results/plot.py"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes
+# --- Processes ----------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("near, options", (
@@ -2664,8 +2639,7 @@ def test_adding_what_the_readme_shows_leaves_everything_working(data):
 
 
 def test_resume_after_kill_and_ctrl_c(data, monkeypatch):
-    """
-    kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit.
+    """kill -9 twice, then Ctrl-C, then to the end: the same losses and weights as without, bit for bit.
     Meanwhile no other run gets into the folder.
     """
     start_run = lambda out, *argv: start_training(data, *argv, max_steps=400, eval_interval=20, out_dir=out)
@@ -2687,8 +2661,7 @@ def test_resume_after_kill_and_ctrl_c(data, monkeypatch):
 
 
 def test_sigterm_saves(data):
-    """
-    What schedulers send, twice, with an evaluation far away. Of torchrun's variables they may leave some,
+    """What schedulers send, twice, with an evaluation far away. Of torchrun's variables they may leave some,
     which make no group.
     """
     argv = flags(max_steps=100_000, eval_interval=20)
@@ -2724,8 +2697,7 @@ atexit.register(lambda: print("threads", *names()))
 
 
 def test_two_processes_train_as_one(data):
-    """
-    The same losses in float32, and a resumed run does not care how many there were. No thread of gloo's is
+    """The same losses in float32, and a resumed run does not care how many there were. No thread of gloo's is
     left at the end: one could abort the process, one time in a hundred.
     """
     options = dict(max_steps=50, eval_interval=25, n_layer=2)

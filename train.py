@@ -70,6 +70,7 @@ class Config(GPTConfig):
     embedding: str = option("dual", "of the table, with muon: see optim.dual_rows", choices=("dual", "adam"))
     embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
     radius: float = option(0.0, "train for the worst change of this RMS norm, see worst_case", 0, 1e9)
+    adversarial: float = option(0.0, "train on embeddings that an attack has moved by this RMS norm", 0, 1e9)
     weight_decay: float = option(0.0, "decay of W, or its largest sigma, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
     nesterov: bool = option(True, "Muon's Nesterov momentum")
@@ -240,7 +241,8 @@ def gradients(net, model, x, y, reach, config, amp, asked_to_stop):
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
         with net.no_sync() if world() > 1 and i < parts - 1 else nullcontext():
             with amp:
-                logits, loss = net(x_part, None if reach else y_part)
+                shift = attack(model, x_part, y_part, config.adversarial) if config.adversarial else 0.0
+                logits, loss = net(x_part, None if reach else y_part, shift)
             if reach:
                 labels = y_part.flatten()
                 worst = worst_case(logits.flatten(0, 1), labels, model.head.weight, reach)
@@ -251,6 +253,16 @@ def gradients(net, model, x, y, reach, config, amp, asked_to_stop):
     state[1] = bool(asked_to_stop)
     loss, stopping = summed(state).tolist()
     return loss, bool(stopping)
+
+
+def attack(model, x, y, r):
+    """Changes (B, T, n_embd) of RMS norm r of the embeddings of tokens x, along the gradient of the loss: a
+    model that is trained on these has larger radii (Miyato et al., arXiv 1605.07725).
+    """
+    shift = torch.zeros(*x.shape, model.config.n_embd, device=x.device, requires_grad=True)
+    _, loss = model(x, y, shift)
+    gradient, = torch.autograd.grad(loss, shift)
+    return r * gradient / gradient.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
 
 
 def watch(model):

@@ -608,6 +608,7 @@ def decided(model, layers, text, attacked=64):
 
 ATTACKED = 2048             # tokens, at once
 LOCAL = 512                 # tokens, with radii at the text
+AT_TEXT = 1e-4, 1e-3, 3e-3, 5e-3, 1e-2, 3e-2  # radii at which their accuracy is given
 ALONE, CONTEXT = 24, 32     # predictions attacked one by one, each the last of so many tokens
 
 
@@ -653,8 +654,8 @@ def at_text(net, layers, text):
     X = net.wte(spread(text, n, max(1, count)))
     alone = [radii[:, -1] for radii in local_radii(net, norms, X)[:2]] + [attack_radii(net, X)]
     return {"log10_median": {name: median(radii[right]) for name, radii in zip(names, both)},
-            "certified_accuracy": {f"1e{x}": [share(right & (radii > x)) for radii in both]
-                                   for x in range(-5, 0)},
+            "certified_accuracy": {f"{r:g}": [share(right & (radii > math.log10(r))) for radii in both]
+                                   for r in AT_TEXT},
             "log10_median_alone": {name: median(radii) for name, radii in zip(names, alone)},
             "alone": [dict(zip(names, radii)) for radii in zip(*(radii.tolist() for radii in alone))]}
 

@@ -13,8 +13,8 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from certify import at_radii, attack, log10_radii, margins
-from constrain import certificate, layer_norms, log10
+from certify import at_radii, at_text, attack, log10_radii, margins
+from constrain import certificate, exact_model, layer_norms, log10
 from optim import has_bf16
 from prepare import open_data
 from train import evaluate
@@ -74,7 +74,8 @@ def with_ball(model, train, val):
 def measurements(model, ckpt, names):
     """Scores on the whole validation split, or 2^17 tokens of it, 2^15 of GPT-2's (train.py's are on
     eval_tokens), an attack, and the accuracy that float8 costs. With "radii" a larger attack, float8 on as
-    many tokens, 5,337 of GPT-2's, and certified radii; with "ball" what one would do to the certificate.
+    many tokens, 5,337 of GPT-2's, and certified radii; with "local" those at the text too; with "ball" what
+    one would do to the certificate.
     """
     model.requires_grad_(False)
     _, train, text = open_data(ROOT / "data" / ckpt["config"]["dataset"], like=ckpt["meta"])
@@ -94,6 +95,8 @@ def measurements(model, ckpt, names):
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) val_acc (1 - i / 40) is certified
         quantiles = torch.linspace(0, 1, 41, dtype=torch.float64)
         result["log10_radii"] = torch.quantile(found[right].double(), quantiles).tolist()
+    if "local" in names:
+        result["local"] = at_text(exact_model(model), layer_norms(model), tokens)
     if "ball" in names:
         result |= with_ball(model, train[0], text)
     result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, most=1)["val_acc"]

@@ -369,6 +369,12 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
         ROBUST | {"radius": 0.2, "logit_scale": 8.0},
         ROBUST_CONTENT | {"max_steps": TIGHT_STEPS}, ROBUST_CONTENT | {"max_steps": 1600})]
 
+# With content, trained on embeddings that an attack has moved, which brings radii at the text. One layer has
+# the larger ones, two have more accuracy
+HARDENED = ({"adversarial": 0.01}, {"adversarial": 0.02, "n_layer": 1})
+HARDENED_RUNS = [CONTENT | {"max_steps": TIGHT_STEPS, "seed": 0}] + [
+    CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed} for seed in (0, 1, 2) for change in HARDENED]
+
 # From the paper's architecture to the preset, one change after the other
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False,
             "per_head": False, "attn_scale": 1 / 3, "alpha": 1 / 6, "activation": "gelu", "mlp_layers": 2,
@@ -471,6 +477,8 @@ PARTS = {
     "radius": Part(lambda: RADIUS_RUNS, records="tight", measured=("scores", ),
                    common={"preset": "tight", "eval_tokens": 2 ** 15 + 1}),
     "robust": Part(lambda: ROBUST_RUNS, **TIGHT, **FULL),
+    "attacked": Part(lambda: HARDENED_RUNS, records="tight", measured=("attack", "radii", "local"),
+                    common={"eval_tokens": 2 ** 15 + 1, "compile": False}),
     "ablation": Part(lambda: [options for _, _, options in ABLATIONS], **TIGHT),
     "books": Part(lambda: BOOKS_RUNS, **BOOKS, **FULL,
                   common={"dataset": "books-char", "eval_tokens": 2 ** 15 + 1}),
