@@ -1778,11 +1778,22 @@ def test_presets_that_are_built_for_a_certificate(data, monkeypatch, capsys, pre
     assert (math.log10(4) if preset == "tight" else 0) < found <= bound
 
 
-def test_accumulation_changes_nothing(data):
+def test_adversarial_changes_have_their_norm_and_raise_the_loss():
+    net, (x, y) = gpt(L=2), torch.randint(11, (2, 3, 12))
+    shift = train.attack(net, x, y, 0.03)
+    assert torch.allclose(shift.square().mean(dim=-1).sqrt(), torch.tensor(0.03))
+    plain, moved, other = (net(x, y, change)[1] for change in (0.0, shift, shift.flip(0)))
+    assert moved > 1.001 * plain and moved > 1.001 * other
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("adversarial", (0.0, 0.1))
+def test_accumulation_changes_nothing(data, adversarial):
     """Nor does it to train in a thread, where no signal handler can be set."""
-    train.train(TINY | dict(out_dir="a1"))
+    train.train(TINY | dict(adversarial=adversarial, out_dir="a1"))
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(train.train, TINY | dict(accumulate=2, out_dir="a2")).result()
+        given = TINY | dict(adversarial=adversarial, accumulate=2, out_dir="a2")
+        pool.submit(train.train, given).result()
     for a, b in zip(log_lines("a1"), log_lines("a2"), strict=True):
         assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in ("train_loss", "val_loss"))
 

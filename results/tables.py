@@ -152,6 +152,11 @@ def median_radius(row):
     return f"{mean(10 ** r['log10_radii'][20] for r in row):.2g}" if "log10_radii" in row[0] else ""
 
 
+def local_median(row, kind):
+    """The median radius of predictions all over the text: by the constant, at the text or of an attack."""
+    return f"{mean(10 ** r['local']['log10_median_alone'][kind] for r in row):.2g}"
+
+
 def changes(row):
     """Options but for what names the kind of run."""
     options = row[0]["options"]
@@ -159,6 +164,7 @@ def changes(row):
 
 
 RADIUS, PIXELS = "certified at 0.01, 0.03, 0.1", "certified at 36, 72, 108"
+AT_TEXT = "certified at 0.001, 0.003, 0.01 of 512"
 COLUMNS = {
     "method": lambda row: who(row[0]["options"]),
     "model": lambda row: book_name(row[0]),
@@ -185,6 +191,7 @@ COLUMNS = {
     "attack": most_of("log10_attack"),
     "median radius": median_radius, "median certified radius": median_radius,
     RADIUS: shares(certified_at, RADII),
+    AT_TEXT: shares(lambda r, x: r["local"]["certified_accuracy"][f"{x}"][1], (0.001, 0.003, 0.01)),
     "certified of 2,048": shares(lambda r, x: r["radii"][f"{x}"]["certified_first"], RADII),
     "an attack leaves": shares(lambda r, x: r["radii"][f"{x}"]["attack_first"], RADII),
     PIXELS: shares(certified_at, IMAGE_RADII),
@@ -362,11 +369,11 @@ def published_tables(runs):
             "changes": lambda row: row[0]["name"], "characters": lambda row: f"{row[0]['characters']:,}",
             "on 32,768": lambda row: f"{row[0]['val_acc']:.1%}",
             "training loss": lambda row: f"{row[0]['train_loss_last_tenth']:.3f}"})
-    if runs["letter"]:
-        yield "published, one change", table(
-            each(runs["letter"] + runs["letter-long"]), "changes", "steps", "training loss", "accuracy",
-            "published", "paper", "certified", "attack",
-            changes=lambda row: settings(row[0]["options"], LETTER) or "the best of the search")
+    known = PARTS["letter"].complete(LETTER) | {"preset": None}
+    yield "published, one change", table(
+        each(runs["letter"] + runs["letter-long"]), "changes", "steps", "training loss", "accuracy",
+        "published", "paper", "certified", "attack",
+        changes=lambda row: settings(row[0]["options"] | {"preset": None}, known) or "none")
     yield "published, a head of norm 10^-8", table(
         seeds(runs["published-whole"]), "accuracy", "paper protocol", "loss", "published", "paper",
         "certified")
@@ -397,6 +404,13 @@ def tight_tables(runs):
     by_radius = sorted(runs["radius"], key=lambda r: (r["options"]["radius"], r["options"]["logit_scale"]))
     yield "tight, search for a radius", table(each(by_radius), "changes", "accuracy", RADIUS, "in training",
                                               "worst-case loss")
+    if runs["attacked"]:
+        yield "tight-content, radii at the text", table(
+            by_bound(runs["attacked"]), "preset", "accuracy", "certified", "by the constant", "at the text",
+            "an attack needs", AT_TEXT, **{
+                "by the constant": lambda row: local_median(row, "constant"),
+                "at the text": lambda row: local_median(row, "local"),
+                "an attack needs": lambda row: local_median(row, "attack")})
     content = sorted(runs["content"], key=lambda r: (r["options"].get("radius", 0), r["log10_certified"]))
     yield "tight-content, search", table(each(content), "changes", "accuracy", "certified", RADIUS)
     rows, candidates = [], (presets, papers(runs))
