@@ -159,7 +159,7 @@ def headline(runs, plt):
                       f"certified {math_power(run['log10_certified'])}")
     ax.axhline(60, color="black", linewidth=0.8, linestyle="--")
     ax.annotate("the paper's 60 %, at a bound of 2", (40, 60.3), fontsize=9)
-    ax.set(xlabel="characters trained on, millions", ylabel="accuracy on 4,096 characters, %", ylim=(20, 62))
+    ax.set(xlabel="characters trained on, millions", ylabel="accuracy on 4,096 characters, %", ylim=(14, 62))
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
