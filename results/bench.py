@@ -174,7 +174,7 @@ def methods(_):
             say(f"{str(shape):>16} {name:<22} {ms:8.2f} {svd_ms / ms:7.1f} {loop:>7} {error:>14}")
 
 
-WIDTHS = 128, 256, 512, 1024, 2048
+WIDTHS = 128, 256, 512, 1024  # at 2,048 20 GiB are not enough
 WIDE = "--n_layer=12", "--position_bias=False", "--batch_size=4", "--compile=False"  # 1,024 tokens a step
 
 

@@ -307,14 +307,16 @@ def large(runs, plt):
 def widths(runs, plt):
     """Seconds and memory of a step and of the certificate against the width."""
     records = sorted(runs["speed, width"], key=lambda r: r["width"])
+    widths = [r["width"] for r in records]
     figure, axes = panels(plt, 1, 2, (9, 4))
     for name, key in WIDTH_COLUMNS.items():
         ax = axes[1 if key == "peak_gb" else 0]
-        ax.loglog([r["width"] for r in records], [r[key] for r in records], marker="o", markersize=4,
+        ax.loglog(widths, [r[key] for r in records], marker="o", markersize=4,
                   label=f"{name.rsplit(',')[0]}: power {power_of_width(records, key):.2f} at the end")
     for ax, unit in zip(axes, ("seconds", "GB")):
-        ax.set(xlabel="width", ylabel=unit)
-        ax.legend(frameon=False, fontsize=9)
+        ax.minorticks_off()
+        ax.set(xlabel="width", ylabel=unit, xticks=widths, xticklabels=widths)
+        ax.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
