@@ -68,7 +68,7 @@ def who(options):
 def settings(options, known={}):
     """What sets a run apart from the others, as options of train.py, but for what is known."""
     preset = [options["preset"]] if "preset" in options and options["preset"] != known.get("preset") else []
-    common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset", "tangent"]
+    common = ["seed", "max_steps", "eval_interval", "eval_tokens", "preset", "tangent", "compile"]
     if "seed" in options and "preset" not in options:  # the paper's architecture, of which `who` names two
         common += ["method", "optimizer", *(name for name in PAPER if PAPER[name] == options.get(name))]
     shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in options.items()
