@@ -3,7 +3,7 @@
     python constrain.py out/shakespeare/ckpt.pt     # norms and bounds, layer by layer
 
 In a training loop of your own, under torch.no_grad(), once W.copy_(project(W, w_max)) and after every step of
-Muon at learning rate lr (after other optimizers' steps hard_cap(W, Step(w_max))):
+optim.py's Muon at learning rate lr (after other optimizers' steps hard_cap(W, Step(w_max))):
 
     W.copy_(soft_cap(W, Step(w_max, lr, update_norm=lr * UPDATE_NORM)))
 

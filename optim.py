@@ -212,7 +212,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError("Muon needs finite lr >= 0 and weight_decay >= 0, and 0 <= momentum < 1, "
                                  f"not {rate}, {decay} and {momentum}")
             for p in group["params"]:
-                if p.ndim < (1 if group["embedding"] else 2) or p.numel() == 0 or not p.is_floating_point():
+                if p.ndim < 2 and not group["embedding"] or p.numel() == 0 or not p.is_floating_point():
                     raise ValueError("Muon is for real matrices (..., m, n), not for "
                                      f"{p.dtype} {tuple(p.shape)}")
 

@@ -396,6 +396,8 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
 
 def texts(files, name, tokenizer="char", vocabulary_of=None):
     """Write UTF-8 files to data/NAME: their characters, or those of another data set, or GPT-2's tokens."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name={name} must be the name of a folder in data/")
     vocabulary, before = None, "\n" if tokenizer == "char" else END_OF_TEXT
     if vocabulary_of is not None:
         vocabulary = open_data(Path("data") / vocabulary_of)[0].get("vocabulary")

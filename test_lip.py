@@ -457,6 +457,14 @@ def test_muon_refuses_what_it_cannot_do(options, tensor):
             Muon(groups, **given)
 
 
+def test_muon_moves_a_single_number():
+    """As an edit of the network may have, with the table."""
+    p = torch.nn.Parameter(torch.tensor(1.0))
+    p.grad = torch.tensor(-0.5)
+    Muon([p], lr=0.1, momentum=0.0, embedding=True).step()
+    assert p.item() == pytest.approx(1.1)
+
+
 # --- constrain.py: the constraints --------------------------------------------------------------------------
 
 def test_norms_are_those_of_an_svd():
@@ -1431,7 +1439,7 @@ def test_options(monkeypatch, capsys):
     help = capsys.readouterr().out
     assert all(f"--{name} " in help for name in OPTION_NAMES)
     assert all(word in help for word in (*METHODS, *train.OPTIMIZERS, "largest RMS->RMS norm"))
-    for bad in ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"preset": "best"}):  # from Python
+    for bad in ({"lr": "0.1"}, {"seed": "x"}, {"preset": "best"}):  # from Python
         one_line(str(pytest.raises(UserError, train.configure, bad).value), *bad)
 
 
@@ -2168,6 +2176,13 @@ def test_json_lines(tmp_path):
         parts.append_line(path, {"a": 4})
         whole = [{"a": 2}] if torn == b'{"a": 2}' else []
         assert parts.read_lines(path) == [{"a": 0}, *whole, {"a": 3}, {"a": 4}]
+
+
+@pytest.mark.parametrize("name", ("", "..", "../x", "/x", "data/x"))
+def test_names_outside_data_are_refused(name, tmp_path):
+    (tmp_path / "a.txt").write_text("abc" * 200)
+    with pytest.raises(UserError, match="must be the name of a folder in data/"):
+        prepare.texts([str(tmp_path / "a.txt")], name)
 
 
 # --- prepare.py: Shakespeare, FineWeb -----------------------------------------------------------------------
