@@ -2469,7 +2469,7 @@ def test_an_edited_mlp_has_no_certificate(edit):
 
 # --- results/ -----------------------------------------------------------------------------------------------
 
-OTHER_CHOICE = {"sphere-lr", "sphere-grid", "sphere-final", "transfer"}  # when their runs were made
+OTHER_CHOICE = {"sphere-lr", "sphere-grid", "sphere-final"}  # when their runs were made
 
 
 @pytest.mark.parametrize("name", [name for name in parts.PARTS if name not in OTHER_CHOICE])

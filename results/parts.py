@@ -373,7 +373,7 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
 # the larger ones, two have more accuracy
 HARDENED = ({"adversarial": 0.01}, {"adversarial": 0.02, "n_layer": 1})
 HARDENED_RUNS = [CONTENT | {"max_steps": TIGHT_STEPS, "seed": 0}] + [
-    CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed} for seed in (0, 1, 2) for change in HARDENED]
+    CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed} for seed in (0, 1) for change in HARDENED]
 
 # From the paper's architecture to the preset, one change after the other
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False,
