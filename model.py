@@ -59,6 +59,16 @@ ACTIVATIONS = {  # GELU'' is largest at 0, where it is 2 phi(0)
 }
 
 
+def rms(x):
+    """RMS norms of vectors (..., n): (..., 1)."""
+    return x.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+def unit(x):
+    """Vectors (..., n) scaled to RMS norm 1, zeros left."""
+    return x / rms(x).clamp_min(1e-30)
+
+
 def onto_ball(x, radius):
     """x (..., n), vectors whose RMS norm is above radius shortened to it: the nearest points in the ball."""
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -247,17 +257,18 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.head = Linear(config.n_embd, config.vocab_size, zero=config.zero_head)
-        rms = self.wte.weight.data.square().mean(dim=1, keepdim=True).sqrt()
-        self.wte.weight.data /= rms  # rows of RMS norm 1
+        self.wte.weight.data = unit(self.wte.weight.data)
         cos, sin = rotary_tables(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("cos", cos.float(), persistent=False)
         self.register_buffer("sin", sin.float(), persistent=False)
 
-    def forward(self, idx, targets=None, shift=0.0):
+    def forward(self, idx, targets=None, shift=None):
         """Ids (B, T) -> logits (B, T, vocab_size) and, given targets (B, T), mean cross entropy in nats. A
         shift (B, T, n_embd) is added to the embeddings.
         """
-        x, kind = self.wte(idx) + shift, idx.device.type
+        x, kind = self.wte(idx), idx.device.type
+        if shift is not None:
+            x = x + shift
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             if x.dtype == torch.float32:  # in which the blocks would add up; certificates are in float64
                 x = x.to(torch.get_autocast_dtype(kind))

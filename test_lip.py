@@ -1439,7 +1439,7 @@ def test_options(monkeypatch, capsys):
     help = capsys.readouterr().out
     assert all(f"--{name} " in help for name in OPTION_NAMES)
     assert all(word in help for word in (*METHODS, *train.OPTIMIZERS, "largest RMS->RMS norm"))
-    for bad in ({"lr": "0.1"}, {"seed": "x"}, {"preset": "best"}):  # from Python
+    for bad in ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"preset": "best"}):  # from Python
         one_line(str(pytest.raises(UserError, train.configure, bad).value), *bad)
 
 
@@ -1790,7 +1790,7 @@ def test_adversarial_changes_have_their_norm_and_raise_the_loss():
     net, (x, y) = gpt(L=2), torch.randint(11, (2, 3, 12))
     shift = train.attack(net, x, y, 0.03)
     assert torch.allclose(shift.square().mean(dim=-1).sqrt(), torch.tensor(0.03))
-    plain, moved, other = (net(x, y, change)[1] for change in (0.0, shift, shift.flip(0)))
+    plain, moved, other = (net(x, y, change)[1] for change in (None, shift, shift.flip(0)))
     assert moved > 1.001 * plain and moved > 1.001 * other
     assert all(p.grad is None for p in net.parameters())
 

@@ -35,7 +35,7 @@ import prepare
 from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, layer_norms, lead,
                        lipschitz_bounds, logit_reach, matrices, project, refused, rms_norm, svd_cap,
                        worst_case)
-from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample
+from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample, unit
 from optim import TANGENTS, UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import (Parser, Tokenizer, UserError, alone, commit, one_line_errors, open_data, option, say,
                      to_json)
@@ -122,8 +122,10 @@ def configure(given, ckpt=None):
     no run, or not the checkpoint's, can have.
     """
     options, resume = dict(PRESETS.get(given.get("preset"), {})), ckpt and given.get("resume")
+    known, out_dir = {f.name for f in dataclasses.fields(Config)}, options.get("out_dir", Config.out_dir)
+    if unknown := set(given) - known:
+        raise UserError(f"there is no option {min(unknown)}")
     if resume:
-        known, out_dir = {f.name for f in dataclasses.fields(Config)}, options.get("out_dir", Config.out_dir)
         options = {name: value for name, value in ckpt["config"].items() if name in known}
         for name in ("preset", "init_from", "optimizer", "embedding", "seed", *asdict(GPTConfig())):
             if name in given and given[name] != options.get(name):
@@ -241,7 +243,7 @@ def gradients(net, model, x, y, reach, config, amp, asked_to_stop):
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
         with net.no_sync() if world() > 1 and i < parts - 1 else nullcontext():
             with amp:
-                shift = attack(model, x_part, y_part, config.adversarial) if config.adversarial else 0.0
+                shift = attack(model, x_part, y_part, config.adversarial) if config.adversarial else None
                 logits, loss = net(x_part, None if reach else y_part, shift)
             if reach:
                 labels = y_part.flatten()
@@ -263,7 +265,7 @@ def attack(model, x, y, r):
     shift = torch.zeros(*x.shape, model.config.n_embd, device=x.device, requires_grad=True)
     _, loss = model(x, y, shift)
     gradient, = torch.autograd.grad(loss, shift)
-    return r * gradient / gradient.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-30)
+    return r * unit(gradient)
 
 
 def watch(model):

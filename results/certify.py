@@ -22,21 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
                        exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bounds,
                        refused, rms_norm, rows_apart, sigma)
-from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball, rotate
+from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball, rms, rotate, unit
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 
 # --- The attack on the Lipschitz constant -------------------------------------------------------------------
-
-def rms(x):
-    """RMS norms of vectors (..., n): (..., 1)."""
-    return x.square().mean(dim=-1, keepdim=True).sqrt()
-
-
-def unit(x):
-    """Vectors (..., n) scaled to RMS norm 1, zeros left."""
-    return x / rms(x).clamp_min(1e-30)
-
 
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -192,9 +182,9 @@ def attack_radii(model, X, halvings=10):
 
 
 # --- Radii at one text --------------------------------------------------------------------------------------
-# What its tokens' changes can do at the attention that is there. Token by token, delta
-# (B, T) bounds the L2 norm of the change of a token's vector; each function below is one bound of the proof.
-# `at` is what facts_at says of a block at the text.
+# What its tokens' changes can do at the attention that is there. Token by token, delta (B, T) bounds the L2
+# norm of the change of a token's vector; each function below is one bound of the proof. `at` is what facts_at
+# says of a block at the text.
 
 def local_radii(net, norms, X):
     """log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds
@@ -266,9 +256,10 @@ def facts_at(net, norms, X):
             eye = torch.eye(q.shape[-1], dtype=x.dtype)
             at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T, of each t
             of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back  # (H, T, d_head, d_head)
-            at.q, at.k = through(of_k, q, 0 * q).mT, through(of_q, k, p @ k)
+            mean_k = p @ k
+            at.q, at.k = through(of_k, q, 0 * q).mT, through(of_q, k, mean_k)
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
-            cov = p @ pairs - (at.o[..., :, None] * (p @ k)[..., None, :]).flatten(-2)
+            cov = p @ pairs - (at.o[..., :, None] * mean_k[..., None, :]).flatten(-2)
             at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT)
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
         at.near, at.gain = near_gain(at) if len(facts) < len(norms) - 1 else (None, None)

@@ -41,8 +41,8 @@ from parts import append_line, at_strengths, bracket, pairs, read_lines, strengt
 from prepare import Parser, UserError, commit, download, number, one_line_errors, option, say
 
 # --- Options ------------------------------------------------------------------------------------------------
-# The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which
-# trains with another derivative of ReLU at 0; ours is orthogonal.)
+# The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which trains with
+# another derivative of ReLU at 0; ours is orthogonal.)
 
 ACTIVATIONS = {"relu": F.relu, "maxmin": maxmin}
 
@@ -181,8 +181,8 @@ class MLP(nn.Module):
 
 
 # --- Certificate --------------------------------------------------------------------------------------------
-# It is about `network`, written a second time from the weights alone. No layer moves its output
-# by more than its norm times the change of its input, and no activation by more than the change of its own.
+# It is about `network`, written a second time from the weights alone. No layer moves its output by more than
+# its norm times the change of its input, and no activation by more than the change of its own.
 
 MARGIN = 1e-6  # by which a claim has to hold, relative: more than rounding can move
 
@@ -377,8 +377,8 @@ def train(config, data, device):
 
 
 # --- The runs compared --------------------------------------------------------------------------------------
-# Each is one line of results/cifar.jsonl, and is not repeated. Every part takes its
-# choices from the lines of those before it.
+# Each is one line of results/cifar.jsonl, and is not repeated. Every part takes its choices from the lines of
+# those before it.
 
 RECORDS = RESULTS / "cifar.jsonl"
 FIRST_LR = {"muon": 0.2, "adamw": 0.0013}  # to begin the search with

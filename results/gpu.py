@@ -61,9 +61,9 @@ def run(name, seconds, *command, **environment):
 
 
 # --- nanoGPT's architecture ---------------------------------------------------------------------------------
-# (karpathy/nanoGPT) as a baseline, with its settings for GPT-2: layer norm, GELU, no
-# biases, one table for input and output, AdamW, gradients clipped, a learning rate that rises for 100 steps
-# and falls as a cosine to a tenth. Positions are RoPE's, as in our transformer, instead of learned
+# As a baseline, with the settings of karpathy/nanoGPT for GPT-2: layer norm, GELU, no biases, one table for
+# input and output, AdamW, gradients clipped, a learning rate that rises for 100 steps and falls as a cosine
+# to a tenth. Positions are RoPE's, as in our transformer, instead of learned
 
 class NanoBlock(model.Block):
     def __init__(self, config, layer):

@@ -60,13 +60,13 @@ def largest_norm(model, tokens):
     return max(largest)
 
 
-def with_ball(model, train, val):
+def with_ball(model, layers, train, val):
     """What a ball around the outputs of a model's blocks makes of its certificate, if its radius is 1 % above
     all norms in 2^18 training tokens; and the largest norm in the validation text. If that is smaller, the
     function there is the same.
     """
     ball = 1.01 * largest_norm(model, train[:2 ** 18])
-    layers = [layer._replace(ball=ball) for layer in layer_norms(model)]
+    layers = [layer._replace(ball=ball) for layer in layers]
     return {"ball": ball, "largest_norm": largest_norm(model, val),
             "log10_certified_ball": certificate(model, layers)[0]}
 
@@ -79,6 +79,7 @@ def measurements(model, ckpt, names):
     """
     model.requires_grad_(False)
     _, train, text = open_data(ROOT / "data" / ckpt["config"]["dataset"], like=ckpt["meta"])
+    layers = layer_norms(model) if set(names) & {"radii", "local", "ball"} else None
     large, radii = model.config.vocab_size > 10_000, "radii" in names  # GPT-2's, where all takes long
     text = text[:2 ** 15 if large else 2 ** 17]
     tokens = torch.from_numpy(text.astype(np.int64))
@@ -90,14 +91,14 @@ def measurements(model, ckpt, names):
     some = text[:min(2 ** 17 if radii else 2 ** 14, 2 ** 28 // model.config.vocab_size) + 1]
     bears, right = margins(model, tokens[:len(some)])
     if radii:
-        found = log10_radii(model, bears, layer_norms(model))
+        found = log10_radii(model, bears, layers)
         result["radii"] = at_radii(model, tokens[:len(some)], right, found)
         # 41 quantiles of the right predictions' radii: at 10 ** (the i-th) val_acc (1 - i / 40) is certified
         quantiles = torch.linspace(0, 1, 41, dtype=torch.float64)
         result["log10_radii"] = torch.quantile(found[right].double(), quantiles).tolist()
     if "local" in names:
-        result["local"] = at_text(exact_model(model), layer_norms(model), tokens)
+        result["local"] = at_text(exact_model(model), layers, tokens)
     if "ball" in names:
-        result |= with_ball(model, train[0], text)
+        result |= with_ball(model, layers, train[0], text)
     result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, most=1)["val_acc"]
     return result | {"config": ckpt["config"]}

@@ -139,19 +139,20 @@ def norms(runs, plt):
 def headline(runs, plt):
     """Accuracy over training of the paper's shape under a published bound of 2, 65 million characters."""
     figure, (ax, ) = panels(plt)
+
+    def curve(run, line, label, published, **look):
+        millions = [step * run["options"]["batch_size"] * 256 / 1e6 for step in run["trace"]["step"]]
+        ax.plot(millions, percent(run["trace"]["val_acc"]), line, **look,
+                label=f"{label}: published {10 ** published:.2f}, "
+                      f"certified {math_power(run['log10_certified'])}")
+
     for run in runs["long"] + runs["longest"]:
         o = run["options"]
-        millions = [step * o["batch_size"] * 256 / 1e6 for step in run["trace"]["step"]]
         line = "--" if o["max_steps"] > 500 else "-" if o["lr"] > 0.03 else ":"
-        ax.plot(millions, percent(run["trace"]["val_acc"]), line,
-                color={32: "#0072B2", 64: "#D55E00"}[o["n_head"]],
-                label=f"{o['n_head']} heads, lr {o['lr']:g}, {o['max_steps']:,} steps: published "
-                      f"{10 ** unscaled(run):.2f}, certified {math_power(run['log10_certified'])}")
+        curve(run, line, f"{o['n_head']} heads, lr {o['lr']:g}, {o['max_steps']:,} steps", unscaled(run),
+              color={32: "#0072B2", 64: "#D55E00"}[o["n_head"]])
     for run in runs["letter-long"]:
-        millions = [step * run["options"]["batch_size"] * 256 / 1e6 for step in run["trace"]["step"]]
-        ax.plot(millions, percent(run["trace"]["val_acc"]), "k-",
-                label=f"the best by the letter: published {10 ** run['log10_published']:.2f}, "
-                      f"certified {math_power(run['log10_certified'])}")
+        curve(run, "k-", "the best by the letter", run["log10_published"])
     for run in runs["published-whole"][-1:]:
         o = run["options"]
         ax.plot(o["max_steps"] * o["batch_size"] * o["block_size"] / 1e6, 100 * run["val_acc"], "k*",

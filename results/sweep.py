@@ -160,7 +160,7 @@ def main():
         if not set(args.parts) <= set(PARTS):
             raise UserError(f"the parts are {', '.join(PARTS)}, not {' '.join(args.parts)}")
         folder = ROOT / "data" / "shakespeare"
-        needed = any(PARTS[part].records in ("shakespeare", "tight", "published") for part in args.parts)
+        needed = any(PARTS[part].records != "books" for part in args.parts)
         if needed and (not folder.exists() or open_data(folder)[0].get("sha256") != CANONICAL):
             raise UserError(f"{folder} is not the canonical text; "
                             "python prepare.py shakespeare --source its PATH_OR_URL")
