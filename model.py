@@ -13,7 +13,6 @@ import math
 import pickle
 import warnings
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,7 +27,7 @@ GELU_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 
 
 def gelu(x):
-    """GELU / GELU_SLOPE: its slope is in [1/GELU_SLOPE - 1, 1], as GELU'(-z) = 1 - GELU'(z)."""
+    """GELU over its largest slope."""
     return F.gelu(x) / GELU_SLOPE
 
 
@@ -38,25 +37,8 @@ def maxmin(x):
     return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)
 
 
-class Activation(NamedTuple):
-    """A function, and what the certificate may assume of it: that it sorts pairs as maxmin does, or works on
-    each entry z by itself with f'(z) in `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink
-    at 0. With neither a model trains and is not certified. constrain.refused tries the claims on a grid.
-    """
-    f: Callable
-    sorts_pairs: bool = False
-    slope: tuple | None = None
-    ratio: tuple | None = None
-    curvature: float = math.inf
-    kink: bool = False
-
-
-ACTIVATIONS = {  # GELU'' is largest at 0, where it is 2 phi(0)
-    "gelu": Activation(gelu, slope=(1 / GELU_SLOPE - 1, 1), ratio=(0, 1 / GELU_SLOPE),
-                       curvature=2 / math.sqrt(2 * math.pi) / GELU_SLOPE),
-    "maxmin": Activation(maxmin, sorts_pairs=True),
-    "relu": Activation(F.relu, slope=(0, 1), ratio=(0, 1), curvature=0, kink=True),
-}
+# One more trains at once; what a certificate may assume of it is said in constrain.PROVED
+ACTIVATIONS = {"gelu": gelu, "maxmin": maxmin, "relu": F.relu}
 
 
 def rms(x):
@@ -229,7 +211,7 @@ class FeedForward(nn.Module):
         self.fc = Linear(config.n_embd, width)
         self.mid = nn.ModuleList(Linear(width, width) for _ in range(config.mlp_layers - 2))
         self.proj = Linear(width, config.n_embd, zero=config.alpha < 1)
-        self.activation = ACTIVATIONS[config.activation].f
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
         for layer in (self.fc, *self.mid):

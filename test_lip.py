@@ -809,7 +809,7 @@ def random_net(seed, tight):
     if tight:
         c = rng.choice((0, 0.1, c))
         choices = dict(per_head=(False, True), attn_scale=(0.2, 1.0), alpha=(None, 0.7, 1.0),
-                       activation=tuple(model.ACTIVATIONS), mlp_layers=(2, 3, 4), mlp_ratio=(1, 2),
+                       activation=tuple(constrain.PROVED), mlp_layers=(2, 3, 4), mlp_ratio=(1, 2),
                        ball=(None, 0.3, 1.0), position_bias=(c == 0, True))
         options = {name: rng.choice(values) for name, values in choices.items()}
     d, logit_scale = H * rng.choice((2, 4)), rng.choice((0.5, 1.0, 4.0))
@@ -832,7 +832,7 @@ def test_no_attack_exceeds_the_certificate(seed, tight):
     net = random_net(seed, tight)
     bound, paper = certified(net), constrain.paper_bounds(net)["paper"]
     found = certify.attack(net, block_size=6, restarts=4, steps=10, tokens=torch.randint(11, (50, )))
-    assert (tight or math.isfinite(paper)) and math.log10(found) <= bound
+    assert (tight or math.isfinite(paper)) and constrain.log10(found) <= bound
     net = constrain.exact_model(net)
     block, a = net.blocks[-1], net.config.alpha
     attend, whole = (lambda X, f=f: f(X, net.cos[:6], net.sin[:6]) for f in (block.attn, block))
@@ -903,8 +903,9 @@ EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
     "nothing": (),
     "layer norm": ("self.attn(x, cos", "self.attn(F.rms_norm(x, x.shape[-1:]), cos"),
     "QK norm": ("rotate(t, cos, sin).tr", "F.normalize(rotate(t, cos, sin), dim=-1).tr"),
-    "an activation alone": ('"gelu": Activation(', '"gelu": Activation(F.silu), "other": Activation('),
-    "an activation with claims": ("return F.gelu(x) / GELU_SLOPE", "return 5 * F.gelu(x)"),
+    "an activation more": ('"gelu": gelu', '"silu": F.silu', 'option("gelu", "of', 'option("silu", "of'),
+    "a name's activation": ('"gelu": gelu', '"gelu": F.silu'),
+    "what GELU is divided by": ("math.exp(-1) / math.sqrt(math.pi)", "0.1"),
     "GroupSort": ("torch.cat((torch.maximum(a, b), torch.minimum(a, b)), dim=-1)",
                   "x.view(-1, 4).sort(-1).values.view_as(x)", 'str = option("gelu"', 'str = option("maxmin"'),
     "SwiGLU": ("x = self.activation(layer(x))", "x = F.silu(self.gate(x)) * layer(x)",
@@ -941,15 +942,21 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
         random_weights(net)
 
 
-@pytest.mark.parametrize("claims, wrong", (
-    ((F.silu,), "nothing is known"), ((F.relu, True), "sort pairs"),
-    ((lambda x: x.roll(1), False, (0, 1), (0, 1)), "by itself"), ((F.relu, False, (0.1, 1), (0, 1)), "slope"),
-    ((F.relu, False, (0, 1), (0, 0.9)), "ratio"), ((F.relu, False, (0, 1), (0, 1), 0), "curvature"),
-    ((F.relu, False, (0, 1), (0, 1), 0, True), None),
-    ((lambda x: x * math.inf, False, (0, 9), (0, 9)), "slope")))
-def test_claims_about_an_activation_are_tried(claims, wrong):
-    found = constrain.misclaimed(model.Activation(*claims))
-    assert wrong in found if wrong else found is None
+def test_what_is_assumed_of_activations():
+    """On a grid: f'(z), f(z) / z and f''(z) are where the proofs take them to be, and reach the ends."""
+    half = torch.logspace(-3, 3, 10_000, dtype=torch.float64)
+    z = torch.cat((-half.flip(0), half))
+    for name, known in constrain.PROVED.items():
+        y = known.f(z)
+        assert torch.allclose(y, model.ACTIVATIONS[name](z), rtol=0, atol=1e-12)
+        if known.sorts_pairs:
+            assert torch.equal(y.sort().values, z.sort().values) and (y[:10_000] >= y[10_000:]).all()
+            continue
+        slope = y.diff() / z.diff()
+        bend = (2 * slope.diff() / (z[2:] - z[:-2]))[(z[2:] < 0) | (z[:-2] > 0) | (not known.kink)]
+        sizes = bend.abs().amax(), (0, known.curvature)
+        for found, (low, high) in ((slope, known.slope), (y / z, known.ratio), sizes):
+            assert low - 1e-6 <= found.min() and high - 1e-3 < found.max() < high + 1e-6
 
 
 def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):

@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from constrain import (RADII, ROUNDING, body_bound, bound_lines, certificate, distances, embedding_norm,
-                       exact, exact_model, layer_norms, lead, log10, matrices, norm_table, paper_bounds,
-                       refused, rms_norm, rows_apart, sigma)
-from model import ACTIVATIONS, Activation, later, load_checkpoint, onto_ball, rms, rotate, unit
+from constrain import (PROVED, RADII, ROUNDING, Activation, body_bound, bound_lines, certificate, distances,
+                       embedding_norm, exact, exact_model, layer_norms, lead, log10, matrices, norm_lines,
+                       paper_bounds, refused, rms_norm, rows_apart, sigma)
+from model import later, load_checkpoint, onto_ball, rms, rotate, unit
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
 
@@ -211,7 +211,7 @@ def block_norms(net, layers):
     layers, matrices with half(x) = (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry (proof:
     results/certificate.md, MLP halves).
     """
-    found, activation = [], ACTIVATIONS[net.config.activation]
+    found, activation = [], PROVED[net.config.activation]
     for block, layer in zip(net.blocks, layers):
         attn, H, dh = block.attn, block.attn.n_head, block.attn.d_head
         *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)     # each (H, d_head, d)
@@ -477,7 +477,7 @@ def through_attention(at, g, n, delta, *beyond):
     return (gradient.norm(dim=-1) * delta[b]).sum(dim=1) + rest
 
 
-SIZE = Activation(torch.abs, slope=(-1, 1), curvature=0.0, kink=True)
+SIZE = Activation(torch.abs, slope=(-1, 1), kink=True)
 
 
 def slopes(activation, z, reach):
@@ -730,8 +730,7 @@ def report(model, ckpt, text, steps=100, last=False):
 
 def words(model, result):
     """The lines of a report."""
-    yield from norm_table(model)
-    yield f"embedding {result['embedding']:.4f}, logit_scale {model.config.logit_scale:g}\n"
+    yield from norm_lines(model)
     if result["alarms"] or result["refused"]:
         yield from result["alarms"] or [result["refused"]]
     else:
@@ -795,7 +794,8 @@ def main():
         if args.json:
             say(to_json(result))
         else:
-            say(f"{args.ckpt} at step {result['step']}, {result['method']}, w_max {result['w_max']:g}\n")
+            say(f"{args.ckpt} at step {result['step']}, {result['method']}, w_max {result['w_max']:g}, "
+                f"logit_scale {model.config.logit_scale:g}")
             for line in (*words(model, result), *filter(None, [without])):
                 say(line)
         if result["alarms"]:

@@ -106,7 +106,7 @@ def nanogpt(argv):
 
     gradients, train.gradients = train.gradients, clipped
     model.Block, model.GPT, train.GPT = NanoBlock, NanoGPT, NanoGPT
-    model.ACTIVATIONS["whole_gelu"] = model.Activation(F.gelu)
+    model.ACTIVATIONS["whole_gelu"] = F.gelu
     train.set_schedule, train.constrain = warmup_and_cosine, lambda *_: None
     sys.argv[1:] = argv
     train.main()
