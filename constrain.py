@@ -322,6 +322,7 @@ def proved_function(config, weights, x):
         if c.position_bias:
             scores = scores + W("attn.bias")[:, back.clamp_min(0)]
         p = scores.masked_fill(back < 0, -math.inf).softmax(dim=-1)
+        v = v * W("attn.gain")[:, None, None] if c.head_gain else v
         heads = (p @ v).transpose(0, 1).flatten(1)                              # (T, d)
         x = (1 - alpha) * x + alpha * c.attn_scale * heads @ W("attn.proj.weight").T
         h = x
@@ -448,9 +449,8 @@ def attention_norms(attn, softmax_scale):
     results/certificate.md, Attention; W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h.
     """
     H, dh = attn.n_head, attn.d_head
-    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)  # each (H, d_head, d); W_q and W_k unless c = 0
+    (*Wqk, Wv), Wo_h = head_weights(attn)
     Wo = exact(attn.proj.weight)                                           # (d, d)
-    Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                          # (H, d, d_head)
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
@@ -466,6 +466,16 @@ def attention_norms(attn, softmax_scale):
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
     A_QK = attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
     return attn.out_scale * A_V, A_QK.item()
+
+
+def head_weights(attn):
+    """([W_q, W_k, W_v] of all heads or, if scores are free of content, [W_v], each (H, d_head, d), W_o (H, d,
+    d_head)), exactly. W_v has the heads' gains in it.
+    """
+    H, d = attn.n_head, attn.n_head * attn.d_head
+    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, attn.d_head, d)
+    Wv = Wv if attn.gain is None else Wv * exact(attn.gain)[:, None, None]
+    return (*Wqk, Wv), exact(attn.proj.weight).view(d, H, attn.d_head).transpose(0, 1)
 
 
 def mlp_norms(block, activation):
@@ -542,7 +552,7 @@ def paper_bounds(model):
     lets softmax_scale multiply the value path as well. position_bias, which theirs lack, changes nothing.
     """
     config = model.config
-    ours = ("per_head", "attn_scale", "activation", "mlp_layers", "mlp_ratio", "ball")
+    ours = ("per_head", "head_gain", "attn_scale", "activation", "mlp_layers", "mlp_ratio", "ball")
     if not config.softmax_scale or any(getattr(config, name) != getattr(GPTConfig, name) for name in ours):
         return {"paper": None, "published": None}
     norms = lambda *layers: [Decimal(x) for W in layers for x in rms_norm(W.weight).view(-1).tolist()]

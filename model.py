@@ -74,6 +74,7 @@ class GPTConfig:
     # The paper's architecture has the values below; others are for small certificates (see the tight presets)
     position_bias: bool = option(False, "add to the scores a learned number for every head and distance")
     per_head: bool = option(False, "constrain W_q, W_k and W_v head by head: matrices (d_head, n_embd)")
+    head_gain: bool = option(False, "learn how much each head counts, of the same sum of squares")
     attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
     alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
                                  "1: no residual", 1e-9, 1)
@@ -127,6 +128,9 @@ class Attention(nn.Module):
     With per_head, a head's W_v (d_head, n_embd) of RMS->RMS norm 1 has singular values of 1/sqrt(n_head), so
     that all heads may read one subspace, and no number of them makes the value path's gain larger than 1. A
     W_v of norm 1 for all heads at once has to give each head a subspace of its own.
+
+    With head_gain a head's values are multiplied by a learned number, and train.py keeps the RMS of these at
+    1 or below: what tells more about the next token then moves the output by more, at no price in the bound.
     """
     def __init__(self, config, layer):
         super().__init__()
@@ -135,6 +139,7 @@ class Attention(nn.Module):
         parts, size = (config.n_head, self.d_head) if config.per_head else (1, config.n_embd)
         self.qkv = Linear(config.n_embd, size, stack=parts * (3 if self.scale else 1))
         self.proj = Linear(config.n_embd, config.n_embd, zero=config.alpha < 1)
+        self.gain = nn.Parameter(torch.ones(config.n_head)) if config.head_gain else None
         self.bias = None
         if config.position_bias:
             # without a residual, attention has to bring the token itself too
@@ -149,6 +154,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         *qk, v = self.qkv(x).view(B, T, -1, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
         v, bias = v.transpose(1, 2), None                                        # (B, n_head, T, d_head)
+        if self.gain is not None:
+            v = v * self.gain[:, None, None].to(v.dtype)
         if self.bias is not None:
             bias = F.pad(self.bias[:, :T].flip(1), (0, T - 1)).unfold(1, T, 1).flip(1).to(v.dtype)
         return [rotate(t, cos, sin).transpose(1, 2) for t in qk], v, bias

@@ -808,14 +808,14 @@ def random_net(seed, tight):
     H, L, c, options = rng.choice((1, 2, 4, 8)), rng.choice((1, 2, 3)), 2 ** rng.uniform(-2, 4), {}
     if tight:
         c = rng.choice((0, 0.1, c))
-        choices = dict(per_head=(False, True), attn_scale=(0.2, 1.0), alpha=(None, 0.7, 1.0),
-                       activation=tuple(constrain.PROVED), mlp_layers=(2, 3, 4), mlp_ratio=(1, 2),
-                       ball=(None, 0.3, 1.0), position_bias=(c == 0, True))
+        choices = dict(per_head=(False, True), head_gain=(False, True), attn_scale=(0.2, 1.0),
+                       alpha=(None, 0.7, 1.0), activation=tuple(constrain.PROVED), mlp_layers=(2, 3, 4),
+                       mlp_ratio=(1, 2), ball=(None, 0.3, 1.0), position_bias=(c == 0, True))
         options = {name: rng.choice(values) for name, values in choices.items()}
     d, logit_scale = H * rng.choice((2, 4)), rng.choice((0.5, 1.0, 4.0))
     net = gpt(H=H, d=d, L=L, c=c, logit_scale=logit_scale, T=8, **options)
-    for block in net.blocks if options.get("position_bias") else ():
-        block.attn.bias.data = 3 * torch.randn(block.attn.bias.shape)
+    for p in [p for name, p in net.named_parameters() if name.endswith(("bias", "gain"))]:
+        p.data = 3 * torch.randn(p.shape)
     net.wte.weight.data *= rng.choice((0.3, 1.0))
     for W in matrices(net).values():
         *stack, m, n = W.shape
@@ -873,7 +873,7 @@ def test_what_has_no_bound_has_no_certificate():
 
 # --- constrain.py: a certificate only for the network that it is about --------------------------------------
 
-HEADS = dict(position_bias=True, per_head=True, activation="maxmin")
+HEADS = dict(position_bias=True, per_head=True, head_gain=True, activation="maxmin")
 OPTIONS = {"paper": {}, "tight": dict(c=0.0, alpha=1.0, attn_scale=1.0, mlp_layers=4, mlp_ratio=1, **HEADS),
            "content": dict(L=2, c=0.2, ball=0.7, **HEADS),
            "relu": dict(L=3, c=3.0, activation="relu", mlp_layers=3, logit_scale=5.0, zero_head=True)}

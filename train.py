@@ -428,7 +428,7 @@ def param_groups(optimizers, key="lr"):
 
 @torch.no_grad()
 def constrain(model, optimizers, config, dtype):
-    """Constrain all matrices after a step, rows of the table to RMS norm <= 1, biases to MAX_BIAS."""
+    """Constrain all matrices after a step, table rows and head gains to RMS norm <= 1, biases to MAX_BIAS."""
     owner, update_norm = owners(model), OPTIMIZERS[config.optimizer].update_norm
     for group in param_groups(optimizers, "w_max"):
         weights, lr = [W for W in group["params"] if owner[W] == rank()], group["lr"]
@@ -442,6 +442,8 @@ def constrain(model, optimizers, config, dtype):
     for block in model.blocks:
         if block.attn.bias is not None:
             block.attn.bias.clamp_(-MAX_BIAS, MAX_BIAS)
+        if block.attn.gain is not None:
+            block.attn.gain.copy_(onto_ball(block.attn.gain, 1.0))
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from constrain import (PROVED, RADII, ROUNDING, Activation, body_bound, bound_lines, certificate, distances,
-                       embedding_norm, exact, exact_model, layer_norms, lead, log10, matrices, norm_lines,
-                       paper_bounds, refused, rms_norm, rows_apart, sigma)
+                       embedding_norm, exact, exact_model, head_weights, layer_norms, lead, log10, matrices,
+                       norm_lines, paper_bounds, refused, rms_norm, rows_apart, sigma)
 from model import later, load_checkpoint, onto_ball, rms, rotate, unit
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
@@ -213,10 +213,8 @@ def block_norms(net, layers):
     """
     found, activation = [], PROVED[net.config.activation]
     for block, layer in zip(net.blocks, layers):
-        attn, H, dh = block.attn, block.attn.n_head, block.attn.d_head
-        *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, dh, H * dh)     # each (H, d_head, d)
-        Wo = exact(attn.proj.weight)
-        Wo_h = Wo.view(H * dh, H, dh).transpose(0, 1)                 # (H, d, d_head)
+        (*Wqk, Wv), Wo_h = head_weights(block.attn)
+        Wo = exact(block.attn.proj.weight)
         OV = Wo_h @ Wv                                                # (H, d, d)
         norm = {"block": block, "layer": layer, "half": None, "Wo": Wo, "Wv": Wv,
                 "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
@@ -225,7 +223,7 @@ def block_norms(net, layers):
             norm |= {f"W{name}": W, f"sigma_{name}": sigma(W),
                      f"root_{name}": torch.linalg.qr(W.mT, mode="r").R}
         if not block.mlp.mid:
-            A, f = (1 - block.alpha) * torch.eye(H * dh, dtype=torch.float64), activation
+            A, f = (1 - block.alpha) * torch.eye(len(Wo), dtype=torch.float64), activation
             U, V = block.alpha * exact(block.mlp.proj.weight), exact(block.mlp.fc.weight)
             if activation.sorts_pairs:  # (z_1 + z_2) / 2 +- |z_1 - z_2| / 2
                 (U1, U2), (V1, V2), f = U.chunk(2, dim=1), V.chunk(2), SIZE

@@ -369,6 +369,12 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
         ROBUST | {"radius": 0.2, "logit_scale": 8.0},
         ROBUST_CONTENT | {"max_steps": TIGHT_STEPS}, ROBUST_CONTENT | {"max_steps": 1600})]
 
+# The same with a learned factor for each head
+GAIN = {"head_gain": True}
+GAIN_RUNS = [GAIN | options | {"seed": seed} for seed in (0, 1, 2) for options in (
+    ROBUST | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600},
+    LEVELS[0] | {"max_steps": TIGHT_STEPS}, ROBUST | {"radius": 0.2, "logit_scale": 8.0})]
+
 # With content, trained on embeddings that an attack has moved, which brings radii at the text. One layer has
 # the larger ones, two have more accuracy
 HARDENED = ({"adversarial": 0.01}, {"adversarial": 0.02, "n_layer": 1})
@@ -477,6 +483,7 @@ PARTS = {
     "radius": Part(lambda: RADIUS_RUNS, records="tight", measured=("scores", ),
                    common={"preset": "tight", "eval_tokens": 2 ** 15 + 1}),
     "robust": Part(lambda: ROBUST_RUNS, **TIGHT, **FULL),
+    "gain": Part(lambda: GAIN_RUNS, **TIGHT, **FULL),
     "attacked": Part(lambda: HARDENED_RUNS, records="tight", measured=("attack", "radii", "local"),
                     common={"eval_tokens": 2 ** 15 + 1, "compile": False}),
     "ablation": Part(lambda: [options for _, _, options in ABLATIONS], **TIGHT),
