@@ -59,6 +59,7 @@ class Config(GPTConfig):
     position_bias: bool = option(True, "add to the scores a learned number for every head and distance")
     # constraint
     method: str = option("soft_cap", "the weight constraint", choices=METHODS)
+    head_method: str | None = option(None, "the output matrix's constraint [method]", choices=METHODS)
     w_max: float = option(6.0, "largest RMS->RMS norm of a matrix", 1e-9, 1e9)
     w_max_mlp: float | None = option(None, "w_max of the MLPs, whose lr scales as it does", 1e-9, 1e9)
     # optimizer
@@ -141,12 +142,13 @@ def configure(given, ckpt=None):
         config.lr = config.lr or OPTIMIZERS[config.optimizer].lr
         if config.tangent and (config.optimizer != "muon" or config.method not in TANGENTS):
             raise ValueError(f"tangent=True is for muon and {' or '.join(TANGENTS)}")
-        lr = config.lr * max(1, config.head_lr)
-        if not lr * config.weight_decay < (most := 2 if config.method == "spectral_weight_decay" else 1):
+        lr, methods = config.lr * max(1, config.head_lr), {config.method, config.head_method or config.method}
+        if not lr * config.weight_decay < (most := 2 if methods == {"spectral_weight_decay"} else 1):
             raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must be "
                              f"below {most}, or a step turns weights round")
         step = Step(config.w_max, lr, lr * config.weight_decay, lr * OPTIMIZERS[config.optimizer].update_norm)
-        METHODS[config.method](torch.zeros(1, 1), step)
+        for method in methods:
+            METHODS[method](torch.zeros(1, 1), step)
     except ValueError as e:
         raise UserError(f"--{e}" if "=" in str(e).partition(" ")[0] else e)
     if resume and ckpt["step"] > config.max_steps:
@@ -348,23 +350,24 @@ def new_model(config, data, device, first=None):
         except RuntimeError as e:
             raise UserError(f"the weights of {config.init_from} have another shape than the options ask for "
                             f"({str(e).splitlines()[1].strip()})")
-    if HOLDS[config.method] != "never":
-        for group in matrix_groups(model, config):
-            for W in group["params"]:
-                W.data = svd_cap(W.data, Step(group["w_max"]))
+    for group in matrix_groups(model, config):
+        for W in group["params"] if HOLDS[group["method"]] != "never" else ():
+            W.data = svd_cap(W.data, Step(group["w_max"]))
     return model
 
 
 def matrix_groups(model, config):
-    """Parameter groups of all matrices of one cap and learning rate, which in MLPs scales as the cap does."""
+    """Parameter groups of matrices of one constraint, cap and learning rate, which in MLPs is as the cap."""
     groups = {}
     for name, W in matrices(model).items():
         cap = (config.w_max_mlp or config.w_max) / config.w_max if ".mlp." in name else 1.0
         rate = config.head_lr if name == "head" else 1.0
-        decay = config.weight_decay / cap
-        group = dict(params=[], w_max=config.w_max * cap, lr_scale=cap * rate, decay=decay,
-                     weight_decay=0.0 if config.method == "spectral_weight_decay" else decay)
-        groups.setdefault((cap, rate), group)["params"].append(W)
+        method, decay = config.head_method if name == "head" else None, config.weight_decay / cap
+        method = method or config.method
+        group = dict(params=[], method=method, w_max=config.w_max * cap, lr_scale=cap * rate, decay=decay,
+                     weight_decay=0.0 if method == "spectral_weight_decay" else decay,
+                     tangent=method if config.tangent and method in TANGENTS else None)
+        groups.setdefault((cap, rate, method), group)["params"].append(W)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -396,8 +399,7 @@ def optimizer(lr, update_norm=math.inf):
 @optimizer(lr=0.1, update_norm=UPDATE_NORM)
 def muon(groups, table, config, dtype, mine):
     """Muon on the matrices, and on the table too or, with --embedding=adam, Adam."""
-    options = dict(lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, dtype=dtype, mine=mine,
-                   tangent=config.method if config.tangent else None)
+    options = dict(lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, dtype=dtype, mine=mine)
     if config.embedding == "adam":
         return [Muon(groups, **options),
                 torch.optim.Adam([table], lr=config.lr, betas=(0.8, 0.95), eps=1e-10)]
@@ -433,7 +435,7 @@ def constrain(model, optimizers, config, dtype):
     for group in param_groups(optimizers, "w_max"):
         weights, lr = [W for W in group["params"] if owner[W] == rank()], group["lr"]
         step = Step(group["w_max"], lr, lr * group["decay"], lr * update_norm, dtype)
-        for W, new in zip(weights, map_by_shape(partial(METHODS[config.method], step=step), weights)):
+        for W, new in zip(weights, map_by_shape(partial(METHODS[group["method"]], step=step), weights)):
             W.copy_(new)
     if dist.is_initialized():
         for W in owner:
@@ -573,8 +575,8 @@ class Run:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             learned = {i: states[self.names[p]] for i, p in enumerate(params) if self.names[p] in states}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
-        if holds_w_max(self.config.method, OPTIMIZERS[self.config.optimizer].update_norm):
-            for group in param_groups(self.optimizers, "w_max"):
+        for group in param_groups(self.optimizers, "w_max"):
+            if holds_w_max(group["method"], OPTIMIZERS[self.config.optimizer].update_norm):
                 for W in group["params"]:
                     W.data = project(W.data, group["w_max"])
         torch.set_rng_state(ckpt["rng"])

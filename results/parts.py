@@ -369,12 +369,12 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
         ROBUST | {"radius": 0.2, "logit_scale": 8.0},
         ROBUST_CONTENT | {"max_steps": TIGHT_STEPS}, ROBUST_CONTENT | {"max_steps": 1600})]
 
-# The same with a learned factor for each head
+# The same with a learned factor for each head, and with an output matrix that is only capped
 GAIN = {"head_gain": True}
-GAIN_RUNS = [GAIN | options | {"seed": seed} for seed in (0, 1, 2) for options in (
-    ROBUST | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600},
-    ROBUST | {"radius": 0.03, "logit_scale": 8.0}, ROBUST | {"radius": 0.2, "logit_scale": 8.0})]
-GAIN_RUNS += [GAIN | level | {"max_steps": TIGHT_STEPS, "seed": 0} for level in LEVELS[:2]]
+CAPPED = ROBUST | GAIN | {"head_method": "hard_cap", "logit_scale": 8.0}
+GAIN_RUNS = [GAIN | ROBUST | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600, "seed": 0},
+             GAIN | LEVELS[0] | {"max_steps": TIGHT_STEPS, "seed": 0}]
+GAIN_RUNS += [CAPPED | {"radius": r, "seed": seed} for seed in (0, 1, 2) for r in (0.1, 0.03, 0.015)]
 
 # With content, trained on embeddings that an attack has moved, which brings radii at the text. One layer has
 # the larger ones, two have more accuracy
