@@ -1742,14 +1742,16 @@ def test_init_from(data, monkeypatch):
 
 def test_constraints_hold_during_training(data):
     """After every step of every method that promises it, |W| <= w_max (1 + 1e-3); and all of them learn."""
-    rates, both = (("muon", 0.3), ("adamw", 0.02)), ((0.5, None), (2.0, 1.0), (0.5, 1.5))
-    for (optimizer, lr), method, (w_max, w_max_mlp) in itertools.product(rates, METHODS, both):
-        config = train.configure(TINY | dict(optimizer=optimizer, method=method, w_max=w_max,
-                                             w_max_mlp=w_max_mlp, lr=lr, weight_decay=0.1))
+    rates = ("muon", 0.3), ("adamw", 0.02)
+    caps = (0.5, None, None), (2.0, 1.0, None), (0.5, 1.5, "hard_cap")
+    for (optimizer, lr), method, (w_max, w_max_mlp, head) in itertools.product(rates, METHODS, caps):
+        config = train.configure(TINY | dict(optimizer=optimizer, method=method, w_max=w_max, lr=lr,
+                                             w_max_mlp=w_max_mlp, head_method=head, head_gain=True,
+                                             weight_decay=0.1))
         torch.manual_seed(0)
         batches = train.Text(config, "cpu")
         net = train.new_model(config, batches, "cpu")  # whose norms are within the caps
-        net.blocks[0].attn.bias.data[0, 0] = 100.0
+        net.blocks[0].attn.bias.data[0, 0] = net.blocks[0].attn.gain.data[0] = 100.0
         optimizers, largest, losses = train.make_optimizers(net, config, torch.float32), 0, []
         for step in range(15):
             train.set_schedule(optimizers, 0, config)
@@ -1763,6 +1765,8 @@ def test_constraints_hold_during_training(data):
             largest = max(largest, largest_over_cap(net, config))
             assert net.wte.weight.square().mean(dim=1).max() <= 1 + 1e-5
             assert net.blocks[0].attn.bias.abs().max() <= model.MAX_BIAS
+            assert net.blocks[0].attn.gain.square().mean() <= 1 + 1e-5
+            assert head is None or rms_norm(net.head.weight) <= w_max * (1 + 1e-3)
         assert losses[-1] < losses[0], (optimizer, method, w_max)
         if holds(vars(config)):
             assert largest <= 1 + 1e-3, (optimizer, method, w_max, w_max_mlp, largest)

@@ -372,9 +372,12 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
 # The same with a learned factor for each head, and with an output matrix that is only capped
 GAIN = {"head_gain": True}
 CAPPED = ROBUST | GAIN | {"head_method": "hard_cap", "logit_scale": 8.0}
-GAIN_RUNS = [GAIN | ROBUST | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600, "seed": 0},
-             GAIN | LEVELS[0] | {"max_steps": TIGHT_STEPS, "seed": 0}]
-GAIN_RUNS += [CAPPED | {"radius": r, "seed": seed} for seed in (0, 1, 2) for r in (0.1, 0.03, 0.015)]
+GAIN_RUNS = [ROBUST | GAIN | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600, "seed": 0},
+             LEVELS[0] | GAIN | {"max_steps": TIGHT_STEPS, "seed": 0},
+             *(CAPPED | {"radius": r, "seed": 0} for r in (0.1, 0.03))]
+GAIN_RUNS += [options | {"seed": seed} for seed in (0, 1, 2) for options in (
+    CAPPED | {"radius": 0.04, "lr": 0.05}, ROBUST | GAIN | {"radius": 0.03, "logit_scale": 8.0},
+    CAPPED | {"radius": 0.1, "lr": 0.05}, CAPPED | {"radius": 0.015, "lr": 0.05})]
 
 # With content, trained on embeddings that an attack has moved, which brings radii at the text. One layer has
 # the larger ones, two have more accuracy
