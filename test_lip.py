@@ -26,11 +26,12 @@ import time
 import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks here are too small for more
 
@@ -1230,6 +1231,21 @@ def test_distances_of_near_rows_are_never_too_small():
     moved.sum().backward()
     assert W.grad.isfinite().all()
     assert not (constrain.lead(torch.full((1, 3), math.nan), torch.tensor([0])) > 0).any()
+
+
+@pytest.mark.parametrize("reach, q", ((0.0, 0.5), (0.2, 0.0), (0.2, 1.0)))
+def test_the_loss_is_of_the_worst_case_and_generalized(reach, q):
+    torch.manual_seed(0)
+    net, (x, y) = gpt(L=2), torch.randint(11, (2, 4, 12))
+    config = SimpleNamespace(accumulate=2, adversarial=0.0)
+    loss, _ = train.gradients(net, net, x, y, reach, q, config, nullcontext(), [])
+    found = [p.grad.clone() for p in net.parameters()]
+    z = constrain.worst_case(net(x)[0].flatten(0, 1), y.flatten(), net.head.weight, reach)
+    p = z.softmax(dim=-1)[range(48), y.flatten()]
+    expected = ((1 - p ** q) / q if q else -p.log()).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(found, torch.autograd.grad(expected, list(net.parameters()))):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_training_for_a_radius(data):

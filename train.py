@@ -71,6 +71,7 @@ class Config(GPTConfig):
     embedding: str = option("dual", "of the table, with muon: see optim.dual_rows", choices=("dual", "adam"))
     embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
     radius: float = option(0.0, "train for the worst change of this RMS norm, see worst_case", 0, 1e9)
+    gce: float = option(0.0, "to what q of the loss (1 - p^q) / q rises, p the label's probability", 0, 1)
     adversarial: float = option(0.0, "train on embeddings that an attack has moved by this RMS norm", 0, 1e9)
     weight_decay: float = option(0.0, "decay of W, or its largest sigma, by lr * weight_decay", 0, 1e30)
     momentum: float = option(0.9, "Muon's, or AdamW's beta1", 0, 0.999999)
@@ -201,7 +202,8 @@ def train(given):
                 tick = time.perf_counter()
                 lr = set_schedule(optimizers, run.step, config)
                 x, y = data.batch(run.step)                                  # (B, T) each
-                loss, stopping = gradients(net, model, x, y, run.worst_reach(), config, amp, asked_to_stop)
+                q, reach = config.gce * (run.step + 1) / config.max_steps, run.worst_reach()
+                loss, stopping = gradients(net, model, x, y, reach, q, config, amp, asked_to_stop)
                 run.check("loss", loss, lr)
                 seen = watch(model) if (run.step + 1) % config.log_interval == 0 else None
                 for optimizer in optimizers:
@@ -236,21 +238,25 @@ def train(given):
                 say(sample(model.eval(), data.tokenizer).strip())
 
 
-def gradients(net, model, x, y, reach, config, amp, asked_to_stop):
+def gradients(net, model, x, y, reach, q, config, amp, asked_to_stop):
     """The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss
     and whether any process has been asked to stop. `net` is the model or, of several processes, one that
     sends gradients round with the last part's backward pass. With a reach the loss is that of the worst case.
+    Cross entropy, q = 0, fears most what cannot be predicted. Its generalization (Zhang and Sabuncu, arXiv
+    1805.07836) is bounded by 1 / q and gives that up for a larger radius of the rest; from the first step on
+    it would give up labels that can be learned.
     """
     state, parts = torch.zeros(2, dtype=torch.float64), config.accumulate
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
         with net.no_sync() if world() > 1 and i < parts - 1 else nullcontext():
             with amp:
                 shift = attack(model, x_part, y_part, config.adversarial) if config.adversarial else None
-                logits, loss = net(x_part, None if reach else y_part, shift)
-            if reach:
-                labels = y_part.flatten()
-                worst = worst_case(logits.flatten(0, 1), labels, model.head.weight, reach)
-                loss = F.cross_entropy(worst, labels)
+                logits, loss = net(x_part, None if reach or q else y_part, shift)
+            if reach or q:
+                labels, z = y_part.flatten(), logits.flatten(0, 1).float()
+                z = worst_case(z, labels, model.head.weight, reach) if reach else z
+                loss = F.cross_entropy(z, labels, reduction="none" if q else "mean")
+                loss = (-torch.expm1(-q * loss) / q).mean() if q else loss
             loss = loss / parts
             loss.backward()
         state[0] += loss.item() / world()
