@@ -362,6 +362,7 @@ RADIUS_RUNS = [{"max_steps": TIGHT_STEPS, "lr": 0.025, "radius": radius, "logit_
 
 # The best of those, with six layers in the MLP; and with content, one layer: a second is ten times the bound
 ROBUST = {"max_steps": TIGHT_STEPS, "lr": 0.025, "mlp_layers": 6}
+FOR_RADIUS = {"preset": "tight", "mlp_layers": 6, "radius": 0.06, "logit_scale": 3.5}
 ROBUST_CONTENT = CONTENT | {"n_layer": 1, "softmax_scale": 0.1, "w_max": 3.2, "radius": 0.001}
 ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
     options | {"seed": seed} for seed in (0, 1, 2) for options in (
@@ -370,13 +371,12 @@ ROBUST_RUNS = [ROBUST | {"radius": 0.06, "logit_scale": 4.0, "seed": 0}] + [
         ROBUST_CONTENT | {"max_steps": TIGHT_STEPS}, ROBUST_CONTENT | {"max_steps": 1600})]
 
 # The same with a learned factor for each head, and with an output matrix that is only capped
-GAIN = {"head_gain": True}
-CAPPED = ROBUST | GAIN | {"head_method": "hard_cap", "logit_scale": 8.0}
-GAIN_RUNS = [ROBUST | GAIN | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600, "seed": 0},
-             LEVELS[0] | GAIN | {"max_steps": TIGHT_STEPS, "seed": 0},
-             *(CAPPED | {"radius": r, "seed": 0} for r in (0.1, 0.03))]
-GAIN_RUNS += [CAPPED | {"radius": 0.04, "lr": 0.05, "seed": 0},
-              ROBUST | GAIN | {"radius": 0.03, "logit_scale": 8.0, "seed": 0}]
+WEIGHED = {"head_gain": True}
+CAPPED = ROBUST | WEIGHED | {"head_method": "hard_cap", "logit_scale": 8.0}
+WEIGHED_RUNS = [options | {"seed": 0} for options in (
+    ROBUST | WEIGHED | {"radius": 0.06, "logit_scale": 3.5, "max_steps": 1600},
+    LEVELS[0] | WEIGHED | {"max_steps": TIGHT_STEPS}, CAPPED | {"radius": 0.1}, CAPPED | {"radius": 0.03},
+    CAPPED | {"radius": 0.04, "lr": 0.05}, ROBUST | WEIGHED | {"radius": 0.03, "logit_scale": 8.0})]
 
 # And by generalized cross entropy, which gives up what cannot be predicted
 GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": r, "seed": seed} for seed in (0, 1, 2)
@@ -422,7 +422,7 @@ ABLATIONS = [("the paper's architecture", {}, CHANGES[0]),  # (from what, what c
 
 BOOKS_RUNS = [{"max_steps": steps, **options} for steps in (2560, 10_240) for options in (
     *({"position_bias": False} | change for change in ({"method": "none"}, {}, {"w_max": 2.0})),
-    {"preset": "tight"}, {"preset": "tight-radius"}, CONTENT)]
+    {"preset": "tight"}, FOR_RADIUS, CONTENT)]
 BOOKS_RUNS += [run | {"seed": seed} for run in BOOKS_RUNS for seed in (1, 2)  # those not only for comparison
                if run["max_steps"] == 10_240 and not {"method", "w_max"} & set(run)]
 
@@ -490,7 +490,7 @@ PARTS = {
     "radius": Part(lambda: RADIUS_RUNS, records="tight", measured=("scores", ),
                    common={"preset": "tight", "eval_tokens": 2 ** 15 + 1}),
     "robust": Part(lambda: ROBUST_RUNS, **TIGHT, **FULL),
-    "gain": Part(lambda: GAIN_RUNS, **TIGHT, **FULL),
+    "weighed": Part(lambda: WEIGHED_RUNS, **TIGHT, **FULL),
     "gce": Part(lambda: GCE_RUNS, **TIGHT, **FULL),
     "attacked": Part(lambda: HARDENED_RUNS, records="tight", measured=("attack", "radii", "local"),
                     common={"eval_tokens": 2 ** 15 + 1, "compile": False}),

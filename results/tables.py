@@ -87,6 +87,7 @@ def book_name(run):
     if preset.startswith("fineweb"):
         return f"paper's, w_max {preset[9:]}"
     bound = f" at a bound of {options['logit_scale']:g}" if "logit_scale" in options else ""
+    bound = f", radius {options['radius']:g}" if "radius" in options else bound
     return preset + bound if preset else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
 
@@ -399,7 +400,7 @@ def tight_tables(runs):
     yield "tight, trained for a radius", numbered(presets + robust, (
         "accuracy", RADIUS, "an attack leaves", "certified of 2,048", "certified"),
         ("options", "steps", "loss"))
-    yield "tight, a capped output matrix", numbered(by_bound(trained(runs["gain"] + runs["gce"])), (
+    yield "tight, a capped output matrix", numbered(by_bound(trained(runs["weighed"] + runs["gce"])), (
         "accuracy", RADIUS, "an attack leaves", "certified of 2,048", "loss"), ("options", "steps"))
     yield "tight, scores of distance", table(each(runs["max_bias"]), "within", "accuracy", RADIUS, "loss",
                                              "in training", "worst-case loss")
