@@ -379,15 +379,14 @@ WEIGHED_RUNS = [options | {"seed": 0} for options in (
     CAPPED | {"radius": 0.04, "lr": 0.05}, ROBUST | WEIGHED | {"radius": 0.03, "logit_scale": 8.0})]
 
 # And by generalized cross entropy, which gives up what cannot be predicted
-GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": radius, "seed": seed} for radius, seed in (
-    (0.015, 0), (0.06, 0), (0.015, 1), (0.015, 2), (0.06, 1), (0.06, 2))]
+GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": radius, "seed": seed}
+            for radius, seed in ((0.015, 0), (0.06, 0), (0.015, 1), (0.015, 2))]
 
 # With content, trained on embeddings that an attack has moved, which brings radii at the text. One layer has
 # the larger ones, two have more accuracy
 HARDENED = ({"adversarial": 0.01}, {"adversarial": 0.02, "n_layer": 1})
 HARDENED_RUNS = [CONTENT | {"max_steps": TIGHT_STEPS, "seed": 0}] + [
     CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed} for seed in (0, 1) for change in HARDENED]
-HARDENED_RUNS += [CONTENT | {"adversarial": 0.02, "gce": 0.7, "max_steps": TIGHT_STEPS, "seed": 0}]
 
 # From the paper's architecture to the preset, one change after the other
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False,

@@ -179,7 +179,7 @@ def draw_certified(ax, run, leftmost, line, attacked, **look):
 def radius(runs, plt):
     """Certified accuracy against the radius, linear and log: the headline's models and the presets'."""
     figure, axes = panels(plt, 1, 2, (11, 4.5), sharey=True)
-    robust = [seeds for seeds in by_bound(runs["robust"] + runs["gce"]) if len(seeds) > 1]
+    robust = [seeds for seeds in by_bound(runs["robust"]) if len(seeds) > 1] + by_bound(runs["gce"])
     for name, lists, colors, line in (("paper's architecture", papers(runs), "Blues_r", "-"),
                                       ("presets", by_bound(runs["tight"]), "Oranges_r", "--"),
                                       ("trained for a radius; ×: attacked", robust, "Greens_r", "-.")):
