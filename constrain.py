@@ -448,7 +448,7 @@ def attention_norms(attn, softmax_scale):
     its derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Formulas and proof:
     results/certificate.md, Attention; W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h.
     """
-    H, dh = attn.n_head, attn.d_head
+    H = attn.n_head
     (*Wqk, Wv), Wo_h = head_weights(attn)
     Wo = exact(attn.proj.weight)                                           # (d, d)
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
