@@ -363,7 +363,7 @@ def refused(model):
         embeddings = weights.pop("wte.weight")[ids[0]], *x
         expected = torch.stack([proved_function(c, unused := dict(weights), at) for at in embeddings])
         off = ((found - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))).max().item()
-        if not unused and off < 1e-6:
+        if not unused and off < 1e-6:  # so NaN is refused too
             return None
         why = f"{min(unused)} is not used there" if unused else f"logits differ by {off:.1g} of the largest"
     except Exception as e:  # an edit may break the comparison anywhere
@@ -449,8 +449,7 @@ def attention_norms(attn, softmax_scale):
     results/certificate.md, Attention; W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h.
     """
     H = attn.n_head
-    (*Wqk, Wv), Wo_h = head_weights(attn)
-    Wo = exact(attn.proj.weight)                                           # (d, d)
+    (*Wqk, Wv), Wo, Wo_h = head_weights(attn)
     beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
@@ -469,13 +468,14 @@ def attention_norms(attn, softmax_scale):
 
 
 def head_weights(attn):
-    """([W_q, W_k, W_v] of all heads or, if scores are free of content, [W_v], each (H, d_head, d), W_o (H, d,
-    d_head)), exactly. W_v has the heads' gains in it.
+    """([W_q, W_k, W_v] or, if scores are free of content, [W_v], of all heads: each (H, d_head, d); W_o (d,
+    d); W_o by heads, (H, d, d_head)), exactly. W_v has the heads' gains in it.
     """
     H, d = attn.n_head, attn.n_head * attn.d_head
     *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, attn.d_head, d)
     Wv = Wv if attn.gain is None else Wv * exact(attn.gain)[:, None, None]
-    return (*Wqk, Wv), exact(attn.proj.weight).view(d, H, attn.d_head).transpose(0, 1)
+    Wo = exact(attn.proj.weight)
+    return (*Wqk, Wv), Wo, Wo.view(d, H, attn.d_head).transpose(0, 1)
 
 
 def mlp_norms(block, activation):

@@ -2657,7 +2657,9 @@ def test_without_a_compiler(data, kind):
 
 
 def test_adding_what_the_readme_shows_leaves_everything_working(data):
-    """All Python under "Change one thing", in a copy: trains, is in --help, benchmarked and tested."""
+    """All Python under "Change one thing", and a `watch`, in a copy: trains, is in --help, benchmarked,
+    tested, logged.
+    """
     part = re.search(r"(?s)\n## Change one thing\n(.*?)\n## ", (HERE / "README.md").read_text())[1]
     for path in HERE.glob("*.py"):
         shutil.copy(path, data)
@@ -2665,7 +2667,8 @@ def test_adding_what_the_readme_shows_leaves_everything_working(data):
     names = lambda kind: re.findall(rf"@{kind}[^\n]*\ndef (\w+)", part)
     constraints, optimizers = names("constraint"), names("optimizer")
     assert constraints and optimizers
-    for block in re.findall(r"(?s)```python\n(.*?)```", part):
+    watch = "def watch(model):\n    return {'rows': len(model.wte.weight)}\n"
+    for block in (*re.findall(r"(?s)```python\n(.*?)```", part), watch):
         path = Path("constrain.py" if "@c" in block else "train.py")
         path.write_text(path.read_text().replace("\ndef main():", f"\n{block}\n\ndef main():"))
 
@@ -2684,7 +2687,8 @@ def test_adding_what_the_readme_shows_leaves_everything_working(data):
     few = flags(method="hard_cap", max_steps=2, eval_interval=2, log_interval=1, w_max=0.5)
     for change in changes:
         run("train.py", *few, change)
-        assert len(log_lines(key="grad_norm")) == 2
+        logged, plain = log_lines(key="lr"), {"step", "loss", "lr"}
+        assert len(logged) == 2 and all({*line} > plain and "grad_norm" not in line for line in logged)
     assert log_lines()[0]["norm_over_cap"] <= 1.001  # of the last, an optimizer under hard_cap
     run("-m", "pytest", "-qx", "--assert=plain", "test_lip.py", "-k",
         "methods_keep or hold_during_training")

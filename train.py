@@ -253,8 +253,8 @@ def gradients(net, model, x, y, reach, q, config, amp, asked_to_stop):
                 shift = attack(model, x_part, y_part, config.adversarial) if config.adversarial else None
                 logits, loss = net(x_part, None if reach or q else y_part, shift)
             if reach or q:
-                labels, z = y_part.flatten(), logits.flatten(0, 1).float()
-                z = worst_case(z, labels, model.head.weight, reach) if reach else z
+                labels, z = y_part.flatten(), logits.flatten(0, 1)
+                z = worst_case(z, labels, model.head.weight, reach) if reach else z.float()
                 loss = F.cross_entropy(z, labels, reduction="none" if q else "mean")
                 loss = (-torch.expm1(-q * loss) / q).mean() if q else loss
             loss = loss / parts
@@ -368,8 +368,7 @@ def matrix_groups(model, config):
     for name, W in matrices(model).items():
         cap = (config.w_max_mlp or config.w_max) / config.w_max if ".mlp." in name else 1.0
         rate = config.head_lr if name == "head" else 1.0
-        method, decay = config.head_method if name == "head" else None, config.weight_decay / cap
-        method = method or config.method
+        method, decay = name == "head" and config.head_method or config.method, config.weight_decay / cap
         group = dict(params=[], method=method, w_max=config.w_max * cap, lr_scale=cap * rate, decay=decay,
                      weight_decay=0.0 if method == "spectral_weight_decay" else decay,
                      tangent=method if config.tangent and method in TANGENTS else None)

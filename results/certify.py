@@ -213,8 +213,7 @@ def block_norms(net, layers):
     """
     found, activation = [], PROVED[net.config.activation]
     for block, layer in zip(net.blocks, layers):
-        (*Wqk, Wv), Wo_h = head_weights(block.attn)
-        Wo = exact(block.attn.proj.weight)
+        (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn)
         OV = Wo_h @ Wv                                                # (H, d, d)
         norm = {"block": block, "layer": layer, "half": None, "Wo": Wo, "Wv": Wv,
                 "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),

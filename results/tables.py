@@ -86,9 +86,10 @@ def book_name(run):
         return "paper's, no constraint"
     if preset.startswith("fineweb"):
         return f"paper's, w_max {preset[9:]}"
-    bound = f" at a bound of {options['logit_scale']:g}" if "logit_scale" in options else ""
-    bound = f", radius {options['radius']:g}" if "radius" in options else bound
-    return preset + bound if preset else f"paper's, soft cap at {options.get('w_max', 6):g}"
+    detail = f" at a bound of {options['logit_scale']:g}" if "logit_scale" in options else ""
+    if "radius" in options:
+        detail = f", radius {options['radius']:g}"
+    return preset + detail if preset else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
 
 def power(log10_x):
