@@ -380,7 +380,7 @@ WEIGHED_RUNS = [options | {"seed": 0} for options in (
 
 # And by generalized cross entropy, which gives up what cannot be predicted
 GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": radius, "seed": seed}
-            for radius, seed in ((0.015, 0), (0.06, 0), (0.015, 1), (0.015, 2))]
+            for radius in (0.015, 0.06) for seed in (0, 1, 2)]
 
 # With content, trained on embeddings that an attack has moved, which brings radii at the text. One layer has
 # the larger ones, two have more accuracy
