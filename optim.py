@@ -143,25 +143,29 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     return y.norm(dim=-2, keepdim=True) * scale, u, v
 
 
-def sphere_tangent(M, W, polar, steps=14):
+def sphere_tangent(M, W, polar, steps=8):
     """polar(M + x u v^T) with the x for which u^T update v = 0, u and v the largest singular pair of W, so
-    that |W| stays as it is (Xie et al., arXiv 2601.08393). u^T update v grows with x and has the sign of x
-    from |x| = 2 |M|_nuclear on, so that bisection finds it; here over log|x|, as it is mostly small.
+    that |W| stays as it is (Xie et al., arXiv 2601.08393). With c = u^T update v, f = c / sqrt(1 - c^2) grows
+    with x, in a single row as x + u^T M v over the rest's size. Regula falsi, Illinois' rule: what one end
+    has kept for two steps counts half.
     """
     _, u, v = top_singular(W)
     uv, rank = u @ v.mT, min(M.shape[-2:])
     M = math.sqrt(rank) * of_size_1(M)  # singular values of the order of 1
-    high = torch.full_like(M[..., :1, :1], math.asinh(2 * rank))
-    low = -high
+    high = f_high = torch.full_like(M[..., :1, :1], 2 * rank)  # from |x| = 2 |M|_nuclear on f has x's sign
+    low, f_low, last = -high, -high, torch.zeros_like(high)
     for _ in range(steps):
-        middle = (low + high) / 2
-        update = polar(M + middle.sinh() * uv)
-        above = (update * uv).sum(dim=(-2, -1), keepdim=True) > 0
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        x = (low * f_high - high * f_low) / (f_high - f_low)
+        update = polar(M + x * uv)
+        c = (update * uv).sum(dim=(-2, -1), keepdim=True)
+        f, above = c / (1 - c.square()).clamp_min(1e-3).sqrt(), c > 0
+        f_low = torch.where(above, torch.where(last > 0, f_low / 2, f_low), f)
+        f_high = torch.where(above, f, torch.where(last < 0, f_high / 2, f_high))
+        low, high, last = torch.where(above, low, x), torch.where(above, x, high), f
     return update
 
 
-def stiefel_tangent(M, W, polar, steps=16):
+def stiefel_tangent(M, W, polar, steps=10):
     """polar(M - X L) for X = W / |W| with orthonormal columns (rows if m < n) and the symmetric L for which
     X^T update is skew, so that all singular values stay as they are (Bernstein 2025, Modular manifolds,
     thinkingmachines.ai). L maximizes -|M - X L|_nuclear, a concave function whose gradient is the symmetric
@@ -173,7 +177,7 @@ def stiefel_tangent(M, W, polar, steps=16):
     X, M = (math.sqrt(M.shape[-1]) * of_size_1(A) for A in (W, M))
     L = symmetric(X.mT @ M)
     for i in range(steps if M.shape[-2] > M.shape[-1] else 0):
-        L = L + 0.5 * (1 - i / steps) * symmetric(X.mT @ polar(M - X @ L))
+        L = L + 0.2 * (1 - i / steps) * symmetric(X.mT @ polar(M - X @ L))
     return polar(M - X @ L)
 
 

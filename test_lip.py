@@ -615,7 +615,7 @@ def test_tangent_steps(shape, dtype):
 
         update = optim.stiefel_tangent(1e3 * M, 7 * X, polar)
         best = optim.stiefel_tangent(M.to(exact), X.to(exact), polar_of, steps=400).float()
-        assert off(update) < 0.1 * off(polar(M)) and off(best) < 0.05 * off(polar(M))
+        assert off(update) < 0.15 * off(polar(M)) and off(best) < 0.05 * off(polar(M))
         assert torch.all((M * update).sum(dim=(-2, -1)) > 0.97 * (M * best).sum(dim=(-2, -1)))
 
         update = optim.relative_size(1e3 * M, W, polar)
