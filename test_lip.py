@@ -1,8 +1,7 @@
-"""python -m pytest -q test_lip.py
+"""python -m pytest -q test_lip.py    # and results/test_results.py, of the scripts there
 
 No network and no files from elsewhere: texts, wheels and servers are made here.
 """
-import argparse
 import builtins
 import copy
 import dataclasses
@@ -19,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -54,14 +52,8 @@ from prepare import UserError
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "results"))
-import bench
 import certify
-import cifar
-import gpu
-import measure
 import parts
-import plot
-import sweep
 from results import rebuild
 
 
@@ -978,39 +970,7 @@ def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):
         assert '"log10_certified":null' in printed.replace(" ", "") or "certified" not in printed
 
 
-# --- results/certify.py -------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, torch.enable_grad))
-def test_attacks_find_what_they_should_whatever_torch_is_told_of_gradients(mode):
-    """Of changes of almost 0 none alters a prediction; where every embedding can become every other, all."""
-    torch.manual_seed(0)
-    W, X = torch.randn(7, 12, dtype=torch.float64), torch.randn(2, 3, 12).double()
-    net, tokens = random_weights(gpt(H=2, d=8, logit_scale=6.0), 0.8), torch.randint(11, (60, ))
-    right, z = certify.margins(net, tokens)[1], net(tokens[None, 48:59])[0]  # of the last window, a short one
-    with mode():
-        found = certify.ascend(lambda X: X @ W.T, X, 1.0, 30)
-        at_once, climbed = (certify.attack(net, 6, 4, steps, tokens) for steps in (0, 5))
-        radii = certify.attack_radii(constrain.exact_model(net), net.wte(tokens[None, :6]).double(), 3)
-        none, some, all_ = (certify.attacked(net, tokens, r) for r in (1e-12, 0.05, 3.0))
-    assert found == pytest.approx(rms_norm(W).item(), rel=1e-3)  # the gain of a linear map
-    assert 0 < at_once <= climbed == certify.attack(net, 6, 4, 5, tokens) <= 10 ** certified(net)
-    assert right.any() and torch.equal(none, right) and right.sum() >= some.sum() > 0 == all_.sum()
-    assert torch.equal(right[48:], z[0].argmax(-1) == tokens[49:]) and radii.isfinite().all()
-
-
-def test_radii_far_from_the_middle():
-    """Leads of all sizes, constants below and above 1: rounded down by 1 %, not cut off; none for a tie."""
-    torch.manual_seed(0)
-    for scale in (0.01, 0.8, 3.0):
-        net = random_weights(gpt(L=2), scale)
-        layers, R = constrain.layer_norms(net), constrain.embedding_norm(net)
-        bears = torch.cat((torch.zeros(1), torch.logspace(-25, 25, 101))).double()
-        reached = lambda r: math.log10(r) + constrain.body_bound(layers, R + r)[0]
-        tie, *radii = certify.log10_radii(net, bears, layers).tolist()
-        assert tie == -math.inf
-        for b, x in zip(bears[1:].log10().tolist(), radii, strict=True):
-            assert reached(10 ** x) <= b + 1e-9 and b < reached(1.0101 * 10 ** x) + 1e-9
-
+# --- constrain.py: training for a radius --------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", ({}, dict(c=0.0, alpha=1.0, **HEADS), dict(ball=0.7, **HEADS),
                                      dict(L=3, c=2.0)), ids=("paper", "tight", "ball", "deep"))
@@ -1044,178 +1004,6 @@ def test_the_worst_case_is_no_better_than_any(options):
             gradient, = torch.autograd.grad(found.diagonal().sum(), change)
             change = onto_ball(change.detach() + r * certify.unit(gradient), r)
     assert 0 < bound.mean() and not holds.all()
-
-
-TEXT_MODELS = {"paper": dict(c=3.0), "gelu alone": dict(L=1, c=0.0, position_bias=True), "maxmin": HEADS,
-               "relu": dict(activation="relu"), "ball": dict(L=3, ball=0.5),
-               "no residual": dict(c=0.0, alpha=1.0, mlp_layers=3, mlp_ratio=1, **HEADS)}
-of_text_models = pytest.mark.parametrize("options", TEXT_MODELS.values(), ids=TEXT_MODELS)
-
-
-def at_a_text(options, trained=True):
-    """A net in float64, embeddings X (12, 10, 16), layer_norms and block_norms."""
-    torch.manual_seed(0)
-    net = random_weights(gpt(**dict(H=2, L=2, T=10, logit_scale=4.0) | options), 0.9 if trained else 1.3)
-    ids = torch.randint(11, (12, 11))
-    ids[:, 3::2] = ids[:, 1:2]  # something to learn
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
-    for _ in range(60 * trained):
-        optimizer.zero_grad()
-        net(ids[:, :-1], ids[:, 1:])[1].backward()
-        optimizer.step()
-    net = constrain.exact_model(net)
-    layers = constrain.layer_norms(net)
-    return net, net.wte(ids[:, :-1]), layers, certify.block_norms(net, layers)
-
-
-@pytest.mark.parametrize("trained", (False, True))
-@of_text_models
-def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
-    """Prediction by prediction; and much above the constant's with content. What is unknown has none."""
-    net, X, layers, norms = at_a_text(options, trained)
-    bears, top = (found.view(12, 10) for found in certify.predictions(net, X))
-    by_constant, local, labels = certify.local_radii(net, norms, X)
-    assert torch.equal(by_constant, certify.log10_radii(net, bears, layers)) and torch.equal(labels, top)
-    assert (local >= by_constant).all() and (local[:, -1] <= certify.attack_radii(net, X)).all()
-    if options.get("c", 1.0) and trained:
-        assert (local - by_constant).median() > 0.5
-    X[0, 3, 5] = math.nan
-    for radii in certify.local_radii(net, norms, X)[:2]:
-        assert (radii[0, 3:] == -math.inf).all() and radii[1].isfinite().any()
-
-
-def below(change, bound):
-    """Whether numbers, or the norms of vectors, are within a bound, but for rounding."""
-    found = change.norm(dim=-1) if change.ndim > bound.ndim else change.abs()
-    return (found <= bound * (1 + 1e-9) + 1e-12).all()
-
-
-@of_text_models
-def test_no_change_exceeds_a_bound_at_a_text(options):
-    """Each bound of the proof by itself, for random changes of the embeddings."""
-    net, X, _, norms = at_a_text(options)
-    tables = net.cos[:10], net.sin[:10]
-    for r in (1e-3, 0.03, 0.3):
-        facts, changed = (certify.facts_at(net, norms, x) for x in (X, X + r * torch.randn_like(X).sign()))
-        for at, moved in zip(facts, changed):
-            attn, alpha, mlp, ball = at.block.attn, at.block.alpha, at.block.mlp, at.block.ball
-            dx = moved.x - at.x
-            delta = dx.norm(dim=-1)
-            change, beyond = certify.attention_change(at, delta)
-            assert below(attn(moved.x, *tables) - attn(at.x, *tables), change)
-            (qk, v, _), (qk_, v_, _) = (attn.heads(x, *tables) for x in (at.x, moved.x))
-            if qk:
-                (q, k), (q_, k_) = qk, qk_
-                by_q, by_k, cross = certify.score_change(at, delta)
-                dq, dk = q_ - q, k_ - k
-                assert below(attn.scale * (dq @ k.mT - (dq * (at.p @ k)).sum(-1)[..., None]).tril(), by_q)
-                assert below((attn.scale * q @ dk.mT).tril(), by_k)
-                assert below((attn.scale * dq @ dk.mT).tril(), cross)
-                e = by_q + by_k + cross
-                most, least = (ratio * at.p for ratio in certify.probability_ratio(at, e))
-                any_scores = at.p.log() + (2 * torch.rand_like(e) - 1) * e
-                for p in (moved.p, any_scores.softmax(dim=-1)):
-                    assert below(p, most) and below(least, p)
-                    whole, part = certify.value_input(at, e, delta)
-                    assert below(p @ dx[:, None], whole) and below((p - at.p) @ dx[:, None], part)
-                whole, part = certify.score_output(at, by_q, by_k, cross, delta)
-                assert below((moved.p - at.p) @ v, whole)
-                linear = attn.scale * (dq @ k.mT + q @ dk.mT)
-                linear = at.p * (linear - (at.p * linear).sum(-1, keepdim=True))
-                assert below((moved.p - at.p - linear) @ v, part)
-            half = lambda x: (1 - alpha) * x + alpha * mlp(x)
-            y, y_ = half(at.mid), half(moved.mid)
-            assert below(y_ - y, at.layer.mlp_gain * (moved.mid - at.mid).norm(dim=-1))
-            g, n = torch.randn(120, 16).double(), torch.arange(120)
-            found = (g.view(12, 10, 16) * (moved.mid - at.mid)).sum(-1)
-            assert below(found.flatten(), certify.through_attention(at, g, n, delta, *beyond))
-            if at is not facts[-1]:
-                dy = moved.mid - at.mid
-                dy *= (at.near / dy.norm(dim=-1) * torch.rand_like(at.near))[..., None]
-                assert below(half(at.mid + dy) - y, at.gain * dy.norm(dim=-1))
-                assert (at.gain <= at.layer.mlp_gain).all()
-            if ball is not None:
-                change = certify.ball_change(at, (y_ - y).norm(dim=-1))
-                assert below(onto_ball(y_, ball) - onto_ball(y, ball), change)
-
-
-@of_text_models
-def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
-    """To first order through_attention and near_gain are reached: by each token moved along the gradient, and
-    by the top singular vector of an MLP half's derivative, over which the slopes nearby add a few per cent.
-    """
-    net, X, _, norms = at_a_text(options)
-    for at in certify.facts_at(net, norms, X):
-        block, a, g, n = at.block, at.block.alpha, torch.randn(120, 16).double(), torch.arange(120)
-        mid = lambda x: (1 - a) * x + a * block.attn(x, net.cos[:10], net.sin[:10])
-        delta, x = 1e-6 * (0.1 + torch.rand(12, 10).double()), at.x.detach().requires_grad_()
-        bound = certify.through_attention(at, g, n, delta, *certify.attention_change(at, delta)[1])
-        for i in range(0, 120, 7):
-            b, t = divmod(i, 10)
-            step, = torch.autograd.grad(mid(x)[b, t] @ g[i], x)
-            step *= delta[..., None] / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-            found = (mid(at.x + step) - at.mid)[b, t] @ g[i]
-            assert 0.999 * bound[i] <= found <= bound[i] * (1 + 1e-6)
-        if at.gain is not None and at.half:
-            J = torch.func.vmap(torch.func.jacrev(lambda y: (1 - a) * y + a * block.mlp(y)))
-            sharp = constrain.sigma(J(at.mid.flatten(0, 1)).detach()).view(at.gain.shape)
-            assert below(sharp, at.gain) and (at.gain / sharp).median() < 1.2
-
-
-@of_text_models
-def test_no_change_exceeds_a_bound_of_the_last_mlp(options):
-    """The slopes and the change of a lead at random points within delta, and the prediction there."""
-    net, X, _, norms = at_a_text(options)
-    at, W = certify.facts_at(net, norms, X)[-1], net.head.weight
-    x, mlp, alpha, asked = at.mid.flatten(0, 1), at.block.mlp, at.block.alpha, torch.arange(120) % 10 > 0
-    half = lambda x: (1 - alpha) * x + alpha * mlp(x)
-    for r in (1e-3, 0.1, 1.0):
-        delta = r * torch.rand(len(x), 1).double()
-        held = certify.leads_hold(at, W, delta.view(12, 10), asked)
-        assert (held.any() or r > 1e-3) and not held[~asked].any()
-        w = W[torch.randint(11, (len(x), ))] - W[torch.randint(11, (len(x), ))]
-        for _ in range(10):
-            step = torch.randn_like(x)
-            step = delta * torch.rand_like(delta) * step / step.norm(dim=1, keepdim=True)
-            point = x + step
-            assert torch.equal((half(point) @ W.T).argmax(1)[held], (half(x) @ W.T).argmax(1)[held])
-            if mlp.mid:
-                continue
-            A, U, V, f = at.half
-            assert torch.allclose(half(x), x @ A.T + f.f(x @ V.T) @ U.T)
-            z, dz = x @ V.T, step @ V.T
-            middle, off = certify.slopes(f, z, V.norm(dim=1) * delta)
-            assert below((f.f(z + dz) - f.f(z) - middle * dz).flatten(), (off * dz.abs()).flatten())
-            g, off = certify.lead_gradient(at, w, x, delta)
-            assert below(((half(point) - half(x)) * w - g * step).sum(1), off * step.norm(dim=1))
-
-
-@pytest.mark.parametrize("options", (
-    dict(c=0.0, position_bias=True, per_head=True, alpha=1.0, activation="maxmin"),
-    dict(c=0.0, position_bias=True, activation="relu"), dict(c=0.1, L=2, position_bias=True, ball=1.0),
-    dict(c=0.1, alpha=0.9, position_bias=True)))
-def test_the_last_tokens_that_decide_a_prediction(options):
-    """No other text before them alters it, random or an attack's, which alters what is not proved."""
-    torch.manual_seed(0)
-    net = constrain.exact_model(random_weights(gpt(d=16, T=24, vocab=7, **options), 0.6))
-    for W in (net.head.weight, net.wte.weight):
-        W.copy_(torch.randn(W.shape))
-    for block in net.blocks:
-        block.attn.bias.copy_(12 * F.one_hot(torch.tensor([0, 1, 2, 4]), 24))  # so that 4 do not suffice
-    ids = torch.randint(7, (16, 24))
-    sizes = certify.deciding(net, constrain.layer_norms(net), ids)
-    assert sizes.shape == (16, 8 if options["c"] == 0 else 1) and sizes.isfinite().any()
-    at_once, n, top = sizes.shape[1] > 1, sizes.shape[1], net(ids)[0].argmax(-1)
-    for D in (1, 2, 4, 8, 16):
-        for t in range(24 - n, 24):
-            proved = sizes[:, t - 24] <= D
-            for _ in range(5):
-                other = ids.clone()
-                other[:, :t - D + 1] = torch.randint(7, (16, t - D + 1))
-                same = net(other)[0][:, t].argmax(-1) == top[:, t]
-                assert same[proved].all() and (at_once or t == 23)
-        assert not (certify.altered(net, ids, D) & (sizes[:, -1] <= D)).any()
-    assert certify.altered(net, ids, 4).any() or "alpha" not in options
 
 
 def test_distances_of_near_rows_are_never_too_small():
@@ -1277,50 +1065,6 @@ def read_report(monkeypatch, capsys, code=None, *argv):
     return printed[0].splitlines(), json.loads(printed[1], parse_constant=no_nan)
 
 
-@pytest.mark.parametrize("name, wrong", (
-    (None, None), ("attack", lambda *args, **_: 1e9),
-    ("log10_radii", lambda net, bears, layers: torch.full_like(bears, 1.0)),  # all is said to be certified
-    ("attack_radii", lambda net, X: torch.full((len(X), ), -20.0)),
-    ("deciding", lambda net, layers, ids: torch.zeros(len(ids), 1))))
-def test_certify_cries_when_an_attack_is_above_a_certificate(data, monkeypatch, capsys, name, wrong):
-    """In capitals, null in JSON, exit code 1."""
-    train.train(TINY)
-    if name:
-        monkeypatch.setattr(certify, name, wrong)
-    lines, result = read_report(monkeypatch, capsys, 1 if name else None, "--deciding")
-    assert any(line.isupper() and "ATTACK" in line for line in lines) == (name is not None)
-    assert ("certified" in "".join(lines)) == (name is None) == (not result["alarms"])
-    assert {result[what] is None for what in certify.CERTIFIED} == {name is not None}
-
-
-def test_reports_of_models_that_predict_nothing(data, monkeypatch, capsys):
-    """No right prediction, a head of zeros, one character alone: numbers or null, never a traceback."""
-    def with_head(value):
-        ckpt = torch.load("out/ckpt.pt", weights_only=True)
-        ckpt["model"]["head.weight"][:] = value
-        train.save("out/ckpt.pt", ckpt)
-
-    once = TINY | dict(max_steps=1, eval_interval=1)
-    train.train(once)
-    with_head(0)
-    _, result = read_report(monkeypatch, capsys)
-    assert result["log10_certified"] is result["log10_attack"] is result["log10_median_radius"] is None
-    assert set(result["certified_accuracy"].values()) == {0}
-    with monkeypatch.context() as patch:
-        wrong = lambda net, tokens: (torch.ones(len(tokens) - 1).double(), torch.arange(len(tokens) - 1) < 0)
-        patch.setattr(certify, "margins", wrong)
-        _, result = read_report(patch, capsys)
-    assert result["val_acc"] == 0 and result["log10_median_radius"] is None
-    prepare.write_dataset(["a" * 1000], "data/shakespeare", "test")
-    train.train(once)
-    assert log_lines()[-1]["val_acc"] == 1
-    _, result = read_report(monkeypatch, capsys)
-    assert result["val_acc"] == 1 and max(result["certified_accuracy"].values()) == 1
-    with_head(math.inf)
-    for script in (certify, constrain, model):
-        one_line(run_main(script, monkeypatch, "out/ckpt.pt"), "out/ckpt.pt", "not finite")
-
-
 @pytest.mark.parametrize("tokenizer", ("char", "gpt2"))
 def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, capsys, tokenizer):
     """Data prepared again under the same name are refused by all who read them; the same text is not."""
@@ -1341,6 +1085,8 @@ def test_a_checkpoint_goes_with_its_data_alone(data, monkeypatch, small_gpt2, ca
     prepare_again(line)
     assert "val_acc" in read_report(monkeypatch, capsys)[1] and go_on() is None
 
+
+# --- Devices ------------------------------------------------------------------------------------------------
 
 class OnGPU(torch.Tensor):
     """A tensor on the CPU, `inner`, that says that it is on another device, "meta"."""
@@ -1383,10 +1129,6 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
         net = gpt().to("meta")
         bears, right = certify.margins(net, torch.randint(0, 11, (40, )).to("meta"))
         assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
-        for options in {}, dict(optimizer="adamw", lr=1e-3), dict(activation="maxmin", radius=0.1):
-            config = cifar.Config(width=8, max_steps=2, batch_size=4, w_max=1.0, dtype="float32", **options)
-            net, _ = cifar.train(config, dict.fromkeys(cifar.BATCHES, patterns(60)), torch.device("meta"))
-            assert net.weights[0].device.type == "meta"
 
 
 GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
@@ -1421,32 +1163,6 @@ def test_gpu_two_processes(data):
         assert run.wait(120) == 0
     one, two = log_lines("of1"), log_lines("of2")
     assert all(a["val_loss"] == pytest.approx(b["val_loss"], rel=0.03) for a, b in zip(one, two, strict=True))
-
-
-def test_rehearsal_of_the_gpu(data, monkeypatch):
-    """results/gpu.py, small and on the CPU: every job that has its data ends in a line, a failure too."""
-    monkeypatch.setattr(gpu, "ROOT", data)
-    monkeypatch.setattr(gpu, "OUT", data / "out/gpu")
-    for path in (*HERE.glob("*.py"), HERE / "results"):
-        Path(path.name).symlink_to(path)
-    Path("data/books").symlink_to("shakespeare")
-
-    def records(*jobs):
-        args = argparse.Namespace(jobs=jobs, tiny=True, tokens=1e8, minutes=10)
-        gpu.main(args)
-        return parts.read(args.records)[-len(jobs):]
-
-    profile, one_graph, baseline, default = records("profile", "bench-one-graph", "baseline", "default")
-    assert 0.2 < sum(kernel["share"] for kernel in profile["kernels"]) < 1 + 1e-6
-    assert one_graph["tokens_per_second"] > 0 and one_graph["step_over_floor"] > 1
-    assert 0 < one_graph["matmul_share"] < 1 and one_graph["optimizer_share"] < 1
-    assert baseline["trace"]["step"] == default["trace"]["step"] == [2, 4]
-    log = Path("out/gpu/baseline/log.jsonl")
-    log.write_text("".join(log.read_text().splitlines(True)[:-1]))  # as if it had been stopped
-    assert records("baseline")[0]["trace"] == baseline["trace"]
-    assert [line["step"] for line in parts.read_lines(log) if "options" in line] == [0, 4]
-    Path("data/books").unlink()
-    assert "no data/books" in records("w1")[0]["error"]
 
 
 # --- train.py: options --------------------------------------------------------------------------------------
@@ -1494,14 +1210,8 @@ def test_bad_options_are_one_line(data, monkeypatch, argv, part):
     assert contents("out") == before and not contents("new")
 
 
-@pytest.mark.parametrize("module, argv, names", (
-    (train, "--out_dir=new", " ".join(OPTION_NAMES).replace("out_dir ", "")),
-    (model, "out/ckpt.pt", "tokens temperature top_k seed"), (constrain, "out/ckpt.pt", ""),
-    (certify, "out/ckpt.pt", "steps"), (prepare, "fineweb", "shards"), (prepare, "text a.txt", "tokenizer"),
-    (prepare, "shakespeare", "source"), (plot, "", "tables"), (sweep, "", "jobs"),
-    (bench, "step", "batch_size lr preset"), (bench, "", "methods")))
-def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
-    """Every option with a negative, huge, nan and empty value; and what is no option."""
+def refuses_bad_values(monkeypatch, module, argv, names):
+    """Every option with a negative, huge, nan and empty value; and what is no option: one line each."""
     monkeypatch.setattr(prepare, "download", lambda *_, **__: pytest.fail("asked the network"))
     train.train(TINY | dict(max_steps=1))
     Path("a.txt").write_text("to be or not to be\n" * 50)
@@ -1510,6 +1220,14 @@ def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
     for wrong in (*bad, [*argv.split(), "--no_such=1"], [*argv.split(), "x", "y", "z"]):
         one_line(run_main(module, monkeypatch, *wrong), f"{module.__name__}.py: ")
     assert not contents("new") and os.listdir("data") == ["shakespeare"]
+
+
+@pytest.mark.parametrize("module, argv, names", (
+    (train, "--out_dir=new", " ".join(OPTION_NAMES).replace("out_dir ", "")),
+    (model, "out/ckpt.pt", "tokens temperature top_k seed"), (constrain, "out/ckpt.pt", ""),
+    (prepare, "fineweb", "shards"), (prepare, "text a.txt", "tokenizer"), (prepare, "shakespeare", "source")))
+def test_bad_values_are_one_line(data, monkeypatch, module, argv, names):
+    refuses_bad_values(monkeypatch, module, argv, names)
 
 
 def test_options_on_resume_take_effect(data, monkeypatch):
@@ -2192,19 +1910,6 @@ def test_damaged_meta_is_one_line(tmp_path):
         one_line(said, f"{folder} holds no data set", "with python prepare.py text FILE... --name mine")
 
 
-def test_json_lines(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert parts.read_lines(path) == []
-    parts.append_line(path, {"a": math.nan, "b": [1, -math.inf, {"c": (2.5, None)}]})
-    assert path.read_text() == '{"a": null, "b": [1, null, {"c": [2.5, null]}]}\n'
-    for torn in (b'{"a": 1, "b', b'\x80\xff', b'{"a": 2}'):  # the last one lacks its line's end alone
-        path.write_bytes(b'{"a": 0}\n[1]\n\n' + torn)
-        parts.append_line(path, {"a": 3})
-        parts.append_line(path, {"a": 4})
-        whole = [{"a": 2}] if torn == b'{"a": 2}' else []
-        assert parts.read_lines(path) == [{"a": 0}, *whole, {"a": 3}, {"a": 4}]
-
-
 @pytest.mark.parametrize("name", ("", "..", "../x", "/x", "data/x"))
 def test_names_outside_data_are_refused(name, tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 200)
@@ -2350,239 +2055,6 @@ def test_several_downloads_at_once_take_each_shard_once(server, tmp_path):
     assert contents(tmp_path).items() >= whole.items() and len(contents(tmp_path)) == 4
 
 
-# --- results/cifar.py ---------------------------------------------------------------------------------------
-
-def patterns(n, seed=0):
-    """n images (n, 3072) of ten classes, a pattern for each and noise, and their labels (n,)."""
-    shapes, rng = np.random.default_rng(0).integers(120, 136, (10, 3072)), np.random.default_rng(seed)
-    labels = rng.integers(10, size=n)
-    return (shapes[labels] + rng.integers(-80, 80, (n, 3072))).astype(np.uint8), labels
-
-
-@pytest.fixture
-def images(server, here, monkeypatch):
-    """A server of an archive in CIFAR-10's format, of 1,200 images."""
-    with tarfile.open("cifar.tar.gz", "w:gz") as tar:
-        for seed, name in enumerate(sum(cifar.BATCHES.values(), [])):
-            pixels, labels = patterns(200, seed)
-            rows = np.hstack((labels[:, None].astype(np.uint8), pixels))
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
-            info.size = rows.size
-            tar.addfile(info, io.BytesIO(rows.tobytes()))
-    server.files["/cifar.tar.gz"] = body = Path("cifar.tar.gz").read_bytes()
-    monkeypatch.setattr(cifar, "URL", server.url + "/cifar.tar.gz")
-    monkeypatch.setattr(cifar, "SHA256", hashlib.sha256(body).hexdigest())
-    return server
-
-
-def mlp(n_in, width, n_out, seed=0, **options):
-    torch.manual_seed(seed)
-    config = cifar.Config(width=width, **options)
-    return cifar.MLP(n_in, n_out, config), config
-
-
-def test_images_are_those_of_the_archive_or_one_line(images, monkeypatch):
-    run_cifar, path = partial(run_main, cifar, monkeypatch), Path("data/cifar10/images.npz")
-    one_line(run_cifar("train"), "python results/cifar.py prepare")
-    assert run_cifar("prepare") is None
-    for (split, names), seed in zip(cifar.BATCHES.items(), (0, 5)):
-        pixels, labels = cifar.read_images()[split]
-        assert pixels.shape == (200 * len(names), 3072) and pixels.dtype == np.uint8
-        assert all(map(np.array_equal, (pixels[:200], labels[:200]), patterns(200, seed)))
-    whole = path.read_bytes()
-    for damaged in (b"", whole[:len(whole) // 2], whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]):
-        path.write_bytes(damaged)
-        one_line(run_cifar("train"), "damaged", "python results/cifar.py prepare")
-
-
-def test_cifar10(images, monkeypatch, capsys):
-    run_cifar = partial(run_main, cifar, monkeypatch)
-    assert run_cifar("prepare") is None
-    short = ["train", "--batch_size=100", "--max_steps=70", "--width=64", "--dtype=float32"]
-
-    def log(name, *argv):
-        assert run_cifar(*short, f"--out_dir={name}", *argv) is None
-        line = torch.load(f"{name}/model.pt", weights_only=True)["log"][-1]
-        assert line["norm_over_cap"] <= 1.001
-        assert line["log10_attack"] <= line["log10_certified"] + 1e-6
-        for eps in cifar.EPSILONS:
-            assert line[f"certified_acc_{eps}"] <= line[f"attacked_acc_{eps}"] <= line["val_acc"]
-        return line
-
-    plain, tight = log("plain"), log("tight", "--preset=cifar10-tight", "--logit_scale=100")
-    log("adamw", "--optimizer=adamw", "--method=hard_cap")
-    assert min(plain["val_acc"], tight["val_acc"]) > 0.8
-    assert 0 < plain["certified_acc_36"] and plain["attacked_acc_255"] < plain["val_acc"]
-    assert tight["log10_certified"] == pytest.approx(2, abs=1e-4) and tight["worst_loss"] > tight["val_loss"]
-    assert tight["certified_acc_108"] > plain["certified_acc_108"]
-    assert "certified_acc_108" in capsys.readouterr().out
-    for option, said in (("--lr=nan", "nan"), ("--x=1", "--x"), ("--activation=maxmin --width=5", "even"),
-                         ("--lr=1e20 --method=none", "loss is"), ("--lr=20", "no soft cap"),
-                         ("--optimizer=adamw --weight_decay=1e3", "weight_decay")):
-        one_line(run_cifar(*short, *option.split()), said)
-    monkeypatch.setattr(cifar, "largest_gain", lambda model: 1e9)
-    one_line(run_cifar(*short, "--max_steps=1"), "AN ATTACK IS ABOVE THE CERTIFICATE")
-    line = torch.load("out/cifar10/model.pt", weights_only=True)["log"][-1]
-    assert line["log10_certified"] is line["certified_acc_36"] is None
-
-
-def test_the_sweep_on_images_repeats_no_run(images, monkeypatch):
-    """A sweep finds all its runs in the records; and a run that they lack is made like them."""
-    done = cifar.read_lines(cifar.RECORDS)
-    shutil.copy(cifar.RECORDS, "some.jsonl")
-    with monkeypatch.context() as patch:
-        patch.setattr(cifar, "RECORDS", Path("some.jsonl"))
-        patch.setattr(cifar, "train", None)
-        assert run_main(cifar, patch, "sweep") is None
-    one_line(run_main(cifar, monkeypatch, "sweep", "x"), "cifar-grid")
-    assert run_main(cifar, monkeypatch, "prepare") is None
-    monkeypatch.setattr(cifar, "RECORDS", Path("new.jsonl"))
-    few = {"preset": "cifar10", "width": 16, "max_steps": 2, "eval_interval": 1, "dtype": "float32"}
-    record = cifar.run("cifar-pairs", few)
-    assert cifar.read_lines(Path("new.jsonl")) == [json.loads(json.dumps(record))]
-    assert {*record} >= {*next(r for r in done if r["part"] == "cifar-pairs")} - {"device"}
-    assert "loss is" in cifar.run("cifar", few | {"lr": 1e20, "method": "none"})["error"]
-
-
-def test_no_attack_exceeds_the_certificate_of_the_mlp():
-    for seed in range(6):
-        net, config = mlp(20, 16, 5, seed, activation=("relu", "maxmin")[seed % 2])
-        for W in net.weights:
-            W.data *= 10 ** random.Random(seed).uniform(-0.5, 0.5)
-        certified = math.log10(math.prod(rms_norm(W).item() for W in net.weights))
-        assert certified - 1.5 < math.log10(cifar.largest_gain(net)) <= certified
-    for W in net.weights:  # where the bound is reached: all units on
-        W.data = 2 * math.sqrt(W.shape[0] / W.shape[1]) * torch.eye(*W.shape)
-    assert 0.99 * 8 * math.sqrt(20 / 16 * 16 / 5) / 2 < cifar.largest_gain(net) <= 8 * (1 + 1e-6)
-
-
-def test_certified_is_what_no_change_alters():
-    """A linear net: up to the distance to the nearest decision boundary, to which the attack comes."""
-    net, config = mlp(8, 8, 3)
-    for W in net.weights[:-1]:
-        W.data = torch.eye(8)
-    x = torch.rand(50, 8) + 1  # ReLU does nothing there
-    weights = cifar.checked_weights(net, config)
-    z = cifar.network(weights, x.double(), config)
-    y, W = z.argmax(dim=1), weights[-1]
-    at = lambda eps, y=y, z=z, weights=weights: cifar.certified(weights, z, y, config, eps)
-    to_others = (z.gather(1, y[:, None]) - z) / (W[y][:, None] - W).norm(dim=-1)  # NaN to its own class
-    for i, r in enumerate(to_others.nan_to_num(math.inf).amin(dim=1).tolist()):
-        assert at(0.999 * r)[i] and not at(1.001 * r)[i]
-        assert cifar.pgd(net, x[i:i + 1], y[i:i + 1], 0.99 * r).all()
-        assert not cifar.pgd(net, x[i:i + 1], y[i:i + 1], 1.2 * r + 0.01).any()
-    assert not at(0.0, (y + 1) % 3).any() and not at(math.nan).any() and not at(0.0, z=z * math.nan).any()
-    assert not at(0.0, z=0 * z, weights=[0 * W for W in weights]).any()  # all logits are equal
-
-
-MLP_EDITS = {
-    "5 * relu": lambda net, _: setattr(net, "activation", lambda z: 5 * F.relu(z)),
-    "layer norm": lambda net, _: net.register_forward_pre_hook(lambda net, x: F.layer_norm(*x, (12, ))),
-    "bias": lambda net, _: net.register_forward_hook(lambda net, x, y: y + 1),
-    "unused": lambda net, _: net.register_parameter("b", torch.nn.Parameter(torch.zeros(3))),
-    "scale": lambda net, _: setattr(net, "logit_scale", 4.0),
-    "no proof": lambda _, config: setattr(config, "activation", "gelu"),
-    "nan": lambda net, _: net.weights[0].data[0, 0].fill_(math.nan)}
-
-
-@pytest.mark.parametrize("edit", MLP_EDITS)
-def test_an_edited_mlp_has_no_certificate(edit):
-    net, config = mlp(12, 8, 3, logit_scale=2.0)
-    assert len(cifar.checked_weights(net, config)) == 3
-    MLP_EDITS[edit](net, config)
-    with pytest.raises(UserError, match="not finite" if edit == "nan" else "something else than `network`"):
-        cifar.checked_weights(net, config)
-
-
-# --- results/ -----------------------------------------------------------------------------------------------
-
-OTHER_CHOICE = {"sphere-lr", "sphere-grid", "sphere-final"}  # when their runs were made
-
-
-@pytest.mark.parametrize("name", [name for name in parts.PARTS if name not in OTHER_CHOICE])
-def test_a_sweep_of_what_is_recorded_makes_no_run(name):
-    """Every part asks for what is in the records, by the choices from them; and a part's records are what it
-    asks for, but for some learning rates.
-    """
-    part, asked = parts.PARTS[name], []
-    records = parts.read(parts.RESULTS / f"{part.records}.jsonl")
-
-    def run(options):
-        found = [record for record in records if record["options"] == part.complete(options)]
-        assert found or name in ("final", "short", "radius"), options
-        asked.append(found[0] if found else {"error": "it is not there", "options": options})
-        return asked[-1]
-
-    for job in part.jobs():
-        part.search(run, job)
-    done = parts.of_part(name)
-    assert sum(record in asked for record in done) > (0.9 if name != "final" else 0.2) * len(done)
-
-
-def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
-    for path in HERE.glob("*.py"):
-        Path(path.name).symlink_to(path)
-    for module, name in ((sweep, "ROOT"), (sweep, "RESULTS"), (sweep, "RUNS"), (measure, "ROOT")):
-        monkeypatch.setattr(module, name, data)
-    monkeypatch.setattr(measure, "attack", partial(certify.attack, steps=9))
-    options = {**TINY, "n_layer": 2, "eval_interval": 1, "max_steps": 3, "w_max": 2.0, "lr": 0.1}
-    del options["out_dir"]
-    done, records = sweep.run("final", options, 1), data / "shakespeare.jsonl"
-    net, ckpt = model.load_checkpoint(done["config"]["out_dir"] + "/ckpt.pt")
-    scores = train.evaluate(net, prepare.open_data("data/shakespeare", like=ckpt["meta"])[2])
-    assert {name: done[name] for name in scores} == pytest.approx(scores)
-    assert done["trace"]["step"] == [1, 2, 3] and len(done["log10_radii"]) == 41 and "alarm" not in done
-    assert done["log10_attack"] <= done["log10_certified"] == pytest.approx(certified(net))
-    assert done["log10_certified_ball"] < done["log10_certified"] and done["largest_norm"] < done["ball"]
-    hot = sweep.run("grid", options | {"method": "none", "lr": 1e30}, 1)
-    assert "loss is" in hot["error"]
-    monkeypatch.setattr(sweep, "train", None)
-    assert sweep.run("final", options, 1) == done and sweep.read(records) == [done, hot]
-    records.unlink()  # as if stopped while it was measured: it is not trained again
-    monkeypatch.setattr(sweep, "measurements", lambda *_: {"log10_attack": 99.0})
-    for _ in range(2):  # an attack above the certificate is an alarm, at once and when it is found again
-        with pytest.raises(UserError, match="AN ATTACK, 10.99.0000, IS ABOVE ITS CERTIFICATE"):
-            sweep.run("grid", options, 1)
-    alarm, = sweep.read(records)
-    assert alarm["trace"] == done["trace"] and alarm["log10_certified"] == math.inf
-
-
-CHILD = """import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: open("ended", "w").close() or sys.exit())
-open("begun", "w").close()
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("name", ("SIGTERM", "SIGINT"))
-def test_a_sweep_that_is_ended_ends_its_children(tmp_path, name):
-    (tmp_path / "train.py").write_text(CHILD)
-    code = (f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE / 'results')!r}]; import parts, sweep; "
-            "sweep.ROOT = sweep.RUNS = sweep.RESULTS = sweep.Path('.').resolve(); "
-            "sweep.PARTS = {'p': parts.Part(lambda: [{}, {'seed': 1}], records='books')}; sweep.main()")
-    process = start(tmp_path, sys.executable, "-c", code, "--jobs=1")
-    while not (tmp_path / "begun").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and printed == "sweep.py: stopped; the same command goes on\n"
-    assert (tmp_path / "ended").exists() and not (tmp_path / "books.jsonl").exists()
-
-
-def test_a_failed_job_is_said_at_once_and_counted(tmp_path, monkeypatch, capsys):
-    (tmp_path / "train.py").write_text("raise SystemExit('train.py: boom')\n")
-    for name in ("ROOT", "RUNS", "RESULTS"):
-        monkeypatch.setattr(sweep, name, tmp_path)
-    part = parts.Part(lambda: [{}, {"seed": 1}, {"w_max": -1.0}], records="books")
-    monkeypatch.setattr(sweep, "PARTS", {"p": part})
-    one_line(run_main(sweep, monkeypatch, "grids"), "the parts are p, not grids")
-    one_line(run_main(sweep, monkeypatch), "3 jobs failed", "as said above")
-    said = capsys.readouterr().out
-    assert said.count("p: FAILED: ") == said.count("\n") == 3
-    assert said.count("failed: train.py: boom (see ") == 2 and said.count("w_max=-1.0 must be positive") == 1
-
-
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
     script = tmp_path / "prepare.py"
@@ -2598,23 +2070,6 @@ def test_a_record_names_the_commit_or_none(tmp_path, monkeypatch):
     assert prepare.commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")  # without git
     assert prepare.commit() == ""
-
-
-@pytest.mark.parametrize("draw", plot.FIGURES, ids=lambda draw: draw.__name__)
-def test_figures_can_be_drawn(draw):
-    """An extra for those who have matplotlib."""
-    pytest.importorskip("matplotlib").use("agg")
-    from matplotlib import pyplot
-    draw(plot.load(), pyplot).draw_without_rendering()
-    assert (plot.RESULTS / f"{draw.__name__}.png").exists()
-
-
-def test_tables_in_the_results_come_from_the_records():
-    """Every table that plot.py makes stands in a text as it is, and between markers stands nothing else."""
-    made, texts = plot.all_tables(plot.load()), [path.read_text() for path in plot.TEXTS]
-    assert len(made) > 30 and [plot.fill(text, made) for text in texts] == texts, "run python results/plot.py"
-    for title, table in made.items():
-        assert table in "".join(texts), f"{title} is in no text: run python results/plot.py"
 
 
 # --- Processes ----------------------------------------------------------------------------------------------
