@@ -551,7 +551,7 @@ def moves(at, embeddings):
     return torch.stack(found)
 
 
-def altered(net, ids, D, restarts=3, rounds=4):
+def altered(net, ids, D, restarts=2, rounds=4):
     """Which last predictions of tokens ids (B, T) an attack alters by other tokens in the place of all but
     the last D: (B,). It begins at those there or at random ones, and replaces all at once by those that the
     gradient of the lead says make it smallest.
@@ -571,7 +571,7 @@ def altered(net, ids, D, restarts=3, rounds=4):
     return found
 
 
-def decided(model, layers, text, attacked=64):
+def decided(model, layers, text, attacked=24):
     """Of predictions of text (N,) the shares that are right and decided by the last D tokens, of all D; of
     the last predictions of `attacked` windows those decided and those that an attack does not alter; and the
     first windows' characters, with the D of each.
