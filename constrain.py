@@ -44,9 +44,8 @@ def sigma(W):
     """
     W = W if W.shape[-2] <= W.shape[-1] else W.mT
     gram = W @ W.mT
-    known = gram.isfinite().all(dim=-1).all(dim=-1)
-    squares = torch.linalg.eigvalsh(torch.where(known[..., None, None], gram, 0.0))[..., -1]
-    return torch.where(known, squares.clamp_min(0).sqrt(), math.nan)
+    squares = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))[..., -1]
+    return torch.where(gram.isfinite().all(dim=(-2, -1)), squares.clamp_min(0).sqrt(), math.nan)
 
 
 def rms_norm(W):
@@ -172,10 +171,8 @@ def stiefel(W, step):
     1: a step turns an error e into about 5/2 e^3. All products but the last E are in `dtype`: they are
     corrections. Farther off Muon's iteration does it.
     """
-    scale = step.w_max * rms_unit(W)
-    X = (W / scale).reshape(-1, *W.shape[-2:])
-    tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
+    scale, tall = step.w_max * rms_unit(W), W.shape[-2] > W.shape[-1]
+    X = (W.mT if tall else W) / scale
     I = torch.eye(X.shape[-2], device=W.device)
     for i, products in enumerate((step.dtype, step.dtype, torch.float32)):
         X_ = X.to(products)
@@ -184,7 +181,7 @@ def stiefel(W, step):
         if i == 0 and not ((E2 @ E2).float().norm(dim=(-2, -1)) <= 0.5 ** 4).all():  # at least |E|
             return scale * orthogonalize(W, EXACT_POLAR)
         X = X + ((3 / 8 * E2 - E / 2) @ X.to(step.dtype)).float()
-    return scale * (X.mT if tall else X).reshape(W.shape)
+    return scale * (X.mT if tall else X)
 
 
 @constraint(holds="bounded")
@@ -282,7 +279,7 @@ ROUNDING = 1e-6  # the share by which every certificate is larger, for what floa
 
 class Activation(NamedTuple):
     """f, which sorts the pairs (z_i, z_{i + n/2}) of z (n,), or works on each entry z by itself with f'(z) in
-    `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink at 0.
+    `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink at 0. Sorting has norm 1, as (0, 1).
     """
     f: Callable
     sorts_pairs: bool = False
@@ -300,6 +297,7 @@ PROVED = {"gelu": Activation(lambda z: z * torch.special.ndtr(z) / STEEPEST, slo
           "maxmin": Activation(lambda z: z.unflatten(-1, (2, -1)).sort(-2, descending=True)[0].flatten(-2),
                                sorts_pairs=True),
           "relu": Activation(lambda z: z.clamp_min(0), kink=True)}
+SIZE = Activation(torch.abs, slope=(-1, 1), ratio=(-1, 1), kink=True)  # sorting in other terms, see mlp_half
 
 
 def proved_function(config, weights, x):
@@ -487,24 +485,28 @@ def mlp_norms(block, activation):
     mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
     layers = (mlp.fc, *mlp.mid, mlp.proj)
     product = math.prod(rms_norm(layer.weight).item() for layer in layers)
-    slope, ratio = ((1, 1), (1, 1)) if activation.sorts_pairs else (activation.slope, activation.ratio)
-    steepest, longest = (max(map(abs, interval)) ** (len(layers) - 1) for interval in (slope, ratio))
-    gain, growth = (1 - alpha + alpha * product * factor for factor in (steepest, longest))
+    largest = lambda interval: max(map(abs, interval)) ** (len(layers) - 1)
+    gain, growth = (1 - alpha + alpha * product * largest(f) for f in (activation.slope, activation.ratio))
     if mlp.mid or len(Wo) > 512:  # beyond, it takes long
         return gain, gain, growth
-    W_out, W_in = exact(mlp.proj.weight), exact(mlp.fc.weight)
-    A = (1 - alpha) * torch.eye(len(Wo), dtype=torch.float64)
-    if activation.sorts_pairs:
-        (O_1, O_2), (I_1, I_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
-        A, U, V = A + alpha / 2 * (O_1 + O_2) @ (I_1 + I_2), alpha / 2 * (O_1 - O_2), I_1 - I_2
-        grown = A, U, V
-    else:
-        of = lambda low, high: (A + alpha * (high + low) / 2 * W_out @ W_in,
-                                alpha * (high - low) / 2 * W_out, W_in)
-        (A, U, V), grown = of(*slope), of(*ratio)
-    gain = min(gain, uncertain_norm(A, U, V))
-    score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
-    return gain, score_gain, min(growth, uncertain_norm(*grown))
+    A, U, V, f = mlp_half(block, activation)
+    of = lambda low, high: (A + (high + low) / 2 * U @ V, (high - low) / 2 * U, V)
+    K, F, V = of(*f.slope)
+    gain = min(gain, uncertain_norm(K, F, V))
+    score_gain = min(gain, uncertain_norm(K @ Wo, F, V @ Wo) / max(sigma(Wo).item(), 1e-300))
+    return gain, score_gain, min(growth, uncertain_norm(*of(*f.ratio)))
+
+
+def mlp_half(block, activation):
+    """(A, U, V, f) with (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry, for an MLP of two
+    layers. Of a sorted pair the entries are (z_1 + z_2) / 2 +- |z_1 - z_2| / 2, so that f is the size.
+    """
+    U, V = block.alpha * exact(block.mlp.proj.weight), exact(block.mlp.fc.weight)
+    A = (1 - block.alpha) * torch.eye(len(U), dtype=torch.float64)
+    if not activation.sorts_pairs:
+        return A, U, V, activation
+    (U_1, U_2), (V_1, V_2) = U.chunk(2, dim=1), V.chunk(2)
+    return A + (U_1 + U_2) @ (V_1 + V_2) / 2, (U_1 - U_2) / 2, V_1 - V_2, SIZE
 
 
 def uncertain_norm(A, U, V):
@@ -534,8 +536,7 @@ def uncertain_norm(A, U, V):
 
 def embedding_norm(model):
     """The largest RMS norm of a row of the embedding table."""
-    table = exact(model.wte.weight)
-    return torch.linalg.vector_norm(table, dim=1).max().item() / math.sqrt(table.shape[1])
+    return exact(model.wte.weight).square().mean(dim=1).max().sqrt().item()
 
 
 def log10(x):
