@@ -233,15 +233,13 @@ class Muon(torch.optim.Optimizer):
                 if self.mine is None or p in self.mine:
                     params.append(p)
                     updates.append(p.grad.lerp(M, momentum) if group["nesterov"] else M)
+            polar = partial(orthogonalize, coefficients=group["coefficients"], dtype=group["dtype"])
             if group["embedding"]:
                 updates = [dual_rows(u) for u in updates]
+            elif group["tangent"]:
+                updates = map_by_shape(partial(TANGENTS[group["tangent"]], polar=polar), updates, params)
             else:
-                polar = partial(orthogonalize, coefficients=group["coefficients"], dtype=group["dtype"])
-                if group["tangent"]:
-                    tangent = partial(TANGENTS[group["tangent"]], polar=polar)
-                    updates = map_by_shape(tangent, updates, params)
-                else:
-                    updates = map_by_shape(polar, updates)
+                updates = map_by_shape(polar, updates)
             for p, u in zip(params, updates):
                 norm_1 = 1 if group["embedding"] else math.sqrt(p.shape[-2] / p.shape[-1])  # of RMS->RMS norm
                 if group["weight_decay"]:
