@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -198,8 +197,7 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     session.headers["Accept-Encoding"] = "identity"
     retries = Patience(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
                        backoff_factor=1)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retries))
+    session.adapters = dict.fromkeys(session.adapters, HTTPAdapter(max_retries=retries))  # http, https
     try:
         for _ in range(attempts):
             try:
@@ -212,11 +210,10 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
                 for other in path.parent.glob(f"{path.name}.*.part"):  # of other versions
                     other.unlink()
                 return path
-            except HTTPError as e:  # of the body: requests has its own for what it tried again
+            except (HTTPError, UserError) as e:  # requests has its own errors for what it tried again
                 problem = e
-            except UserError as e:
-                problem = e
-                part.unlink()  # there is nothing in it to go on from
+                if isinstance(e, UserError):
+                    part.unlink()  # there is nothing in it to go on from
         raise requests.RequestException(f"tried {attempts} times: {problem}")
     except (requests.RequestException, ValueError) as e:
         problem = str(e).split("Caused by ")[-1]  # the heart of a long story
@@ -333,7 +330,7 @@ def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
     one file first, then 0.9 of them to shards to train on and the rest to one to validate on. Characters have
     their own vocabulary, sorted, unless one is given.
     """
-    out, new, digest = Path(out), secrets.token_hex(4), hashlib.sha256()
+    out, new, digest = Path(out), os.urandom(4).hex(), hashlib.sha256()
     meta = {"tokenizer": tokenizer, "source": source}
     if tokenizer == "char":
         pieces = list(pieces)
