@@ -123,20 +123,16 @@ def commit():
     return ""
 
 
-@contextmanager
 def alone(lock_file, wait=True):
-    """Hold a lock, in a folder that is made if need be. A second process waits, or gets a UserError."""
+    """A lock to hold by `with`, its folder made if need be. A second process waits, or gets a UserError."""
     lock, folder = FileLock(lock_file), lock_file.parent
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         if not wait:
             raise UserError(f"{folder} is in use by another process; wait for it, or choose another folder")
         say(f"waiting for another process, which uses {folder}")
-        held = lock.acquire()
-    with held:
-        yield
+        return lock.acquire()
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------------------
@@ -164,8 +160,7 @@ class Tokenizer:
         """str -> token ids. In GPT-2's tokens a literal <|endoftext|> is the one between documents."""
         if self.name == "gpt2":
             return self.gpt2.encode(text, allowed_special={END_OF_TEXT})
-        unknown = sorted(set(text) - set(self.stoi))
-        if unknown:
+        if unknown := sorted(set(text) - set(self.stoi)):
             raise UserError(f"not in the vocabulary: {' '.join(map(repr, unknown[:10]))}; write without them")
         return [self.stoi[c] for c in text]
 
@@ -180,8 +175,7 @@ class Tokenizer:
 class Patience(Retry):
     """Does as requests' retries do, but waits ten minutes at most."""
     def parse_retry_after(self, text):
-        seconds = super().parse_retry_after(text)
-        if seconds > 600:
+        if (seconds := super().parse_retry_after(text)) > 600:
             raise InvalidHeader("it asks to wait for more than 600 seconds")
         return seconds
 
