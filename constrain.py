@@ -42,8 +42,7 @@ def sigma(W):
     of the smaller Gram matrix, ten times faster than an SVD and, for the largest one, as exact: to 1e-13
     here. NaN for matrices that are not finite, at which LAPACK would raise an error.
     """
-    W = W if W.shape[-2] <= W.shape[-1] else W.mT
-    gram = W @ W.mT
+    gram = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
     squares = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))[..., -1]
     return torch.where(gram.isfinite().all(dim=(-2, -1)), squares.clamp_min(0).sqrt(), math.nan)
 
@@ -215,19 +214,17 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
         return 0.0
-    alpha = (62 / 81) ** 2 / (3 * w_max ** 2)
-    k_largest = 2 / math.sqrt(3 * alpha)
+    low, high = 0.0, (62 / 81) ** 2 / (3 * w_max ** 2)
+    k_largest = 2 / math.sqrt(3 * high)
     if k > k_largest:
         lr = update_norm / UPDATE_NORM
         largest = lr * (k_largest - w_max) / (k - w_max)
         raise ValueError(f"no soft cap holds w_max={w_max:g} at lr={lr:g}; the largest lr that it can hold "
                          f"is {largest:.4g}")
-    if alpha * k ** 2 > 1 / 3:
-        return alpha
-    low, high = 0.0, 1 / (3 * k ** 2)
     for _ in range(100):
         alpha = (low + high) / 2
-        q = k - alpha * k ** 3
+        x = min(k, 1 / math.sqrt(3 * alpha))  # which of [0, k] has the largest image
+        q = x - alpha * x ** 3
         low, high = (alpha, high) if q + alpha * q ** 3 > w_max else (low, alpha)
     return high
 
@@ -373,8 +370,7 @@ def refused(model):
 @torch.inference_mode(False)  # what is made within it cannot be attacked
 def exact_model(model):
     """A copy in float64 on the CPU, without gradients, of a model that may be compiled."""
-    model = getattr(model, "_orig_mod", model)
-    net = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+    net = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu().double().eval().requires_grad_(False)
     tables = rotary_tables(net.config.block_size, net.config.n_embd // net.config.n_head)
     for name, table in zip(("cos", "sin"), tables):  # not those of float32, if they are the same but for that
         if (getattr(net, name) - table).abs().max() < 1e-6:
@@ -448,12 +444,12 @@ def attention_norms(attn, softmax_scale):
     """
     H = attn.n_head
     (*Wqk, Wv), Wo, Wo_h = head_weights(attn)
-    beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
     # beside each other
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
-    A_V = min(sigma(Wo) * v.square().sum().sqrt(), sigma(OV).sum(), math.sqrt(H) * sigma(beside(OV))).item()
+    beside = OV.transpose(0, 1).flatten(1)                                 # (d, H d_head)
+    A_V = min(sigma(Wo) * v.norm(), sigma(OV).sum(), math.sqrt(H) * sigma(beside)).item()
     if not Wqk:
         return attn.out_scale * A_V, 0.0
     Wq, Wk = Wqk
@@ -514,14 +510,13 @@ def uncertain_norm(A, U, V):
     sigma(U)^2, of sqrt(l lambda_max(A^T (l I - U U^T)^-1 A + V^T V)), or sigma(A) + sigma(U) sigma(V) if that
     is less; proof: results/certificate.md, Uncertain norm.
     """
-    triangle = (sigma(A) + sigma(U) * sigma(V)).item()
     s, Q = torch.linalg.eigh(U @ U.mT)
-    A, gram = Q.mT @ A, V.mT @ V
+    QA, gram = Q.mT @ A, V.mT @ V
     top = s[-1].clamp_min(1e-30)
 
     def bound(t):
         l = top * (1 + math.exp(t))
-        squared = l * torch.linalg.eigvalsh(A.mT @ (A / (l - s)[:, None]) + gram)[-1]
+        squared = l * torch.linalg.eigvalsh(QA.mT @ (QA / (l - s)[:, None]) + gram)[-1]
         return squared.clamp_min(0).sqrt().item()
 
     low, high = -7.0, 7.0  # of t; a golden section
@@ -531,7 +526,7 @@ def uncertain_norm(A, U, V):
         low, high = (low, right) if points[left] < points[right] else (left, high)
         new = high - 0.618 * (high - low) if points[left] < points[right] else low + 0.618 * (high - low)
         points[new] = bound(new)
-    return min(triangle, *points.values())
+    return min((sigma(A) + sigma(U) * sigma(V)).item(), *points.values())
 
 
 def embedding_norm(model):
@@ -593,9 +588,8 @@ def worst_case(logits, y, W, reach):
     where y is still the largest none alters the prediction; proof: results/certificate.md, Predictions. That
     is a claim about logits in float64: those of a shorter type are off by more than many predictions lead.
     """
-    distance = rows_apart(W, y).scatter(1, y[:, None], 0.0)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide + reach * distance
+    return wide + reach * rows_apart(W, y).scatter(1, y[:, None], 0.0)
 
 
 def rows_apart(W, i):
