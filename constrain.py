@@ -10,7 +10,7 @@ optim.py's Muon at learning rate lr (after other optimizers' steps hard_cap(W, S
 Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of
 matrices are RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm
 sqrt(n/m) * sigma_max. What is exact, norms and bounds, is computed in float64 on the CPU, as not every GPU
-has float64. results/certify.py attacks the bound and certifies predictions.
+has float64.
 """
 import copy
 import math
@@ -38,9 +38,8 @@ def exact(W):
 
 
 def sigma(W):
-    """Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue
-    of the smaller Gram matrix, ten times faster than an SVD and, for the largest one, as exact: to 1e-13
-    here. NaN for matrices that are not finite, at which LAPACK would raise an error.
+    """Largest singular values of float64 (..., m, n): (...), NaN if they are not finite. The root of the
+    largest eigenvalue of the smaller Gram matrix is as exact as an SVD, to 1e-13 here, and ten times faster.
     """
     gram = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
     squares = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))[..., -1]
@@ -143,19 +142,17 @@ def spectral_sphere(W, step):
 @constraint()
 def hyperball(W, step):
     """W R / |W|_F with R = w_max sqrt(m/n) sqrt(min(m, n)), the Frobenius norm if all singular values were
-    w_max (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It fixes the size of a matrix,
-    and caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is of fixed
-    size too: train.py --tangent, see optim.relative_size.
+    w_max (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It caps no singular value: norms
+    may be up to sqrt(min(m, n)) w_max. Their update, of fixed size too: --tangent, see optim.relative_size.
     """
     return of_size_1(W) * (step.w_max * rms_unit(W) * math.sqrt(min(W.shape[-2:])))
 
 
 @constraint()
 def spectral_hammer(W, step):
-    """W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest sigma is set to w_max (paper, section 3).
-
-    Does not promise norm w_max: a step may lift several singular values over it, and this takes back one.
-    Unlike the paper's it leaves a matrix alone whose norm is below w_max, so that it never inflates one.
+    """W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest sigma is set to w_max (paper, section 3),
+    unlike the paper's never upwards. No promise of w_max: a step may lift several over it, and this takes
+    back one.
     """
     sigma, u, v = top_singular(W, step.dtype)
     return W - (sigma - step.w_max * rms_unit(W)).clamp_min(0) * u @ v.mT
@@ -163,12 +160,10 @@ def spectral_hammer(W, step):
 
 @constraint(holds="always")
 def stiefel(W, step):
-    """w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (paper, section 3).
-
-    After an optimizer step W is near it. With X = W / w_max and E = X X^T - I, whose norm is then at most
-    1/2, three steps X <- X + (3/8 E^2 - 1/2 E) X of Newton-Schulz take every singular value to within 1e-5 of
-    1: a step turns an error e into about 5/2 e^3. All products but the last E are in `dtype`: they are
-    corrections. Farther off Muon's iteration does it.
+    """w_max U V^T: every singular value of W = U S V^T set to w_max, to 1e-5, the Stiefel manifold (paper,
+    section 3). With X = W / w_max and E = X X^T - I it is three steps X <- X + (3/8 E^2 - 1/2 E) X of
+    Newton-Schulz, with these corrections in `dtype`, if |E| <= 1/2, as after a step of the optimizer; farther
+    off Muon's iteration (results/certificate.md, Hard cap and Stiefel).
     """
     scale, tall = step.w_max * rms_unit(W), W.shape[-2] > W.shape[-1]
     X = (W.mT if tall else W) / scale
@@ -187,11 +182,9 @@ def stiefel(W, step):
 def soft_cap(W, step):
     """sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values
     (the paper, section 3), and the alpha that takes back a step of Muon: W - W B^2 (3 I - 3 B + B^2), B = X^T
-    X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Only the
-    correction of W is in bfloat16, which is off by up to 2.3 %: a cap that moves singular values by up to 3 %
-    holds to 1e-3. It is for W that had norm <= w_max before the step: far above it the polynomial makes norms
-    larger, so matrices from elsewhere need `project` first. AdamW's steps have no fixed norm; after those it
-    promises nothing.
+    X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Holds to 1e-3
+    for W that had norm <= w_max before the step; norms far above grow, and need `project` first. After
+    AdamW's steps, which have no fixed norm, it promises nothing. Only the correction of W is in bfloat16.
     """
     update_norm = step.update_norm if math.isfinite(step.update_norm) else step.lr * UPDATE_NORM
     alpha = soft_cap_coupling(step.w_max, step.decay, update_norm)
@@ -208,8 +201,7 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     """The smallest alpha with which soft_cap brings all singular values in [0, k] to at most w_max, where k =
     w_max |1 - weight_decay| + update_norm is the largest after an optimizer step; proof:
     results/certificate.md, Soft cap. ValueError for k > 2.613 w_max, where there is none. weight_decay is the
-    step's (lr times the optimizer's), update_norm the norm of its update (lr times UPDATE_NORM for Muon). The
-    published coupling (the paper, appendix) asks only that k itself lands on w_max.
+    step's (lr times the optimizer's), update_norm the norm of its update (lr times UPDATE_NORM for Muon).
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
@@ -231,15 +223,13 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
 
 @constraint(holds="always")
 def hard_cap(W, step):
-    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
+    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD: to
+    within 1 % of w_max, and not above w_max.
 
-    With w 0.6 % below w_max, X = W / w and Y = X X^T - I, of eigenvalues y = (sigma/w)^2 - 1, it is
-    W - max(Y, 0) psi(Y) W: max(Y, 0) = Y (I + sign Y) / 2, where the sign comes from Muon's iteration, and
-    psi(y) = 1 / (y + 1 + sqrt(y + 1)) from a polynomial on [0, 3]. The result is within 1 % of w_max of the
-    exact one, and not above w_max: where the sign has not converged, near w, and everywhere for norms up to
-    1.1 w_max in bfloat16, what is missing is less than w leaves room for. All products but the first and the
-    last are on the smaller side. A batch with norms near 2 w_max goes through the SVD, or from 1.5 w_max on
-    if many singular values are as large.
+    With w 0.6 % below w_max, X = W / w and Y = X X^T - I it is W - max(Y, 0) psi(Y) W, where max(Y, 0) = Y (I
+    + sign Y) / 2, psi(y) = 1 / (y + 1 + sqrt(y + 1)), and products are on the smaller side
+    (results/certificate.md, Hard cap and Stiefel). A batch with norms near 2 w_max goes through the SVD, or
+    from 1.5 w_max on if many singular values are as large.
     """
     dtype = step.dtype if step.small else torch.float32
     w = step.w_max * rms_unit(W) * (1 - 6e-3)
@@ -275,8 +265,9 @@ ROUNDING = 1e-6  # the share by which every certificate is larger, for what floa
 
 
 class Activation(NamedTuple):
-    """f, which sorts the pairs (z_i, z_{i + n/2}) of z (n,), or works on each entry z by itself with f'(z) in
-    `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink at 0. Sorting has norm 1, as (0, 1).
+    """f, which sorts the pairs (z_i, z_{i + n/2}) of z (n,), of norm 1 as slopes in (0, 1) are, or works on
+    each entry z by itself with f'(z) in `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink
+    at 0.
     """
     f: Callable
     sorts_pairs: bool = False
@@ -542,10 +533,8 @@ def log10(x):
 def paper_bounds(model):
     """{kind: log10 of the authors' bound} (calculate_lipschitz_constant in their code, commit 158692e), None
     for a model with options that theirs do not have. `published` is their formula to the letter: it leaves
-    out logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both.
-
-    Neither is an upper bound: the formula takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and
-    lets softmax_scale multiply the value path as well. position_bias, which theirs lack, changes nothing.
+    out logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both. Neither is an
+    upper bound: see README.md, The bounds. position_bias, which theirs lack, changes nothing.
     """
     config = model.config
     ours = ("per_head", "head_gain", "attn_scale", "activation", "mlp_layers", "mlp_ratio", "ball")
@@ -600,8 +589,8 @@ def rows_apart(W, i):
 
 def distances(A, B):
     """L2 distances of rows (..., m, d) and (..., n, d): (..., m, n). In float64, for certificates, by matrix
-    products, rounded up by the most that these can be off: a sum of d products by d eps / 2 of their size. In
-    float32, which they would leave no digits of small distances, by differences.
+    products, rounded up by the most that these can be off, d eps / 2 of a sum of d products. In float32,
+    where they would leave no digits of small distances, by differences.
     """
     if A.dtype != torch.float64:
         return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
