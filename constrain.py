@@ -10,7 +10,7 @@ optim.py's Muon at learning rate lr (after other optimizers' steps hard_cap(W, S
 Paper: Newhouse et al., Training Transformers with Enforced Lipschitz Constants (arXiv 2507.13338). Norms of
 matrices are RMS->RMS operator norms throughout: an (m, n) matrix, m outputs and n inputs, has the norm
 sqrt(n/m) * sigma_max. What is exact, norms and bounds, is computed in float64 on the CPU, as not every GPU
-has float64. results/certify.py attacks the bound and certifies predictions.
+has float64.
 """
 import copy
 import math
@@ -38,15 +38,12 @@ def exact(W):
 
 
 def sigma(W):
-    """Largest singular values of float64 (..., m, n), as a tensor (...): the root of the largest eigenvalue
-    of the smaller Gram matrix, ten times faster than an SVD and, for the largest one, as exact: to 1e-13
-    here. NaN for matrices that are not finite, at which LAPACK would raise an error.
+    """Largest singular values of float64 (..., m, n): (...), NaN if they are not finite. The root of the
+    largest eigenvalue of the smaller Gram matrix is as exact as an SVD, to 1e-13 here, and ten times faster.
     """
-    W = W if W.shape[-2] <= W.shape[-1] else W.mT
-    gram = W @ W.mT
-    known = gram.isfinite().all(dim=-1).all(dim=-1)
-    squares = torch.linalg.eigvalsh(torch.where(known[..., None, None], gram, 0.0))[..., -1]
-    return torch.where(known, squares.clamp_min(0).sqrt(), math.nan)
+    gram = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
+    squares = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))[..., -1]
+    return torch.where(gram.isfinite().all(dim=(-2, -1)), squares.clamp_min(0).sqrt(), math.nan)
 
 
 def rms_norm(W):
@@ -145,19 +142,17 @@ def spectral_sphere(W, step):
 @constraint()
 def hyperball(W, step):
     """W R / |W|_F with R = w_max sqrt(m/n) sqrt(min(m, n)), the Frobenius norm if all singular values were
-    w_max (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It fixes the size of a matrix,
-    and caps no singular value: the norm may be up to sqrt(min(m, n)) times w_max. Their update is of fixed
-    size too: train.py --tangent, see optim.relative_size.
+    w_max (Wen et al. 2026, arXiv 2606.16899, where R is the first weight's). It caps no singular value: norms
+    may be up to sqrt(min(m, n)) w_max. Their update, of fixed size too: --tangent, see optim.relative_size.
     """
     return of_size_1(W) * (step.w_max * rms_unit(W) * math.sqrt(min(W.shape[-2:])))
 
 
 @constraint()
 def spectral_hammer(W, step):
-    """W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest sigma is set to w_max (paper, section 3).
-
-    Does not promise norm w_max: a step may lift several singular values over it, and this takes back one.
-    Unlike the paper's it leaves a matrix alone whose norm is below w_max, so that it never inflates one.
+    """W - max(0, sigma_1 - w_max) u_1 v_1^T: only the largest sigma is set to w_max (paper, section 3),
+    unlike the paper's never upwards. No promise of w_max: a step may lift several over it, and this takes
+    back one.
     """
     sigma, u, v = top_singular(W, step.dtype)
     return W - (sigma - step.w_max * rms_unit(W)).clamp_min(0) * u @ v.mT
@@ -165,17 +160,13 @@ def spectral_hammer(W, step):
 
 @constraint(holds="always")
 def stiefel(W, step):
-    """w_max U V^T: every singular value of W = U S V^T set to w_max, the Stiefel manifold (paper, section 3).
-
-    After an optimizer step W is near it. With X = W / w_max and E = X X^T - I, whose norm is then at most
-    1/2, three steps X <- X + (3/8 E^2 - 1/2 E) X of Newton-Schulz take every singular value to within 1e-5 of
-    1: a step turns an error e into about 5/2 e^3. All products but the last E are in `dtype`: they are
-    corrections. Farther off Muon's iteration does it.
+    """w_max U V^T: every singular value of W = U S V^T set to w_max, to 1e-5, the Stiefel manifold (paper,
+    section 3). With X = W / w_max and E = X X^T - I it is three steps X <- X + (3/8 E^2 - 1/2 E) X of
+    Newton-Schulz, with these corrections in `dtype`, if |E| <= 1/2, as after a step of the optimizer; farther
+    off Muon's iteration (results/certificate.md, Hard cap and Stiefel).
     """
-    scale = step.w_max * rms_unit(W)
-    X = (W / scale).reshape(-1, *W.shape[-2:])
-    tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
+    scale, tall = step.w_max * rms_unit(W), W.shape[-2] > W.shape[-1]
+    X = (W.mT if tall else W) / scale
     I = torch.eye(X.shape[-2], device=W.device)
     for i, products in enumerate((step.dtype, step.dtype, torch.float32)):
         X_ = X.to(products)
@@ -184,18 +175,16 @@ def stiefel(W, step):
         if i == 0 and not ((E2 @ E2).float().norm(dim=(-2, -1)) <= 0.5 ** 4).all():  # at least |E|
             return scale * orthogonalize(W, EXACT_POLAR)
         X = X + ((3 / 8 * E2 - E / 2) @ X.to(step.dtype)).float()
-    return scale * (X.mT if tall else X).reshape(W.shape)
+    return scale * (X.mT if tall else X)
 
 
 @constraint(holds="bounded")
 def soft_cap(W, step):
     """sigma -> p(q(sigma)) with q(x) = x - alpha x^3 and p(x) = x + alpha x^3, on RMS->RMS singular values
     (the paper, section 3), and the alpha that takes back a step of Muon: W - W B^2 (3 I - 3 B + B^2), B = X^T
-    X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Only the
-    correction of W is in bfloat16, which is off by up to 2.3 %: a cap that moves singular values by up to 3 %
-    holds to 1e-3. It is for W that had norm <= w_max before the step: far above it the polynomial makes norms
-    larger, so matrices from elsewhere need `project` first. AdamW's steps have no fixed norm; after those it
-    promises nothing.
+    X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Holds to 1e-3
+    for W that had norm <= w_max before the step; norms far above grow, and need `project` first. After
+    AdamW's steps, which have no fixed norm, it promises nothing. Only the correction of W is in bfloat16.
     """
     update_norm = step.update_norm if math.isfinite(step.update_norm) else step.lr * UPDATE_NORM
     alpha = soft_cap_coupling(step.w_max, step.decay, update_norm)
@@ -212,40 +201,35 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
     """The smallest alpha with which soft_cap brings all singular values in [0, k] to at most w_max, where k =
     w_max |1 - weight_decay| + update_norm is the largest after an optimizer step; proof:
     results/certificate.md, Soft cap. ValueError for k > 2.613 w_max, where there is none. weight_decay is the
-    step's (lr times the optimizer's), update_norm the norm of its update (lr times UPDATE_NORM for Muon). The
-    published coupling (the paper, appendix) asks only that k itself lands on w_max.
+    step's (lr times the optimizer's), update_norm the norm of its update (lr times UPDATE_NORM for Muon).
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
         return 0.0
-    alpha = (62 / 81) ** 2 / (3 * w_max ** 2)
-    k_largest = 2 / math.sqrt(3 * alpha)
+    low, high = 0.0, (62 / 81) ** 2 / (3 * w_max ** 2)
+    k_largest = 2 / math.sqrt(3 * high)
     if k > k_largest:
         lr = update_norm / UPDATE_NORM
         largest = lr * (k_largest - w_max) / (k - w_max)
         raise ValueError(f"no soft cap holds w_max={w_max:g} at lr={lr:g}; the largest lr that it can hold "
                          f"is {largest:.4g}")
-    if alpha * k ** 2 > 1 / 3:
-        return alpha
-    low, high = 0.0, 1 / (3 * k ** 2)
     for _ in range(100):
         alpha = (low + high) / 2
-        q = k - alpha * k ** 3
+        x = min(k, 1 / math.sqrt(3 * alpha))  # which of [0, k] has the largest image
+        q = x - alpha * x ** 3
         low, high = (alpha, high) if q + alpha * q ** 3 > w_max else (low, alpha)
     return high
 
 
 @constraint(holds="always")
 def hard_cap(W, step):
-    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD.
+    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD: to
+    within 1 % of w_max, and not above w_max.
 
-    With w 0.6 % below w_max, X = W / w and Y = X X^T - I, of eigenvalues y = (sigma/w)^2 - 1, it is
-    W - max(Y, 0) psi(Y) W: max(Y, 0) = Y (I + sign Y) / 2, where the sign comes from Muon's iteration, and
-    psi(y) = 1 / (y + 1 + sqrt(y + 1)) from a polynomial on [0, 3]. The result is within 1 % of w_max of the
-    exact one, and not above w_max: where the sign has not converged, near w, and everywhere for norms up to
-    1.1 w_max in bfloat16, what is missing is less than w leaves room for. All products but the first and the
-    last are on the smaller side. A batch with norms near 2 w_max goes through the SVD, or from 1.5 w_max on
-    if many singular values are as large.
+    With w 0.6 % below w_max, X = W / w and Y = X X^T - I it is W - max(Y, 0) psi(Y) W, where max(Y, 0) = Y (I
+    + sign Y) / 2, psi(y) = 1 / (y + 1 + sqrt(y + 1)), and products are on the smaller side
+    (results/certificate.md, Hard cap and Stiefel). A batch with norms near 2 w_max goes through the SVD, or
+    from 1.5 w_max on if many singular values are as large.
     """
     dtype = step.dtype if step.small else torch.float32
     w = step.w_max * rms_unit(W) * (1 - 6e-3)
@@ -281,8 +265,9 @@ ROUNDING = 1e-6  # the share by which every certificate is larger, for what floa
 
 
 class Activation(NamedTuple):
-    """f, which sorts the pairs (z_i, z_{i + n/2}) of z (n,), or works on each entry z by itself with f'(z) in
-    `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink at 0.
+    """f, which sorts the pairs (z_i, z_{i + n/2}) of z (n,), of norm 1 as slopes in (0, 1) are, or works on
+    each entry z by itself with f'(z) in `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink
+    at 0.
     """
     f: Callable
     sorts_pairs: bool = False
@@ -300,6 +285,7 @@ PROVED = {"gelu": Activation(lambda z: z * torch.special.ndtr(z) / STEEPEST, slo
           "maxmin": Activation(lambda z: z.unflatten(-1, (2, -1)).sort(-2, descending=True)[0].flatten(-2),
                                sorts_pairs=True),
           "relu": Activation(lambda z: z.clamp_min(0), kink=True)}
+SIZE = Activation(torch.abs, slope=(-1, 1), ratio=(-1, 1), kink=True)  # sorting in other terms, see mlp_half
 
 
 def proved_function(config, weights, x):
@@ -375,8 +361,7 @@ def refused(model):
 @torch.inference_mode(False)  # what is made within it cannot be attacked
 def exact_model(model):
     """A copy in float64 on the CPU, without gradients, of a model that may be compiled."""
-    model = getattr(model, "_orig_mod", model)
-    net = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+    net = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu().double().eval().requires_grad_(False)
     tables = rotary_tables(net.config.block_size, net.config.n_embd // net.config.n_head)
     for name, table in zip(("cos", "sin"), tables):  # not those of float32, if they are the same but for that
         if (getattr(net, name) - table).abs().max() < 1e-6:
@@ -450,12 +435,12 @@ def attention_norms(attn, softmax_scale):
     """
     H = attn.n_head
     (*Wqk, Wv), Wo, Wo_h = head_weights(attn)
-    beside = lambda W: W.transpose(0, 1).flatten(1)                        # (H, m, n) -> (m, H n)
     v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
     # beside each other
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
-    A_V = min(sigma(Wo) * v.square().sum().sqrt(), sigma(OV).sum(), math.sqrt(H) * sigma(beside(OV))).item()
+    beside = OV.transpose(0, 1).flatten(1)                                 # (d, H d_head)
+    A_V = min(sigma(Wo) * v.norm(), sigma(OV).sum(), math.sqrt(H) * sigma(beside)).item()
     if not Wqk:
         return attn.out_scale * A_V, 0.0
     Wq, Wk = Wqk
@@ -487,24 +472,28 @@ def mlp_norms(block, activation):
     mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
     layers = (mlp.fc, *mlp.mid, mlp.proj)
     product = math.prod(rms_norm(layer.weight).item() for layer in layers)
-    slope, ratio = ((1, 1), (1, 1)) if activation.sorts_pairs else (activation.slope, activation.ratio)
-    steepest, longest = (max(map(abs, interval)) ** (len(layers) - 1) for interval in (slope, ratio))
-    gain, growth = (1 - alpha + alpha * product * factor for factor in (steepest, longest))
+    largest = lambda interval: max(map(abs, interval)) ** (len(layers) - 1)
+    gain, growth = (1 - alpha + alpha * product * largest(f) for f in (activation.slope, activation.ratio))
     if mlp.mid or len(Wo) > 512:  # beyond, it takes long
         return gain, gain, growth
-    W_out, W_in = exact(mlp.proj.weight), exact(mlp.fc.weight)
-    A = (1 - alpha) * torch.eye(len(Wo), dtype=torch.float64)
-    if activation.sorts_pairs:
-        (O_1, O_2), (I_1, I_2) = W_out.chunk(2, dim=1), W_in.chunk(2)
-        A, U, V = A + alpha / 2 * (O_1 + O_2) @ (I_1 + I_2), alpha / 2 * (O_1 - O_2), I_1 - I_2
-        grown = A, U, V
-    else:
-        of = lambda low, high: (A + alpha * (high + low) / 2 * W_out @ W_in,
-                                alpha * (high - low) / 2 * W_out, W_in)
-        (A, U, V), grown = of(*slope), of(*ratio)
-    gain = min(gain, uncertain_norm(A, U, V))
-    score_gain = min(gain, uncertain_norm(A @ Wo, U, V @ Wo) / max(sigma(Wo).item(), 1e-300))
-    return gain, score_gain, min(growth, uncertain_norm(*grown))
+    A, U, V, f = mlp_half(block, activation)
+    of = lambda low, high: (A + (high + low) / 2 * U @ V, (high - low) / 2 * U, V)
+    K, F, V = of(*f.slope)
+    gain = min(gain, uncertain_norm(K, F, V))
+    score_gain = min(gain, uncertain_norm(K @ Wo, F, V @ Wo) / max(sigma(Wo).item(), 1e-300))
+    return gain, score_gain, min(growth, uncertain_norm(*of(*f.ratio)))
+
+
+def mlp_half(block, activation):
+    """(A, U, V, f) with (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry, for an MLP of two
+    layers. Of a sorted pair the entries are (z_1 + z_2) / 2 +- |z_1 - z_2| / 2, so that f is the size.
+    """
+    U, V = block.alpha * exact(block.mlp.proj.weight), exact(block.mlp.fc.weight)
+    A = (1 - block.alpha) * torch.eye(len(U), dtype=torch.float64)
+    if not activation.sorts_pairs:
+        return A, U, V, activation
+    (U_1, U_2), (V_1, V_2) = U.chunk(2, dim=1), V.chunk(2)
+    return A + (U_1 + U_2) @ (V_1 + V_2) / 2, (U_1 - U_2) / 2, V_1 - V_2, SIZE
 
 
 def uncertain_norm(A, U, V):
@@ -512,14 +501,13 @@ def uncertain_norm(A, U, V):
     sigma(U)^2, of sqrt(l lambda_max(A^T (l I - U U^T)^-1 A + V^T V)), or sigma(A) + sigma(U) sigma(V) if that
     is less; proof: results/certificate.md, Uncertain norm.
     """
-    triangle = (sigma(A) + sigma(U) * sigma(V)).item()
     s, Q = torch.linalg.eigh(U @ U.mT)
-    A, gram = Q.mT @ A, V.mT @ V
+    QA, gram = Q.mT @ A, V.mT @ V
     top = s[-1].clamp_min(1e-30)
 
     def bound(t):
         l = top * (1 + math.exp(t))
-        squared = l * torch.linalg.eigvalsh(A.mT @ (A / (l - s)[:, None]) + gram)[-1]
+        squared = l * torch.linalg.eigvalsh(QA.mT @ (QA / (l - s)[:, None]) + gram)[-1]
         return squared.clamp_min(0).sqrt().item()
 
     low, high = -7.0, 7.0  # of t; a golden section
@@ -529,13 +517,12 @@ def uncertain_norm(A, U, V):
         low, high = (low, right) if points[left] < points[right] else (left, high)
         new = high - 0.618 * (high - low) if points[left] < points[right] else low + 0.618 * (high - low)
         points[new] = bound(new)
-    return min(triangle, *points.values())
+    return min((sigma(A) + sigma(U) * sigma(V)).item(), *points.values())
 
 
 def embedding_norm(model):
     """The largest RMS norm of a row of the embedding table."""
-    table = exact(model.wte.weight)
-    return torch.linalg.vector_norm(table, dim=1).max().item() / math.sqrt(table.shape[1])
+    return exact(model.wte.weight).square().mean(dim=1).max().sqrt().item()
 
 
 def log10(x):
@@ -546,10 +533,8 @@ def log10(x):
 def paper_bounds(model):
     """{kind: log10 of the authors' bound} (calculate_lipschitz_constant in their code, commit 158692e), None
     for a model with options that theirs do not have. `published` is their formula to the letter: it leaves
-    out logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both.
-
-    Neither is an upper bound: the formula takes the heads together, GELU / 1.1289 for 1/1.1289-Lipschitz, and
-    lets softmax_scale multiply the value path as well. position_bias, which theirs lack, changes nothing.
+    out logit_scale, and alpha is 1/(2 n_layer) whatever the model's is. `paper` counts both. Neither is an
+    upper bound: see README.md, The bounds. position_bias, which theirs lack, changes nothing.
     """
     config = model.config
     ours = ("per_head", "head_gain", "attn_scale", "activation", "mlp_layers", "mlp_ratio", "ball")
@@ -592,9 +577,8 @@ def worst_case(logits, y, W, reach):
     where y is still the largest none alters the prediction; proof: results/certificate.md, Predictions. That
     is a claim about logits in float64: those of a shorter type are off by more than many predictions lead.
     """
-    distance = rows_apart(W, y).scatter(1, y[:, None], 0.0)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide + reach * distance
+    return wide + reach * rows_apart(W, y).scatter(1, y[:, None], 0.0)
 
 
 def rows_apart(W, i):
@@ -605,8 +589,8 @@ def rows_apart(W, i):
 
 def distances(A, B):
     """L2 distances of rows (..., m, d) and (..., n, d): (..., m, n). In float64, for certificates, by matrix
-    products, rounded up by the most that these can be off: a sum of d products by d eps / 2 of their size. In
-    float32, which they would leave no digits of small distances, by differences.
+    products, rounded up by the most that these can be off, d eps / 2 of a sum of d products. In float32,
+    where they would leave no digits of small distances, by differences.
     """
     if A.dtype != torch.float64:
         return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")

@@ -6,10 +6,8 @@ This file imports nothing of ours, so that it can be copied.
 """
 import ctypes
 import math
-import re
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -19,10 +17,9 @@ def has_bf16(device):
     """Whether the hardware multiplies bf16 matrices itself; emulated they are slower than float32's."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type != "cpu" or not cpuinfo.exists():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # which multiplies them on a CPU
         return False
-    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))
 
 
 def keep_memory():
@@ -37,12 +34,11 @@ def keep_memory():
 
 # --- Orthogonalization --------------------------------------------------------------------------------------
 
-# Each row (a, b, c) is one step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values. Each is the
-# odd quintic nearest to 1 on the interval that the steps before left (the greedy minimax composition of Polar
-# Express, Amsel et al., arXiv 2505.16932), starting from [0.006, 1]; every interval is taken 5 % longer than
-# it is, because bf16's rounding can push a singular value past the end and the next step would throw it far.
-# The last row is scaled so that, in exact arithmetic, the composition maps [0.006, 1] into [0.991, 0.993] and
-# [0, 1.03] into [0, 0.993].
+# Each row (a, b, c) is a step sigma -> a sigma + b sigma^3 + c sigma^5 on all singular values: the quintic
+# nearest to 1 on the interval that the steps before left (Polar Express, Amsel et al., arXiv 2505.16932), the
+# first [0.006, 1]. Intervals are taken 5 % longer, as bf16's rounding can push a singular value past the end,
+# from where the next step would throw it far. The last row is scaled so that all together, in exact
+# arithmetic, map [0.006, 1] into [0.991, 0.993] and [0, 1.03] into [0, 0.993].
 POLAR = ((7.2050, -18.6075, 12.3746),
          (3.9627, -3.0957, 0.6228),
          (3.0419, -2.1084, 0.4083),
@@ -115,11 +111,9 @@ def map_by_shape(fn, tensors, *more):
 def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
     """Largest singular triples of matrices (..., m, n): sigma (..., 1, 1), u (..., m, 1), v (..., n, 1).
 
-    Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps at the price of a
-    few matrix products. Started from the largest column of A^512 it needs no memory and no random numbers.
-    sigma = |W v| is below the true one, by less than 0.1 % however close the other singular values are.
-    `dtype` is that of A^8 and on: bfloat16 changes the norm of A^4 by 0.2 % at most, and so what the
-    iteration takes for sigma by 0.03 %.
+    Power iteration on the Gram matrix A with A^512, which nine squarings make: 2,048 steps from the largest
+    column of A^512, without memory or random numbers. sigma = |W v| is below the true one, by less than 0.1 %
+    however close others are. `dtype` is that of A^8 and on: bfloat16 moves sigma by 0.03 % more.
     """
     scale = W.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     X = W / scale
@@ -133,11 +127,10 @@ def top_singular(W, dtype=torch.float32, squarings=9, steps=4):
         A = A @ A
     A = A.to(X.dtype)
     column = A.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None].expand(*A.shape[:-1], 1)
-    x = A.gather(-1, column)
     unit = lambda x: x / x.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+    x = unit(A.gather(-1, column))
     for _ in range(steps):
-        x = A @ unit(x)
-    x = unit(x)
+        x = unit(A @ x)
     y = X @ x if tall else X.mT @ x  # the other singular vector, times sigma
     u, v = (unit(y), x) if tall else (x, unit(y))
     return y.norm(dim=-2, keepdim=True) * scale, u, v
@@ -233,15 +226,13 @@ class Muon(torch.optim.Optimizer):
                 if self.mine is None or p in self.mine:
                     params.append(p)
                     updates.append(p.grad.lerp(M, momentum) if group["nesterov"] else M)
+            polar = partial(orthogonalize, coefficients=group["coefficients"], dtype=group["dtype"])
             if group["embedding"]:
                 updates = [dual_rows(u) for u in updates]
+            elif group["tangent"]:
+                updates = map_by_shape(partial(TANGENTS[group["tangent"]], polar=polar), updates, params)
             else:
-                polar = partial(orthogonalize, coefficients=group["coefficients"], dtype=group["dtype"])
-                if group["tangent"]:
-                    tangent = partial(TANGENTS[group["tangent"]], polar=polar)
-                    updates = map_by_shape(tangent, updates, params)
-                else:
-                    updates = map_by_shape(polar, updates)
+                updates = map_by_shape(polar, updates)
             for p, u in zip(params, updates):
                 norm_1 = 1 if group["embedding"] else math.sqrt(p.shape[-2] / p.shape[-1])  # of RMS->RMS norm
                 if group["weight_decay"]:

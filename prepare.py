@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -124,20 +123,16 @@ def commit():
     return ""
 
 
-@contextmanager
 def alone(lock_file, wait=True):
-    """Hold a lock, in a folder that is made if need be. A second process waits, or gets a UserError."""
+    """A lock to hold by `with`, its folder made if need be. A second process waits, or gets a UserError."""
     lock, folder = FileLock(lock_file), lock_file.parent
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         if not wait:
             raise UserError(f"{folder} is in use by another process; wait for it, or choose another folder")
         say(f"waiting for another process, which uses {folder}")
-        held = lock.acquire()
-    with held:
-        yield
+        return lock.acquire()
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------------------
@@ -165,8 +160,7 @@ class Tokenizer:
         """str -> token ids. In GPT-2's tokens a literal <|endoftext|> is the one between documents."""
         if self.name == "gpt2":
             return self.gpt2.encode(text, allowed_special={END_OF_TEXT})
-        unknown = sorted(set(text) - set(self.stoi))
-        if unknown:
+        if unknown := sorted(set(text) - set(self.stoi)):
             raise UserError(f"not in the vocabulary: {' '.join(map(repr, unknown[:10]))}; write without them")
         return [self.stoi[c] for c in text]
 
@@ -181,8 +175,7 @@ class Tokenizer:
 class Patience(Retry):
     """Does as requests' retries do, but waits ten minutes at most."""
     def parse_retry_after(self, text):
-        seconds = super().parse_retry_after(text)
-        if seconds > 600:
+        if (seconds := super().parse_retry_after(text)) > 600:
             raise InvalidHeader("it asks to wait for more than 600 seconds")
         return seconds
 
@@ -198,8 +191,7 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     session.headers["Accept-Encoding"] = "identity"
     retries = Patience(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
                        backoff_factor=1)
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retries))
+    session.adapters = dict.fromkeys(session.adapters, HTTPAdapter(max_retries=retries))  # http, https
     try:
         for _ in range(attempts):
             try:
@@ -212,11 +204,10 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
                 for other in path.parent.glob(f"{path.name}.*.part"):  # of other versions
                     other.unlink()
                 return path
-            except HTTPError as e:  # of the body: requests has its own for what it tried again
+            except (HTTPError, UserError) as e:  # requests has its own errors for what it tried again
                 problem = e
-            except UserError as e:
-                problem = e
-                part.unlink()  # there is nothing in it to go on from
+                if isinstance(e, UserError):
+                    part.unlink()  # there is nothing in it to go on from
         raise requests.RequestException(f"tried {attempts} times: {problem}")
     except (requests.RequestException, ValueError) as e:
         problem = str(e).split("Caused by ")[-1]  # the heart of a long story
@@ -333,7 +324,7 @@ def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
     one file first, then 0.9 of them to shards to train on and the rest to one to validate on. Characters have
     their own vocabulary, sorted, unless one is given.
     """
-    out, new, digest = Path(out), secrets.token_hex(4), hashlib.sha256()
+    out, new, digest = Path(out), os.urandom(4).hex(), hashlib.sha256()
     meta = {"tokenizer": tokenizer, "source": source}
     if tokenizer == "char":
         pieces = list(pieces)

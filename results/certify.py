@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from constrain import (PROVED, RADII, ROUNDING, Activation, body_bound, bound_lines, certificate, distances,
-                       embedding_norm, exact, exact_model, head_weights, layer_norms, lead, log10, matrices,
-                       norm_lines, paper_bounds, refused, rms_norm, rows_apart, sigma)
+from constrain import (PROVED, RADII, ROUNDING, body_bound, bound_lines, certificate, distances,
+                       embedding_norm, exact_model, head_weights, layer_norms, lead, log10, matrices,
+                       mlp_half, norm_lines, paper_bounds, refused, rms_norm, rows_apart, sigma)
 from model import later, load_checkpoint, onto_ball, rms, rotate, unit
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
@@ -208,10 +208,9 @@ def local_radii(net, norms, X):
 def block_norms(net, layers):
     """Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of
     heads (H,); root_q and root_k (H, d_head, d_head), with |root y| = |W^hT y|; and, if its MLP has two
-    layers, matrices with half(x) = (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry (proof:
-    results/certificate.md, MLP halves).
+    layers, mlp_half, with half(x) = A x + U f(V x).
     """
-    found, activation = [], PROVED[net.config.activation]
+    found = []
     for block, layer in zip(net.blocks, layers):
         (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn)
         OV = Wo_h @ Wv                                                # (H, d, d)
@@ -222,11 +221,7 @@ def block_norms(net, layers):
             norm |= {f"W{name}": W, f"sigma_{name}": sigma(W),
                      f"root_{name}": torch.linalg.qr(W.mT, mode="r").R}
         if not block.mlp.mid:
-            A, f = (1 - block.alpha) * torch.eye(len(Wo), dtype=torch.float64), activation
-            U, V = block.alpha * exact(block.mlp.proj.weight), exact(block.mlp.fc.weight)
-            if activation.sorts_pairs:  # (z_1 + z_2) / 2 +- |z_1 - z_2| / 2
-                (U1, U2), (V1, V2), f = U.chunk(2, dim=1), V.chunk(2), SIZE
-                A, U, V = A + (U1 + U2) @ (V1 + V2) / 2, (U1 - U2) / 2, V1 - V2
+            A, U, V, f = mlp_half(block, PROVED[net.config.activation])
             norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U)}
         found.append(norm)
     return found
@@ -472,9 +467,6 @@ def through_attention(at, g, n, delta, *beyond):
         gradient += dk.flatten(2) @ at.Wk.flatten(0, 1)
         rest = (pulled.norm(dim=-1) * beyond[0][b, :, t] + u.norm(dim=-1) * beyond[1][b, :, t]).sum(dim=1)
     return (gradient.norm(dim=-1) * delta[b]).sum(dim=1) + rest
-
-
-SIZE = Activation(torch.abs, slope=(-1, 1), kink=True)
 
 
 def slopes(activation, z, reach):
