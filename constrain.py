@@ -67,7 +67,7 @@ def matrices(model):
 EXACT_POLAR = POLAR[:1] + POLAR[1:2] * 4 + POLAR[2:] + ((15 / 8, -10 / 8, 3 / 8),)
 
 # The polynomial of degree 5 nearest to psi(y) = 1 / (y + 1 + sqrt(y + 1)) on [0, 3], its error weighed by
-# what it does to a singular value in hard_cap, y sqrt(y + 1): that is at most 2.4e-4.
+# what it does to a singular value in hard_cap, y sqrt(y + 1): that is at most 7e-4.
 PSI = (0.494527, -0.331985, 0.187114, -0.070508, 0.014907, -0.001316)
 
 METHODS, HOLDS = {}, {}  # name: constraint; name: after which steps it holds all norms at w_max

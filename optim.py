@@ -6,8 +6,10 @@ This file imports nothing of ours, so that it can be copied.
 """
 import ctypes
 import math
+import re
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -17,9 +19,10 @@ def has_bf16(device):
     """Whether the hardware multiplies bf16 matrices itself; emulated they are slower than float32's."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # which multiplies them on a CPU
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not cpuinfo.exists():
         return False
-    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
 
 
 def keep_memory():
