@@ -240,13 +240,13 @@ def train(given):
 
 def gradients(net, model, x, y, reach, q, config, amp, asked_to_stop):
     """The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss
-    and whether any process has been asked to stop. `net` is the model or, of several processes, one that
+    and how many processes have been asked to stop. `net` is the model or, of several processes, one that
     sends gradients round with the last part's backward pass. With a reach the loss is that of the worst case.
     Cross entropy, q = 0, fears most what cannot be predicted. Its generalization (Zhang and Sabuncu, arXiv
     1805.07836) is bounded by 1 / q and gives that up for a larger radius of the rest; from the first step on
     it would give up labels that can be learned.
     """
-    state, parts = torch.zeros(2, dtype=torch.float64), config.accumulate
+    mean_loss, parts = 0.0, config.accumulate
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
         with net.no_sync() if world() > 1 and i < parts - 1 else nullcontext():
             with amp:
@@ -259,10 +259,8 @@ def gradients(net, model, x, y, reach, q, config, amp, asked_to_stop):
                 loss = (-torch.expm1(-q * loss) / q).mean() if q else loss
             loss = loss / parts
             loss.backward()
-        state[0] += loss.item() / world()
-    state[1] = bool(asked_to_stop)
-    loss, stopping = summed(state).tolist()
-    return loss, bool(stopping)
+        mean_loss += loss.item() / world()
+    return summed(torch.tensor([mean_loss, bool(asked_to_stop)], dtype=torch.float64)).tolist()
 
 
 def attack(model, x, y, r):
@@ -510,8 +508,7 @@ def evaluate(model, tokens, radius=0.0, most=None, layers=None):
              "paper_protocol_acc": (paper[2] / paper[0]).item()}
     if radius:
         sums = whole(exact_model(model), *(logit_reach(model, r, layers) for r in (radius, *RADII)))
-        (worst, _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
-        found["worst_loss"] = worst
+        (found["worst_loss"], _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
         found |= {f"certified_acc_{r:g}": certified for r, (_, certified) in zip(RADII, at_radii)}
     return found
 
@@ -531,22 +528,19 @@ def activations(model, x):
         model(x)
     act_max, act_rms = map(max, zip(*sizes.values()))
     blocks_max, blocks_rms = map(list, zip(*(sizes[block] for block in model.blocks)))
-    return {"act_max": act_max, "act_rms": act_rms,
-            "act_max_layers": blocks_max, "act_rms_layers": blocks_rms}
+    return dict(act_max=act_max, act_rms=act_rms, act_max_layers=blocks_max, act_rms_layers=blocks_rms)
 
 
 def describe(line):
     """An evaluation's line of the log in words."""
-    at = RADII if "worst_loss" in line else ()
-    certified = [f"certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}" for r in at]
-    paper = [f"{line['log10_paper']:.2f} paper"] if line["log10_paper"] is not None else []
-    return ", ".join((f"step {line['step']}: train loss {line['train_loss']:.4f}",
-                      f"val loss {line['val_loss']:.4f}",
-                      f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%})",
-                      *certified, f"log10 bound {line['log10_certified']:.2f} certified", *paper,
-                      f"norm/cap {line['norm_over_cap']:.4f}",
-                      f"activations {line['act_max']:.1f} max, {line['act_rms']:.2f} RMS",
-                      f"{line['tokens_per_second']:,.0f} tokens/s"))
+    certified = [f", certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}"
+                 for r in RADII if "worst_loss" in line]
+    paper = "" if line["log10_paper"] is None else f", {line['log10_paper']:.2f} paper"
+    words = ("step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, accuracy {val_acc:.2%} "
+             "(paper protocol {paper_protocol_acc:.2%}){certified}, log10 bound {log10_certified:.2f} "
+             "certified{paper}, norm/cap {norm_over_cap:.4f}, activations {act_max:.1f} max, "
+             "{act_rms:.2f} RMS, {tokens_per_second:,.0f} tokens/s")
+    return words.format_map(line | {"certified": "".join(certified), "paper": paper})
 
 
 # --- A run: its checkpoint and log, going on from them, and its end -----------------------------------------
@@ -706,10 +700,8 @@ def compile_blocks(model, config, device):
     """Compile the blocks, as --compile says or else where it pays, if that works; returns words about it. One
     by one only the first takes time, as they are alike. The loss too, but on a CPU, whose kernels are faster.
     """
-    wanted = config.compile
-    if wanted is None:
-        wanted = device.type == "cuda" or (device.type == "cpu" and config.max_steps >= COMPILE_STEPS)
-    if not wanted:
+    pays = device.type == "cuda" or (device.type == "cpu" and config.max_steps >= COMPILE_STEPS)
+    if not (pays if config.compile is None else config.compile):
         return ""
     try:  # with a sum and its gradient
         x = torch.ones(8, device=device, requires_grad=True)
