@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
     def heads(self, x, cos, sin):
         """([q, k] turned by RoPE, or [] without content; v), each (B, n_head, T, d_head), and the scores'
-        bias: None or (n_head, T, T), whose entry (t, s) is self.bias[:, t - s] for s <= t.
+        bias: None or (n_head, T, T), whose entry (t, s) is self.bias[:, t - s] for s <= t, else -inf.
         """
         B, T, C = x.shape
         *qk, v = self.qkv(x).view(B, T, -1, self.n_head, self.d_head).unbind(2)  # each (B, T, n_head, d_head)
@@ -157,19 +157,15 @@ class Attention(nn.Module):
         if self.gain is not None:
             v = v * self.gain[:, None, None].to(v.dtype)
         if self.bias is not None:
-            bias = F.pad(self.bias[:, :T].flip(1), (0, T - 1)).unfold(1, T, 1).flip(1).to(v.dtype)
+            bias = F.pad(self.bias[:, :T].flip(1), (0, T - 1), value=-math.inf)
+            bias = bias.unfold(1, T, 1).flip(1).to(v.dtype)
         return [rotate(t, cos, sin).transpose(1, 2) for t in qk], v, bias
 
     def forward(self, x, cos, sin):
-        B, T, C = x.shape
         qk, v, bias = self.heads(x, cos, sin)
-        if qk:
-            y = attend(*qk, v, self.scale, bias)
-        else:
-            y = bias.masked_fill(later(T, x.device), -math.inf).softmax(dim=-1).to(v.dtype) @ v
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = attend(*qk, v, self.scale, bias) if qk else bias.softmax(dim=-1).to(v.dtype) @ v
         # Modula: a third, as the value, query and key paths have a gain of 1 each
-        return self.out_scale * self.proj(y)
+        return self.out_scale * self.proj(y.transpose(1, 2).flatten(2))
 
 
 def later(T, device):
@@ -178,17 +174,15 @@ def later(T, device):
 
 
 def attend(q, k, v, scale, bias):
-    """Causal softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head), bias (n_head, T, T) or None. On
-    a CPU torch's kernel has a slow backward pass, so there the products are written out, in two halves: the
-    first half of the queries sees the first half of the keys alone, a quarter of the work less.
+    """Causal softmax(scale q k^T + bias) v of q, k, v (B, n_head, T, d_head), bias as from `heads`. On a CPU
+    torch's kernel has a slow backward pass, so there the products are written out, in two halves: the first
+    half of the queries sees the first half of the keys alone, a quarter of the work less.
     """
     T = q.shape[2]
-    if bias is None and q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    bias = q.new_zeros(T, T) if bias is None else bias
-    bias = bias.masked_fill(later(T, q.device), -math.inf)
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+    if bias is None:
+        bias = q.new_zeros(T, T).masked_fill(later(T, q.device), -math.inf)
     q, halves = scale * q, []
     for start, end in ((0, T // 2), (T // 2, T)):
         scores = q[:, :, start:end] @ k[:, :, :end].mT + bias[..., start:end, :end]

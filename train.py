@@ -9,8 +9,6 @@ Writes out_dir/ckpt.pt every few minutes and at each evaluation, and out_dir/log
 earlier run there are kept once, as ckpt.old.pt and log.old.jsonl. Ctrl-C and SIGTERM save and exit.
 """
 import argparse
-import dataclasses
-import importlib
 import math
 import os
 import platform
@@ -18,8 +16,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median
@@ -27,18 +25,17 @@ from statistics import mean, median
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see main
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import prepare
-from constrain import (HOLDS, METHODS, RADII, Step, exact_model, holds_w_max, layer_norms, lead,
-                       lipschitz_bounds, logit_reach, matrices, project, refused, rms_norm, svd_cap,
-                       worst_case)
+from constrain import (METHODS, RADII, Step, exact_model, holds_w_max, layer_norms, lead, lipschitz_bounds,
+                       logit_reach, matrices, project, refused, rms_norm, svd_cap, worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample, unit
 from optim import TANGENTS, UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from prepare import (Parser, Tokenizer, UserError, alone, commit, one_line_errors, open_data, option, say,
-                     to_json)
+                     shakespeare, to_json)
 
 # --- Options ------------------------------------------------------------------------------------------------
 
@@ -124,16 +121,15 @@ def configure(given, ckpt=None):
     no run, or not the checkpoint's, can have.
     """
     options, resume = dict(PRESETS.get(given.get("preset"), {})), ckpt and given.get("resume")
-    known, out_dir = {f.name for f in dataclasses.fields(Config)}, options.get("out_dir", Config.out_dir)
+    known, out_dir = {f.name for f in fields(Config)}, options.get("out_dir", Config.out_dir)
     if unknown := set(given) - known:
         raise UserError(f"there is no option {min(unknown)}")
     if resume:
-        options = {name: value for name, value in ckpt["config"].items() if name in known}
+        options = {name: ckpt["config"][name] for name in known & {*ckpt["config"]}} | {"out_dir": out_dir}
         for name in ("preset", "init_from", "optimizer", "embedding", "seed", *asdict(GPTConfig())):
             if name in given and given[name] != options.get(name):
                 raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={options.get(name)}, so "
                                 f"it cannot go on with --{name}={given[name]}")
-        options["out_dir"] = out_dir
     elif ckpt:
         options |= ckpt["model_config"]
     if "optimizer" in given and given["optimizer"] != options.get("optimizer", Config.optimizer):
@@ -165,26 +161,26 @@ def configure(given, ckpt=None):
 
 def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
-    start = given.get("init_from") if not given.get("resume") else None
-    first, ckpt = load_checkpoint(start)[1] if start else None, None
-    config = configure(given, first)
+    start = None if given.get("resume") else given.get("init_from")
+    ckpt = load_checkpoint(start)[1] if start else None
+    config = configure(given, ckpt)
     with alone(Path(config.out_dir) / ".lock", wait=False) if rank() == 0 else nullcontext():
         if config.resume:
             ckpt = load_checkpoint(Path(config.out_dir) / "ckpt.pt")[1]
             config = configure(given, ckpt)
         device, dtype, amp = machine(config)
-        data = Text(config, device, ckpt and ckpt["meta"])
+        data = Text(config, device, ckpt["meta"] if config.resume else None)
 
         torch.manual_seed(config.seed)
-        model = new_model(config, data, device, first)
+        model = new_model(config, data, device, ckpt)
         optimizers = make_optimizers(model, config, dtype)
-        run = Run(config, data, model, optimizers, ckpt)
         compiled = compile_blocks(model, config, device)
         net = model if world() == 1 else DistributedDataParallel(model, [device] * (device.type == "cuda"))
+        why = refused(model) if rank() == 0 else None
+        if why and config.radius:
+            raise UserError(f"--radius={config.radius:g} needs a certificate; {why}")
+        run = Run(config, data, model, optimizers, why, ckpt if config.resume else None)
         if rank() == 0:
-            run.refused = why = refused(model)
-            if why and config.radius:
-                raise UserError(f"--radius={config.radius:g} needs a certificate; {why}")
             processes = f"{world()} times " if world() > 1 else ""
             words = (f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
                      f"{config.optimizer} and {config.method}", f"w_max {config.w_max:g}",
@@ -193,7 +189,6 @@ def train(given):
             say(", ".join(filter(None, words)))
             if why:
                 say(why)
-        run.begin(device)
 
         bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, leave=False,
                    disable=True if rank() else None)
@@ -231,7 +226,7 @@ def train(given):
         if rank() == 0 and run.step < config.max_steps:
             say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
                 f"--out_dir={config.out_dir}")
-        elif rank() == 0 and ckpt and run.step == ckpt["step"]:
+        elif rank() == 0 and config.resume and run.step == ckpt["step"]:
             say(f"{run.path} is at its last step; raise --max_steps")
         elif rank() == 0:
             with torch.compiler.set_stance("force_eager"):
@@ -240,13 +235,13 @@ def train(given):
 
 def gradients(net, model, x, y, reach, q, config, amp, asked_to_stop):
     """The gradient of a batch's mean loss over all processes, in p.grad of all parameters; returns the loss
-    and whether any process has been asked to stop. `net` is the model or, of several processes, one that
+    and how many processes have been asked to stop. `net` is the model or, of several processes, one that
     sends gradients round with the last part's backward pass. With a reach the loss is that of the worst case.
     Cross entropy, q = 0, fears most what cannot be predicted. Its generalization (Zhang and Sabuncu, arXiv
     1805.07836) is bounded by 1 / q and gives that up for a larger radius of the rest; from the first step on
     it would give up labels that can be learned.
     """
-    state, parts = torch.zeros(2, dtype=torch.float64), config.accumulate
+    mean_loss, parts = 0.0, config.accumulate
     for i, (x_part, y_part) in enumerate(zip(x.chunk(parts), y.chunk(parts))):
         with net.no_sync() if world() > 1 and i < parts - 1 else nullcontext():
             with amp:
@@ -259,10 +254,8 @@ def gradients(net, model, x, y, reach, q, config, amp, asked_to_stop):
                 loss = (-torch.expm1(-q * loss) / q).mean() if q else loss
             loss = loss / parts
             loss.backward()
-        state[0] += loss.item() / world()
-    state[1] = bool(asked_to_stop)
-    loss, stopping = summed(state).tolist()
-    return loss, bool(stopping)
+        mean_loss += loss.item() / world()
+    return summed(torch.tensor([mean_loss, bool(asked_to_stop)], dtype=torch.float64)).tolist()
 
 
 def attack(model, x, y, r):
@@ -298,7 +291,7 @@ class Text:
     def __init__(self, config, device, like=None):
         folder, T = Path("data") / config.dataset, config.block_size
         if config.dataset == "shakespeare" and rank() == 0 and not (folder / "meta.json").exists():
-            prepare.shakespeare()
+            shakespeare()
         if dist.is_initialized():
             dist.barrier()
         self.meta, self.shards, val = open_data(folder, like)
@@ -340,25 +333,28 @@ def shifted(rows, device):
 
 # --- Model, optimizers and the constraint -------------------------------------------------------------------
 
-def new_model(config, data, device, first=None):
-    """A GPT with config's options, of the weights of a checkpoint `first` if there is one, in their caps."""
+def new_model(config, data, device, ckpt=None):
+    """A GPT with config's options, of the weights of a checkpoint if there is one, in their caps."""
     V = data.meta["vocab_size"]
     if data.meta["tokenizer"] == "gpt2":
         V = -(-V // 128) * 128  # 50,257 tokens become 50,304, a better size for products
     options = {name: getattr(config, name) for name in asdict(GPTConfig())}
     model = GPT(GPTConfig(**options | {"vocab_size": V})).to(device)
-    if first:
-        if any(first["meta"].get(key) != data.meta.get(key) for key in ("tokenizer", "vocabulary")):
+    if ckpt:
+        if any(ckpt["meta"].get(key) != data.meta.get(key) for key in ("tokenizer", "vocabulary")):
             raise UserError(f"{config.init_from} has another vocabulary than {data.folder}; prepare that "
-                            f"with --vocabulary_of {first['config']['dataset']}")
+                            f"with --vocabulary_of {ckpt['config']['dataset']}")
         try:
-            model.load_state_dict(first["model"])
+            model.load_state_dict(ckpt["model"])
         except RuntimeError as e:
             raise UserError(f"the weights of {config.init_from} have another shape than the options ask for "
                             f"({str(e).splitlines()[1].strip()})")
+    # with --resume only what options have lowered is out of its cap, or what the method cannot hold
+    steps = OPTIMIZERS[config.optimizer].update_norm if config.resume else 0.0
+    cap = project if config.resume else lambda W, w_max: svd_cap(W, Step(w_max))
     for group in matrix_groups(model, config):
-        for W in group["params"] if HOLDS[group["method"]] != "never" else ():
-            W.data = svd_cap(W.data, Step(group["w_max"]))
+        for W in group["params"] if holds_w_max(group["method"], steps) else ():
+            W.data = cap(W.data, group["w_max"])
     return model
 
 
@@ -510,8 +506,7 @@ def evaluate(model, tokens, radius=0.0, most=None, layers=None):
              "paper_protocol_acc": (paper[2] / paper[0]).item()}
     if radius:
         sums = whole(exact_model(model), *(logit_reach(model, r, layers) for r in (radius, *RADII)))
-        (worst, _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
-        found["worst_loss"] = worst
+        (found["worst_loss"], _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
         found |= {f"certified_acc_{r:g}": certified for r, (_, certified) in zip(RADII, at_radii)}
     return found
 
@@ -531,22 +526,19 @@ def activations(model, x):
         model(x)
     act_max, act_rms = map(max, zip(*sizes.values()))
     blocks_max, blocks_rms = map(list, zip(*(sizes[block] for block in model.blocks)))
-    return {"act_max": act_max, "act_rms": act_rms,
-            "act_max_layers": blocks_max, "act_rms_layers": blocks_rms}
+    return dict(act_max=act_max, act_rms=act_rms, act_max_layers=blocks_max, act_rms_layers=blocks_rms)
 
 
 def describe(line):
     """An evaluation's line of the log in words."""
-    at = RADII if "worst_loss" in line else ()
-    certified = [f"certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}" for r in at]
-    paper = [f"{line['log10_paper']:.2f} paper"] if line["log10_paper"] is not None else []
-    return ", ".join((f"step {line['step']}: train loss {line['train_loss']:.4f}",
-                      f"val loss {line['val_loss']:.4f}",
-                      f"accuracy {line['val_acc']:.2%} (paper protocol {line['paper_protocol_acc']:.2%})",
-                      *certified, f"log10 bound {line['log10_certified']:.2f} certified", *paper,
-                      f"norm/cap {line['norm_over_cap']:.4f}",
-                      f"activations {line['act_max']:.1f} max, {line['act_rms']:.2f} RMS",
-                      f"{line['tokens_per_second']:,.0f} tokens/s"))
+    certified = [f", certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}"
+                 for r in RADII if "worst_loss" in line]
+    paper = "" if line["log10_paper"] is None else f", {line['log10_paper']:.2f} paper"
+    words = ("step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, accuracy {val_acc:.2%} "
+             "(paper protocol {paper_protocol_acc:.2%}){certified}, log10 bound {log10_certified:.2f} "
+             "certified{paper}, norm/cap {norm_over_cap:.4f}, activations {act_max:.1f} max, "
+             "{act_rms:.2f} RMS, {tokens_per_second:,.0f} tokens/s")
+    return words.format_map(line | {"certified": "".join(certified), "paper": paper})
 
 
 # --- A run: its checkpoint and log, going on from them, and its end -----------------------------------------
@@ -557,48 +549,41 @@ REACH_STEPS = 100   # between computing what a change of the radius can do to th
 
 class Run:
     """What a run has counted so far, with its checkpoint and log in config.out_dir. The log is part of the
-    checkpoint; log.jsonl has the same lines and those since, and is written anew when a run goes on.
+    checkpoint; log.jsonl has the same lines and those since, and is written anew when a run goes on, from
+    `ckpt`. A new run keeps what an earlier one has left.
     """
-    def __init__(self, config, data, model, optimizers, ckpt):
+    def __init__(self, config, data, model, optimizers, why_refused, ckpt):
         self.config, self.data, self.model, self.optimizers = config, data, model, optimizers
         self.path, self.log_path = Path(config.out_dir) / "ckpt.pt", Path(config.out_dir) / "log.jsonl"
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.losses, self.reach, self.lines = 0, [], None, []  # these are saved
-        self.step_seconds, self.refused, self.started = [], None, time.perf_counter()
+        self.step_seconds, self.refused, self.started = [], why_refused, time.perf_counter()
         if ckpt:
             self.go_on(ckpt)
-        self.saved_step, self.saved_at = self.step, time.perf_counter()
-
-    def go_on(self, ckpt):
-        """Take back what `save` wrote; where options have lowered the caps, the norms come down to them."""
-        if "lines" not in ckpt:
-            raise UserError(f"{self.path} is of an older train.py, from which this one cannot go on")
-        self.step, self.losses, self.reach = ckpt["step"], ckpt["losses"], ckpt["reach"]
-        self.lines, self.started = ckpt["lines"], self.started - ckpt["seconds"]
-        self.model.load_state_dict(ckpt["model"])
-        for optimizer, states in zip(self.optimizers, ckpt["optimizers"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            learned = {i: states[self.names[p]] for i, p in enumerate(params) if self.names[p] in states}
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
-        for group in param_groups(self.optimizers, "w_max"):
-            if holds_w_max(group["method"], OPTIMIZERS[self.config.optimizer].update_norm):
-                for W in group["params"]:
-                    W.data = project(W.data, group["w_max"])
-        torch.set_rng_state(ckpt["rng"])
-
-    def begin(self, device):
-        """Write the log's first line; what an earlier run has left is kept, or its log is written anew."""
-        for path in (self.path, self.log_path) if rank() == 0 and not self.config.resume else ():
+        for path in (self.path, self.log_path) if rank() == 0 and not ckpt else ():
             if path.exists():
                 os.replace(path, path.with_stem(path.stem + ".old"))
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        self.lines.append({"step": self.step, "options": asdict(self.config), "torch": str(torch.__version__),
+        name = torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else platform.machine()
+        self.lines.append({"step": self.step, "options": asdict(config), "torch": str(torch.__version__),
                            "python": platform.python_version(), "commit": commit(), "device": name,
                            "processes": world()})
         if rank() == 0:
             self.log_path.write_text("".join(to_json(line) + "\n" for line in self.lines))
-        if not self.config.resume:
+        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        if not ckpt:
             self.save()  # so that there is something to resume from at any moment
+
+    def go_on(self, ckpt):
+        """Take back what `save` wrote, but for the weights, which the model has."""
+        if "lines" not in ckpt:
+            raise UserError(f"{self.path} is of an older train.py, from which this one cannot go on")
+        self.step, self.losses, self.reach = ckpt["step"], ckpt["losses"], ckpt["reach"]
+        self.lines, self.started = ckpt["lines"], self.started - ckpt["seconds"]
+        for optimizer, states in zip(self.optimizers, ckpt["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            learned = {i: states[self.names[p]] for i, p in enumerate(params) if self.names[p] in states}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": learned})
+        torch.set_rng_state(ckpt["rng"])
 
     def write(self, line):
         """Append a line to the log."""
@@ -669,17 +654,14 @@ def stop_requests():
             raise KeyboardInterrupt
         asked.append(time.monotonic())
 
-    asked, old = [], {}
+    asked = []
     main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows none
-    for name in ("SIGINT", "SIGTERM", "SIGHUP") if main_thread else ():
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            old[number] = signal.signal(number, ask)
-    try:
+    with ExitStack() as old_handlers:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP") if main_thread else ():
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                old_handlers.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 # --- Machine and processes ----------------------------------------------------------------------------------
@@ -706,10 +688,8 @@ def compile_blocks(model, config, device):
     """Compile the blocks, as --compile says or else where it pays, if that works; returns words about it. One
     by one only the first takes time, as they are alike. The loss too, but on a CPU, whose kernels are faster.
     """
-    wanted = config.compile
-    if wanted is None:
-        wanted = device.type == "cuda" or (device.type == "cpu" and config.max_steps >= COMPILE_STEPS)
-    if not wanted:
+    pays = device.type == "cuda" or (device.type == "cpu" and config.max_steps >= COMPILE_STEPS)
+    if not (pays if config.compile is None else config.compile):
         return ""
     try:  # with a sum and its gradient
         x = torch.ones(8, device=device, requires_grad=True)
@@ -758,18 +738,15 @@ def parse(argv):
     boolean = {"true": True, "1": True, "false": False, "0": False}
     parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(Config):
-        if not field.metadata:  # vocab_size, which the data decide
-            continue
+    for field in (f for f in fields(Config) if f.metadata):  # all but vocab_size, which the data decide
         kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # `float | None`: float
         help, choices = field.metadata["help"], field.metadata["choices"]
         if field.default is not None:
             help += f" [{field.default}]"
+        how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
         if kind is bool:
-            how = dict(type=lambda text: boolean.get(text.lower(), text), choices=(True, False), nargs="?",
-                       const=True, metavar="BOOL")
-        else:
-            how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
+            how |= dict(type=lambda text: boolean.get(text.lower(), text), choices=(True, False), nargs="?",
+                        const=True)
         parser.add_argument(f"--{field.name}", help=help, **how)
     return vars(parser.parse_args(argv))
 
@@ -777,9 +754,8 @@ def parse(argv):
 def main():
     given = parse(sys.argv[1:])
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:  # under torchrun
-        # Imported later, as torch does on its own, it would keep the group as a default argument, beyond its
-        # end: gloo's threads could then abort a process that is done (pytorch issue 190489)
-        importlib.import_module("torch.distributed.nn")
+        # distributed.nn, imported after this, as torch does on its own, would keep the group as a default
+        # argument, beyond its end: gloo's threads could abort a process that is done (pytorch issue 190489)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with one_line_errors("train.py", "interrupted; go on from the last checkpoint with --resume"):
