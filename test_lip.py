@@ -1052,6 +1052,11 @@ def test_training_for_a_radius(data):
     for r in constrain.RADII:  # they are rounded down by 1 %
         least, most = (certify.share(right & (radii > x)) for x in (math.log10(r), math.log10(r) - 0.005))
         assert least - 1e-3 <= trained[f"certified_acc_{r}"] <= most + 1e-3
+    reach = lambda: torch.load("for/ckpt.pt", weights_only=True)["reach"]
+    for radius, steps in ((0.2, 61), (0.1, 62)):  # what it stands on is computed anew if options move it
+        before = reach()
+        train.train(dict(resume=True, out_dir="for", radius=radius, max_steps=steps))
+        assert reach() == before if radius == 0.2 else reach() == pytest.approx(before / 2, rel=0.02)
 
 
 def read_report(monkeypatch, capsys, code=None, *argv):

@@ -9,6 +9,7 @@ Writes out_dir/ckpt.pt every few minutes and at each evaluation, and out_dir/log
 earlier run there are kept once, as ckpt.old.pt and log.old.jsonl. Ctrl-C and SIGTERM save and exit.
 """
 import argparse
+import importlib
 import math
 import os
 import platform
@@ -25,7 +26,6 @@ from statistics import mean, median
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # see main
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -577,8 +577,11 @@ class Run:
         """Take back what `save` wrote, but for the weights, which the model has."""
         if "lines" not in ckpt:
             raise UserError(f"{self.path} is of an older train.py, from which this one cannot go on")
-        self.step, self.losses, self.reach = ckpt["step"], ckpt["losses"], ckpt["reach"]
-        self.lines, self.started = ckpt["lines"], self.started - ckpt["seconds"]
+        self.step, self.losses, self.lines = ckpt["step"], ckpt["losses"], ckpt["lines"]
+        self.started -= ckpt["seconds"]
+        moves_norms = "radius", "w_max", "w_max_mlp", "method", "head_method"
+        if all(getattr(self.config, name) == ckpt["config"].get(name) for name in moves_norms):
+            self.reach = ckpt["reach"]  # else it is computed anew
         for optimizer, states in zip(self.optimizers, ckpt["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             learned = {i: states[self.names[p]] for i, p in enumerate(params) if self.names[p] in states}
@@ -754,8 +757,9 @@ def parse(argv):
 def main():
     given = parse(sys.argv[1:])
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:  # under torchrun
-        # distributed.nn, imported after this, as torch does on its own, would keep the group as a default
-        # argument, beyond its end: gloo's threads could abort a process that is done (pytorch issue 190489)
+        # Imported later, as torch does on its own, it would keep the group as a default argument, beyond its
+        # end: gloo's threads could then abort a process that is done (pytorch issue 190489)
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with one_line_errors("train.py", "interrupted; go on from the last checkpoint with --resume"):
