@@ -229,9 +229,12 @@ SPHERES = [{"method": method, "tangent": tangent, "optimizer": "muon"} for metho
 
 
 def best_of_kinds():
-    """Options of the run of the smallest training loss of each of SPHERES, and of the paper's with Muon."""
-    kinds = [(kind, of_part("sphere-grid")) for kind in SPHERES]
-    kinds += [({"method": method, "optimizer": "muon"}, of_part("grid")) for method in METHODS]
+    """Options of the run of the smallest training loss of each of the paper's methods with Muon, and of
+    SPHERES.
+    """
+    kinds = [({"method": method, "optimizer": "muon"}, of_part("grid")) for method in METHODS
+             if method != "svd_cap"]  # hard_cap's reference
+    kinds += [(kind, of_part("sphere-grid")) for kind in SPHERES]
     best = [min(found, key=tuning_loss)["options"] for kind, records in kinds
             if (found := of_kind(trained(records), kind))]
     return [options | {"seed": seed, "max_steps": TIGHT_STEPS, "eval_interval": TIGHT_STEPS // 10}
