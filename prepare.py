@@ -191,7 +191,8 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     session.headers["Accept-Encoding"] = "identity"
     retries = Patience(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
                        backoff_factor=1)
-    session.adapters = dict.fromkeys(session.adapters, HTTPAdapter(max_retries=retries))  # http, https
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retries))
     try:
         for _ in range(attempts):
             try:
@@ -204,10 +205,11 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
                 for other in path.parent.glob(f"{path.name}.*.part"):  # of other versions
                     other.unlink()
                 return path
-            except (HTTPError, UserError) as e:  # requests has its own errors for what it tried again
+            except HTTPError as e:  # of the body: requests has its own for what it tried again
                 problem = e
-                if isinstance(e, UserError):
-                    part.unlink()  # there is nothing in it to go on from
+            except UserError as e:
+                problem = e
+                part.unlink()  # there is nothing in it to go on from
         raise requests.RequestException(f"tried {attempts} times: {problem}")
     except (requests.RequestException, ValueError) as e:
         problem = str(e).split("Caused by ")[-1]  # the heart of a long story

@@ -506,7 +506,8 @@ def evaluate(model, tokens, radius=0.0, most=None, layers=None):
              "paper_protocol_acc": (paper[2] / paper[0]).item()}
     if radius:
         sums = whole(exact_model(model), *(logit_reach(model, r, layers) for r in (radius, *RADII)))
-        (found["worst_loss"], _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
+        (worst, _), *at_radii = (sums[3:] / count).view(-1, 2).tolist()
+        found["worst_loss"] = worst
         found |= {f"certified_acc_{r:g}": certified for r, (_, certified) in zip(RADII, at_radii)}
     return found
 
