@@ -10,6 +10,8 @@ null in JSON, and the exit code is 1. All is in float64 on the CPU.
 """
 import math
 import sys
+from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,18 +188,19 @@ def attack_radii(model, X, halvings=10):
 # norm of the change of a token's vector; each function below is one bound of the proof. `at` is what facts_at
 # says of a block at the text.
 
-def local_radii(net, norms, X):
-    """log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and by bounds
-    at this text, and the predictions, three tensors (B, T). The second is never smaller, and many times
-    larger where attention looks at content. `net` is in float64, norms are its block_norms. A grid of 0.1 is
-    searched upwards, each prediction until it is not certified.
+def local_radii(net, norms, X, last=None):
+    """log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and, for all
+    or so many `last` ones, by bounds at this text, and the predictions, three tensors (B, T). The second is
+    never smaller, and many times larger where attention looks at content. `net` is in float64, norms are its
+    block_norms. A grid of 0.1 is searched upwards, each prediction until it is not certified.
     """
     bears, top = predictions(net, X)
     by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
     radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
     log10_r = known.min().item() if len(known) else 0.0
-    held, delta = torch.ones_like(radii, dtype=torch.bool), torch.ones(X.shape[:2], dtype=torch.float64)
+    delta, T = torch.ones(X.shape[:2], dtype=torch.float64), X.shape[1]
+    held = (torch.arange(T) >= T - (last or T)).repeat(len(X))
     while log10_r < 9 and held.any():
         held = certified_under(net, facts, 10 ** log10_r * math.sqrt(X.shape[2]) * delta, held)
         radii[held] = radii[held].clamp_min(log10_r)
@@ -207,22 +210,22 @@ def local_radii(net, norms, X):
 
 def block_norms(net, layers):
     """Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of
-    heads (H,); root_q and root_k (H, d_head, d_head), with |root y| = |W^hT y|; and, if its MLP has two
+    heads (H,); root_q, root_k and root_v (H, d_head, d_head), |root y| = |W^hT y|; and, if its MLP has two
     layers, mlp_half, with half(x) = A x + U f(V x).
     """
-    found = []
+    root, found = lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
         (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn)
         OV = Wo_h @ Wv                                                # (H, d, d)
-        norm = {"block": block, "layer": layer, "half": None, "Wo": Wo, "Wv": Wv,
+        norm = {"block": block, "layer": layer, "half": None, "Wo": Wo, "root_v": root(Wv),
                 "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
                 "sigma_ov_h": sigma(OV), "sigma_ov": sigma(OV.transpose(0, 1).flatten(1))}
         for name, W in zip("qk", Wqk):
-            norm |= {f"W{name}": W, f"sigma_{name}": sigma(W),
-                     f"root_{name}": torch.linalg.qr(W.mT, mode="r").R}
+            norm |= {f"sigma_{name}": sigma(W), f"root_{name}": root(W)}
         if not block.mlp.mid:
             A, U, V, f = mlp_half(block, PROVED[net.config.activation])
-            norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U)}
+            norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U),
+                     "rows_o": (V @ Wo_h).norm(dim=-1), "rows_ov": (V @ OV).norm(dim=-1)}
         found.append(norm)
     return found
 
@@ -230,10 +233,10 @@ def block_norms(net, layers):
 @torch.no_grad()
 def facts_at(net, norms, X):
     """What the bounds need of a text, embeddings X (B, T, d) in float64, whatever the radius: beside its
-    block_norms for each block its input x and that with attention, mid, (B, T, d), for all but the last
-    near_gain, and for every head attention p (B, H, T, T) of queries t to keys s and, unless scores are free
-    of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - E_p k)|, |v_s - o_t| and
-    sigma(Cov_p(v, k) R_t W_q).
+    block_norms for each block its input x, that with attention, mid, and that of the ball, out, (B, T, d),
+    for all but the last near_gain, and for every head attention p (B, H, T, T) of queries t to keys s and,
+    unless scores are free of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - E_p
+    k)|, |v_s - o_t| and sigma(Cov_p(v, k) R_t W_q).
     """
     T, x, facts = X.shape[1], X, []
     cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
@@ -242,12 +245,11 @@ def facts_at(net, norms, X):
         scores = block.attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
         p = (scores if bias is None else scores + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
         mid = (1 - block.alpha) * x + block.alpha * block.attn(x, cos, sin)
-        at = SimpleNamespace(x=x, mid=mid, p=p, v=v, o=p @ v, **norm)
+        at = SimpleNamespace(x=x, mid=mid, p=p, o=p @ v, **norm)
         if qk:
-            q, k = at.query, at.key = qk
-            eye = torch.eye(q.shape[-1], dtype=x.dtype)
-            at.back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]              # R_t^T, of each t
-            of_q, of_k = at.root_q[:, None] @ at.back, at.root_k[:, None] @ at.back  # (H, T, d_head, d_head)
+            (q, k), eye = qk, torch.eye(v.shape[-1], dtype=x.dtype)
+            back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]                 # R_t^T, of each t
+            of_q, of_k = (root[:, None] @ back for root in (at.root_q, at.root_k))   # (H, T, d_head, d_head)
             mean_k = p @ k
             at.q, at.k = through(of_k, q, 0 * q).mT, through(of_q, k, mean_k)
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
@@ -256,7 +258,7 @@ def facts_at(net, norms, X):
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
         at.near, at.gain = near_gain(at) if len(facts) < len(norms) - 1 else (None, None)
         facts.append(at)
-        x = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
+        x = at.out = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
         x = x if block.ball is None else onto_ball(x, block.ball)
     return facts
 
@@ -272,16 +274,17 @@ def certified_under(net, facts, delta, asked):
     """Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding
     by at most delta (B, T) in L2 norm alters: (B T,).
 
-    Attention takes delta to attention_change, the residual to (1 - alpha) delta + alpha times that, an MLP
-    half to its gain times delta. A ball takes it to ball_change; behind the last block it multiplies all
-    logits of a token by one positive number, which changes no prediction, so it is left out there.
+    Block by block delta goes through the norms of attention, MLP half and ball. The change of a lead is then
+    traced back through the blocks as a linear function, for which these changes only bound what is not linear
+    (traced_back). The last block's ball multiplies all logits of a token by one positive number, which
+    changes no prediction, so it is left out there.
     """
+    path = []                                                    # of each block its facts and what moves
     for at in facts:
-        change, beyond = attention_change(at, delta)
-        mid = (1 - at.block.alpha) * delta + at.block.alpha * change
-        if at is facts[-1]:
-            return leads_hold(at, net.head.weight, mid, asked, (delta, *beyond))
-        delta = ball_change(at, torch.where(mid <= at.near, at.gain, at.layer.mlp_gain) * mid)
+        near, beyond = attention_change(at, delta)
+        path.append((at, delta, near, beyond))
+        delta = ball_change(at, mlp_change(at, near.mid)) if at is not facts[-1] else None
+    return leads_hold(at, net.head.weight, near, asked, partial(traced_back, net, path))
 
 
 NEAR = 0.02  # of a token's norm: a radius of 0.01 takes tight-content's tokens about so far
@@ -308,39 +311,64 @@ def near_gain(at):
     return near, torch.where(gain < most, gain, most)                                   # it may be NaN
 
 
+def mlp_change(at, mid):
+    """A bound (B, T) on the change of the MLP half's output, for changes mid (B, T) of its input."""
+    return torch.where(mid <= at.near, at.gain, at.layer.mlp_gain) * mid
+
+
 def ball_change(at, delta):
     """Behind the ball, if there is one, of L2 radius rho: delta or, where the token and all within delta of
     it are longer than m >= rho, delta rho / m, as the derivative is rho (I - x x^T / |x|^2) / |x|.
     """
     if at.block.ball is None:
         return delta
-    y = (1 - at.block.alpha) * at.mid + at.block.alpha * at.block.mlp(at.mid)
-    rho = at.block.ball * math.sqrt(y.shape[-1])
-    return delta * (rho / (y.norm(dim=-1) - delta).clamp_min(rho))
+    rho = at.block.ball * math.sqrt(at.out.shape[-1])
+    return delta * (rho / (at.out.norm(dim=-1) - delta).clamp_min(rho))
+
+
+# How far mid moves at most: its L2 norm (B, T) and, for an MLP of two layers, its products with the rows of V
+# (B, T, hidden), with the slopes of f so near
+Near = namedtuple("Near", "mid rows middle off")
+
+
+def near_mid(at, mid, rows=math.inf):
+    """Near, for changes of at.mid by at most mid (B, T) and, if more is known, of V at.mid by rows."""
+    if at.half is None:
+        return Near(mid, None, None, None)
+    V, f = at.half[2:]
+    rows = (mid[..., None] * at.rows).clamp_max(rows)
+    return Near(mid, rows, *slopes(f, at.mid @ V.T, rows))
 
 
 def attention_change(at, delta):
-    """A bound (B, T) on the change of attention's output, for changes delta (B, T) of its input, and bounds
-    (B, H, T) on what is not of first order in both sums of a head, none if scores are free of content:
+    """(Near, beyond), if each token of a block's input moves by at most delta (B, T). `beyond` bounds what is
+    not of first order in both sums of a head, (B, T, H) each, and is empty if scores are free of content:
 
       o' - o = sum_s p'_s dv_s + sum_s (p' - p)_s (v_s - o), as the p'_s, and the p_s, sum to 1.
 
     The first sum is W_v times a vector of norm <= value_input, the second of norm <= score_output. Over
     heads, c_h of the first give at most each of sum_h sigma(W_o^h W_v^h) c_h, sigma([W_o^1 W_v^1 ...]) |c|
-    and sigma(W_o) |sigma_v c|, and S_h of the second each of sum_h sigma(W_o^h) S_h and sigma(W_o) |S|.
+    and sigma(W_o) |sigma_v c|, and S_h of the second each of sum_h sigma(W_o^h) S_h and sigma(W_o) |S|. Times
+    a row r of V they give at most sum_h |r W_o^h W_v^h| c_h and sum_h |r W_o^h| S_h.
     """
     across = lambda c: c.square().sum(1).sqrt()
     total = lambda sigma_h, c: (sigma_h[:, None] * c).sum(1)
-    inputs, of_scores, beyond = (at.p * delta[:, None, None, :]).sum(-1), 0.0, []      # (B, H, T)
+    inputs, beyond = (at.p * delta[:, None, None, :]).sum(-1), ()                           # (B, H, T)
+    outputs = 0 * inputs
     if hasattr(at, "q"):
         changes = score_change(at, delta)
         inputs, beyond_inputs = value_input(at, sum(changes), delta)
         outputs, beyond_outputs = score_output(at, *changes, delta)
-        of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
-        beyond = [beyond_inputs, beyond_outputs]
+        beyond = beyond_inputs.mT, beyond_outputs.mT
+    of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
                               at.sigma_o * across(at.sigma_v[:, None] * inputs))
-    return at.block.attn.out_scale * (of_values + of_scores), beyond
+    alpha, scale, rows = at.block.alpha, at.block.attn.out_scale, None
+    mid = (1 - alpha) * delta + alpha * scale * (of_values + of_scores)
+    if at.half is not None:
+        heads = inputs.mT @ at.rows_ov + outputs.mT @ at.rows_o                          # (B, T, hidden)
+        rows = (1 - alpha) * delta[..., None] * at.rows + alpha * scale * heads
+    return near_mid(at, mid, rows), beyond
 
 
 LARGEST = 300.0  # a change of a score by more says nothing, and its exponential would overflow
@@ -406,16 +434,15 @@ def score_output(at, by_q, by_k, cross, delta):
     return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series)), beyond
 
 
-def leads_hold(at, W, delta, asked, before=None):
-    """Where of the predictions asked for (B T,) the largest logit stays the largest whatever the last block's
-    MLP half is given within delta (B, T) in L2 norm of at.mid, for the head's rows w_j of W: (B T,). `before`
-    is (change of the block's input (B, T), *beyond of attention_change), if that is what moves it.
+def leads_hold(at, W, near, asked, trace=None):
+    """Where of the predictions asked for (B T,) the largest logit stays the largest wherever near it the last
+    block's mid goes, for the head's rows w_j of W: (B T,). `trace` is traced_back, if embeddings move it.
 
-    The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most delta times
+    The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most |mid| times
     |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
-    through_attention. Rivals that the first of both settle are not looked at again.
+    traced_back. Rivals that the first of both settle are not looked at again.
     """
-    x, delta, block = at.mid.flatten(0, 1), delta.flatten()[:, None], at.block
+    x, delta, block = at.mid.flatten(0, 1), near.mid.flatten()[:, None], at.block
     z = ((1 - block.alpha) * x + block.alpha * block.mlp(x)) @ W.T
     top = z.argmax(dim=-1, keepdim=True)
     leads, apart = z.gather(1, top) - z, rows_apart(W, top[:, 0])            # (N, V)
@@ -428,45 +455,88 @@ def leads_hold(at, W, delta, asked, before=None):
     lost = ~asked                                                            # or to the nearest rival: enough
     for pairs in (*first.nonzero().split(256), *(~first & ~held).nonzero().split(256)):
         n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
-        g, off = lead_gradient(at, W[top[n, 0]] - W[j], x[n], delta[n])
-        left = ~enough(leads[n, j], (g.norm(dim=1) + off) * delta[n, 0])
-        if before:
+        there = n // near.mid.shape[1], n % near.mid.shape[1]
+        g, off = lead_gradient(at, W[top[n, 0]] - W[j], near, there)
+        left = ~enough(leads[n, j], g.norm(dim=1) * delta[n, 0] + off)
+        if trace and left.any():
             n, j, g, off = n[left], j[left], g[left], off[left]
-            left = ~enough(leads[n, j], through_attention(at, g, n, *before) + off * delta[n, 0])
+            left = ~enough(leads[n, j], trace(g, n) + off)
         lost[n[left]] = True
     return ~lost
 
 
-def lead_gradient(at, w, x, delta):
-    """g (N, d) and a bound off (N,) with |<w, half(x')> - <w, half(x)> - <g, x' - x>| <= off |x' - x| within
-    delta (N, 1) of x (N, d), for w (N, d): with half(x) = A x + U f(V x) and the slopes of f there, g = A^T w
-    + V^T middle U^T w and off = sigma(V) |off U^T w|.
+def lead_gradient(at, w, near, here):
+    """g (..., d) and a bound (...) on |<w, half(x')> - <w, half(x)> - <g, x' - x>| for w (..., d), x the mid
+    of tokens `here` and x' near it. With half(x) = A x + U f(V x) and the slopes of f there, g = A^T w + V^T
+    middle U^T w, and the bound the smaller of sigma(V) |off U^T w| mid and sum_i off_i |U^T w|_i rows_i.
     """
-    A, U, V, f = at.half
-    (middle, off), u = slopes(f, x @ V.T, at.rows * delta), w @ U
-    return w @ A + (middle * u) @ V, at.sigma_V * (off * u).norm(dim=1)
+    (A, U, V, _), (mid, rows, middle, off) = at.half, (known[here] for known in near)
+    u = w @ U
+    off = off * u.abs()
+    return w @ A + (middle * u) @ V, torch.minimum(at.sigma_V * off.norm(dim=-1) * mid, (off * rows).sum(-1))
 
 
-def through_attention(at, g, n, delta, *beyond):
-    """A bound (N,) on |<g, mid' - mid>| for g (N, d), at tokens n (N,) of B T, if a block's input changes by
-    delta (B, T), with beyond of attention_change: sum_s |g_s| delta_s, g_s being the gradient of <g, mid> by
-    the input of token s, and what a head has beyond first order, with u_h = alpha m W_o^hT g: |W_v^hT u_h|
-    times that of its first sum and |u_h| times that of the second; proof: results/certificate.md, Last block.
+def traced_back(net, path, g, n):
+    """A bound (N,) on |<g, mid' - mid>| of the last block for g (N, d), at tokens n (N,) of B T, with `path`
+    as from certified_under. As a function of what moves, first the last block's input, then that of the one
+    before, the product is sum_s <g_s, dx_s> and what is not linear: at most sum_s |g_s| delta_s and what the
+    functions below add. The least over blocks; proof: results/certificate.md, Traced back.
     """
-    attn, alpha, (b, t) = at.block.attn, at.block.alpha, (n // delta.shape[1], n % delta.shape[1])
-    u = alpha * attn.out_scale * (g @ at.Wo).unflatten(1, (attn.n_head, -1))             # (N, H, d_head)
-    p, pulled = at.p[b, :, t], torch.einsum("nhi,hid->nhd", u, at.Wv)                  # (N, H, T), (N, H, d)
-    gradient = p.mT @ pulled                                                           # (N, T, d)
-    gradient[range(len(n)), t] += (1 - alpha) * g
-    rest = 0.0
+    T, bounds = path[0][0].x.shape[1], []
+    for g, n in zip(g.split(16), n.split(16)):
+        t, end = n % T, (n % T).max() + 1
+        here, beyond = (n // T, slice(end)), 0.0                 # these texts, without what comes later
+        traced = g.new_zeros(len(g), end, g.shape[1])
+        traced[range(len(g)), t] = g
+        bounds.append(torch.full((len(g), ), math.inf, dtype=g.dtype))
+        for at, delta, near, of_heads in reversed(path):
+            if at is not path[-1][0]:
+                if at.half is None:
+                    break
+                traced, of_ball = through_ball(at, traced, here, mlp_change(at, near.mid))
+                traced, of_mlp = lead_gradient(at, traced, near, here)
+                beyond = beyond + of_ball + of_mlp.sum(dim=1)
+            traced, of_attention = through_attention(net, at, traced, here, of_heads)
+            beyond = beyond + of_attention
+            bound = (traced.norm(dim=-1) * delta[here]).sum(dim=1) + beyond
+            bounds[-1] = torch.fmin(bounds[-1], bound)           # it may be NaN
+    return torch.cat(bounds)
+
+
+def through_attention(net, at, g, here, beyond):
+    """For g (N, T, d) at the texts of `here` the h with sum_s <g_s, dmid_s> = sum_s <h_s, dx_s> to first
+    order, and a bound (N,) on the rest: with u_h = alpha m W_o^hT g_s, |W_v^hT u_h| times what the first sum
+    of a head of attention_change has beyond first order and |u_h| times that of the second, over all heads
+    and tokens.
+    """
+    attn, alpha, T, rest = at.block.attn, at.block.alpha, g.shape[1], 0.0
+    with torch.enable_grad():
+        x = at.x[here].requires_grad_()
+        pulled, = torch.autograd.grad(attn(x, net.cos[:T], net.sin[:T]), x, g)
     if beyond:
-        c = attn.scale * p * ((u[:, :, None] * (at.v[b] - at.o[b, :, t][:, :, None])).sum(-1))  # (N, H, T)
-        dq = (c[:, :, None] @ at.key[b])[:, :, 0]                                      # (N, H, d_head)
-        dk = torch.einsum("nhs,nhj,sij->nshi", c, at.query[b, :, t], at.back)
-        gradient[range(len(n)), t] += torch.einsum("nij,nhj,hid->nd", at.back[t], dq, at.Wq)
-        gradient += dk.flatten(2) @ at.Wk.flatten(0, 1)
-        rest = (pulled.norm(dim=-1) * beyond[0][b, :, t] + u.norm(dim=-1) * beyond[1][b, :, t]).sum(dim=1)
-    return (gradient.norm(dim=-1) * delta[b]).sum(dim=1) + rest
+        u = alpha * attn.out_scale * (g @ at.Wo).unflatten(-1, (attn.n_head, -1))         # (N, T, H, d_head)
+        of_values = torch.einsum("nthi,hji->nthj", u, at.root_v).norm(dim=-1)
+        inputs, outputs = (part[here] for part in beyond)
+        rest = (of_values * inputs + u.norm(dim=-1) * outputs).sum(dim=(1, 2))
+    return (1 - alpha) * g + alpha * pulled, rest
+
+
+def through_ball(at, g, here, delta):
+    """The same for the ball, if outputs y of the MLP half move by at most delta (B, T). Outside of its radius
+    rho it is rho y / |y|, with a second derivative of at most 2 rho / (sqrt(3) |y|^2), inside the identity.
+    Where y may cross, dx = dy / 2 + r, |r| <= |dy| / 2, as for the projection onto any convex set.
+    """
+    if at.block.ball is None:
+        return g, 0.0
+    y, delta, rho = at.out[here], delta[here], at.block.ball * math.sqrt(g.shape[2])
+    size = y.norm(dim=-1)
+    shrink, axis = (rho / size)[..., None], y / size[..., None]
+    outside, inside = size - delta >= rho, size + delta <= rho
+    off = torch.where(outside, rho / math.sqrt(3) * (delta / (size - delta)) ** 2,
+                      torch.where(inside, 0.0, delta / 2))
+    across = shrink * (g - axis * (g * axis).sum(dim=-1, keepdim=True))
+    pulled = torch.where(outside[..., None], across, torch.where(inside[..., None], g, g / 2))
+    return pulled, (g.norm(dim=-1) * off).sum(dim=1)
 
 
 def slopes(activation, z, reach):
@@ -512,13 +582,15 @@ def deciding(net, layers, ids):
         X, smallest = net.wte(rows), torch.full(rows.shape, math.inf, dtype=torch.float64)
         facts = facts_at(net, norms, X)
         if at_once:
-            moved = facts[0].block.alpha * torch.stack([table[row, :, position].mT for row in rows])
+            at = facts[0]
+            moved = at.block.alpha * torch.stack([table[row, :, position].mT for row in rows])
         else:
             far = distances(X, net.wte.weight).amax(dim=-1)
         held = (position >= T - n).repeat(len(rows))
         for D in reversed(sizes):
             if at_once:
-                held = leads_hold(facts[0], net.head.weight, (moved * (back >= D)).sum(dim=-1), held)
+                near = near_mid(at, (moved * (back >= D)).sum(dim=-1))
+                held = leads_hold(at, net.head.weight, near, held)
             else:
                 held = certified_under(net, facts, far * (back[-1] >= D), held)
             smallest[held.view(rows.shape)] = D
@@ -632,7 +704,7 @@ def at_text(net, layers, text):
     right = top == y
     n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
     X = net.wte(spread(text, n, max(1, count)))
-    alone = [radii[:, -1] for radii in local_radii(net, norms, X)[:2]] + [attack_radii(net, X)]
+    alone = [radii[:, -1] for radii in local_radii(net, norms, X, 1)[:2]] + [attack_radii(net, X)]
     return {"log10_median": {name: median(radii[right]) for name, radii in zip(names, both)},
             "certified_accuracy": {f"{r:g}": [share(right & (radii > math.log10(r))) for radii in both]
                                    for r in AT_TEXT},
