@@ -166,7 +166,7 @@ def changes(row):
 
 
 RADIUS, PIXELS = "certified at 0.01, 0.03, 0.1", "certified at 36, 72, 108"
-AT_TEXT = "certified at 0.001, 0.003, 0.01 of 512"
+AT_TEXT = "certified at 0.001, 0.003, 0.005, 0.01 of 512"
 COLUMNS = {
     "method": lambda row: who(row[0]["options"]),
     "model": lambda row: book_name(row[0]),
@@ -193,7 +193,8 @@ COLUMNS = {
     "attack": most_of("log10_attack"),
     "median radius": median_radius, "median certified radius": median_radius,
     RADIUS: shares(certified_at, RADII),
-    AT_TEXT: shares(lambda r, x: r["local"]["certified_accuracy"][f"{x}"][1], (0.001, 0.003, 0.01)),
+    AT_TEXT: shares(lambda r, x: r["local"]["certified_accuracy"][f"{x}"][1],
+                    (0.001, 0.003, 0.005, 0.01)),
     "certified of 2,048": shares(lambda r, x: r["radii"][f"{x}"]["certified_first"], RADII),
     "an attack leaves": shares(lambda r, x: r["radii"][f"{x}"]["attack_first"], RADII),
     PIXELS: shares(certified_at, IMAGE_RADII),
@@ -408,9 +409,9 @@ def tight_tables(runs):
     by_radius = sorted(runs["radius"], key=lambda r: (r["options"]["radius"], r["options"]["logit_scale"]))
     yield "tight, search for a radius", table(each(by_radius), "changes", "accuracy", RADIUS, "in training",
                                               "worst-case loss")
-    if runs["attacked"]:
-        yield "tight-content, radii at the text", table(
-            by_bound(runs["attacked"]), "preset", "accuracy", "certified", "by the constant", "at the text",
+    for name, part in ("tight-content, radii at the text", "at-text"), ("radii without tracing", "attacked"):
+        yield name, table(
+            by_bound(runs[part]), "preset", "accuracy", "certified", "by the constant", "at the text",
             "an attack needs", AT_TEXT, **{
                 "by the constant": lambda row: local_median(row, "constant"),
                 "at the text": lambda row: local_median(row, "local"),
