@@ -198,7 +198,7 @@ def local_radii(net, norms, X, last=None):
     by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
     radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
-    log10_r = known.min().item() if len(known) else 0.0
+    log10_r = max(known.min().item(), -8.0) if len(known) else 0.0  # below, sums cancel to what rounding left
     delta, T = torch.ones(X.shape[:2], dtype=torch.float64), X.shape[1]
     held = (torch.arange(T) >= T - (last or T)).repeat(len(X))
     while log10_r < 9 and held.any():
@@ -274,10 +274,10 @@ def certified_under(net, facts, delta, asked):
     """Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding
     by at most delta (B, T) in L2 norm alters: (B T,).
 
-    Block by block delta goes through the norms of attention, MLP half and ball. The change of a lead is then
-    traced back through the blocks as a linear function, for which these changes only bound what is not linear
-    (traced_back). The last block's ball multiplies all logits of a token by one positive number, which
-    changes no prediction, so it is left out there.
+    Block by block delta goes through the norms of attention, MLP half and ball. With MLPs of two layers the
+    change of a lead is then traced back through the blocks as a linear function, for which these changes only
+    bound what is not linear (traced_back). The last block's ball multiplies all logits of a token by one
+    positive number, which changes no prediction, so it is left out there.
     """
     path = []                                                    # of each block its facts and what moves
     for at in facts:
@@ -294,7 +294,7 @@ def near_gain(at):
     """Bounds (B, T), near and gain: |half(y) - half(mid)| <= gain |y - mid| while |y - mid| <= near. With the
     slopes there half(y) - half(mid) = (K + U E V) (y - mid), K = A + U middle V, |E| <= off; so sqrt(l)
     sigma([L^-1 K; off^1/2 V]) is a gain for any L L^T = l I - U off U^T (proof: results/certificate.md, MLP
-    halves near a text). That of mlp_norms if it is smaller or d is large.
+    halves near a text). That of mlp_norms if it is smaller, d is large or the MLP has more layers.
     """
     near = NEAR * at.mid.norm(dim=-1)
     most = torch.full_like(near, at.layer.mlp_gain)
@@ -371,7 +371,7 @@ def attention_change(at, delta):
     return near_mid(at, mid, rows), beyond
 
 
-LARGEST = 300.0  # a change of a score by more says nothing, and its exponential would overflow
+LARGEST = 300.0  # a change of a score by more says nothing; to twice as much no p may have become 0
 
 
 def score_change(at, delta):
@@ -478,9 +478,10 @@ def lead_gradient(at, w, near, here):
 
 def traced_back(net, path, g, n):
     """A bound (N,) on |<g, mid' - mid>| of the last block for g (N, d), at tokens n (N,) of B T, with `path`
-    as from certified_under. As a function of what moves, first the last block's input, then that of the one
-    before, the product is sum_s <g_s, dx_s> and what is not linear: at most sum_s |g_s| delta_s and what the
-    functions below add. The least over blocks; proof: results/certificate.md, Traced back.
+    as from certified_under, for MLPs of two layers. As a function of what moves, first the last block's
+    input, then that of the one before, the product is sum_s <g_s, dx_s> and what is not linear: at most sum_s
+    |g_s| delta_s and what the functions below add. The least over blocks; proof: results/certificate.md,
+    Traced back.
     """
     T, bounds = path[0][0].x.shape[1], []
     for g, n in zip(g.split(16), n.split(16)):
@@ -491,8 +492,6 @@ def traced_back(net, path, g, n):
         bounds.append(torch.full((len(g), ), math.inf, dtype=g.dtype))
         for at, delta, near, of_heads in reversed(path):
             if at is not path[-1][0]:
-                if at.half is None:
-                    break
                 traced, of_ball = through_ball(at, traced, here, mlp_change(at, near.mid))
                 traced, of_mlp = lead_gradient(at, traced, near, here)
                 beyond = beyond + of_ball + of_mlp.sum(dim=1)
@@ -541,9 +540,9 @@ def through_ball(at, g, here, delta):
 
 def slopes(activation, z, reach):
     """(middle, off) with |f(z') - f(z) - middle (z' - z)| <= off |z' - z| for all |z' - z| <= reach, entry by
-    entry. Left is a mean of slopes between z and z': on this side of a kink they are on average within
-    curvature / 2 times reach of f'(z), beyond it in f's interval of slopes; and beyond it is at most a share
-    1 - |z| / reach of the way.
+    entry. The quotient is a mean of slopes between z and z': on this side of a kink they are on average
+    within curvature / 2 times reach of f'(z), beyond it in f's interval of slopes; and beyond it is at most a
+    share 1 - |z| / reach of the way.
     """
     low, high = activation.slope
     with torch.enable_grad():
@@ -604,13 +603,12 @@ def moves(at, embeddings):
     e_j, (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i).
     """
     attn, p = at.block.attn, at.p[0].permute(1, 2, 0)                           # (T, T, H)
-    H, d = attn.n_head, len(attn.proj.weight)
-    W = attn.proj.weight.view(d, H, -1).transpose(0, 1) @ attn.qkv.weight.view(H, -1, d)  # (H, d, d)
-    values, found = attn.out_scale * embeddings @ W.mT, []                      # (H, V, d)
+    (Wv, ), _, Wo_h = head_weights(attn)                                        # with the heads' gains
+    values, found = attn.out_scale * embeddings @ (Wo_h @ Wv).mT, []            # (H, V, d)
     for i in range(len(embeddings)):
         apart = values - values[:, i, None]
         gram = torch.einsum("hjd,gjd->hjg", apart, apart).flatten(1)            # (H, V H)
-        squares = ((p @ gram).unflatten(-1, (-1, H)) * p[:, :, None]).sum(-1)   # (T, T, V)
+        squares = ((p @ gram).unflatten(-1, (-1, len(Wv))) * p[:, :, None]).sum(-1)  # (T, T, V)
         found.append(squares.amax(dim=-1).clamp_min(0).sqrt())
     return torch.stack(found)
 
