@@ -390,6 +390,10 @@ GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": radius, "seed": seed}
 HARDENED = ({"adversarial": 0.01}, {"adversarial": 0.02, "n_layer": 1})
 HARDENED_RUNS = [CONTENT | {"max_steps": TIGHT_STEPS, "seed": 0}] + [
     CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed} for seed in (0, 1) for change in HARDENED]
+# And by generalized cross entropy too, beside the preset; now a lead is traced back through all blocks
+SOFT = {"adversarial": 0.02, "gce": 0.7}
+TRACED_RUNS = [CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed}
+               for seed in (0, 1, 2) for change in (SOFT, SOFT | {"n_layer": 1}, {})]
 
 # From the paper's architecture to the preset, one change after the other
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False,
@@ -471,6 +475,8 @@ LOG = {"measured": ()}
 FULL = {"measured": ("attack", "radii")}
 BALL = {"measured": ("attack", "radii", "ball")}
 TIGHT = {"common": {"preset": "tight"}, "records": "tight"}
+AT_TEXT = {"common": {"eval_tokens": 2 ** 15 + 1, "compile": False}, "records": "tight",
+           "measured": ("attack", "radii", "local")}
 BOOKS = {"records": "books"}
 PARTS = {
     "lr": Part(lambda: [strengths(*pair)[2] for pair in pairs()], tune, **LOG),
@@ -495,8 +501,8 @@ PARTS = {
     "robust": Part(lambda: ROBUST_RUNS, **TIGHT, **FULL),
     "weighed": Part(lambda: WEIGHED_RUNS, **TIGHT, **FULL),
     "gce": Part(lambda: GCE_RUNS, **TIGHT, **FULL),
-    "attacked": Part(lambda: HARDENED_RUNS, records="tight", measured=("attack", "radii", "local"),
-                    common={"eval_tokens": 2 ** 15 + 1, "compile": False}),
+    "attacked": Part(lambda: HARDENED_RUNS, **AT_TEXT),
+    "at-text": Part(lambda: TRACED_RUNS, **AT_TEXT),
     "ablation": Part(lambda: [options for _, _, options in ABLATIONS], **TIGHT),
     "books": Part(lambda: BOOKS_RUNS, **BOOKS, **FULL,
                   common={"dataset": "books-char", "eval_tokens": 2 ** 15 + 1}),
