@@ -363,7 +363,7 @@ def attention_change(at, delta):
     of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
                               at.sigma_o * across(at.sigma_v[:, None] * inputs))
-    alpha, scale, rows = at.block.alpha, at.block.attn.out_scale, None
+    alpha, scale, rows = at.block.alpha, at.block.attn.out_scale, math.inf
     mid = (1 - alpha) * delta + alpha * scale * (of_values + of_scores)
     if at.half is not None:
         heads = inputs.mT @ at.rows_ov + outputs.mT @ at.rows_o                          # (B, T, hidden)
@@ -438,16 +438,15 @@ def leads_hold(at, W, near, asked, trace=None):
     """Where of the predictions asked for (B T,) the largest logit stays the largest wherever near it the last
     block's mid goes, for the head's rows w_j of W: (B T,). `trace` is traced_back, if embeddings move it.
 
-    The lead over j is l = <w_i - w_j, y>, y = (1 - alpha) x + alpha mlp(x). It changes by at most |mid| times
-    |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
+    The lead over j is <w_i - w_j, out>, out = (1 - alpha) mid + alpha mlp(mid). It changes by at most |dmid|
+    times |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
     traced_back. Rivals that the first of both settle are not looked at again.
     """
-    x, delta, block = at.mid.flatten(0, 1), near.mid.flatten()[:, None], at.block
-    z = ((1 - block.alpha) * x + block.alpha * block.mlp(x)) @ W.T
+    z, mid = at.out.flatten(0, 1) @ W.T, near.mid.flatten()[:, None]
     top = z.argmax(dim=-1, keepdim=True)
     leads, apart = z.gather(1, top) - z, rows_apart(W, top[:, 0])            # (N, V)
     enough = lambda lead, change: lead > (1 + ROUNDING) * change             # false for NaN
-    held = enough(leads, at.layer.mlp_gain * apart * delta).scatter(1, top, True)
+    held = enough(leads, at.layer.mlp_gain * apart * mid).scatter(1, top, True)
     if at.half is None:
         return asked & held.all(dim=1)
     nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top, math.inf).argmin(dim=1, keepdim=True)
@@ -457,7 +456,7 @@ def leads_hold(at, W, near, asked, trace=None):
         n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
         there = n // near.mid.shape[1], n % near.mid.shape[1]
         g, off = lead_gradient(at, W[top[n, 0]] - W[j], near, there)
-        left = ~enough(leads[n, j], g.norm(dim=1) * delta[n, 0] + off)
+        left = ~enough(leads[n, j], g.norm(dim=1) * mid[n, 0] + off)
         if trace and left.any():
             n, j, g, off = n[left], j[left], g[left], off[left]
             left = ~enough(leads[n, j], trace(g, n) + off)
