@@ -357,8 +357,9 @@ def attention_change(at, delta):
     outputs = 0 * inputs
     if hasattr(at, "q"):
         changes = score_change(at, delta)
-        inputs, beyond_inputs = value_input(at, sum(changes), delta)
-        outputs, beyond_outputs = score_output(at, *changes, delta)
+        most, off = probability_ratio(at, sum(changes))
+        inputs, beyond_inputs = value_input(at, most, off, delta)
+        outputs, beyond_outputs = score_output(at, *changes, off, delta)
         beyond = beyond_inputs.mT, beyond_outputs.mT
     of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
@@ -393,31 +394,26 @@ def mean(at, f):
 
 
 def probability_ratio(at, e):
-    """Bounds on p'_s / p_s from above and below, if scores change by at most e: p'_s = p_s exp(da_s) / E
-    exp(da) lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), E being the mean under p.
+    """Bounds on p'_s / p_s and on its distance from 1, if scores change by at most e: p'_s = p_s exp(da_s) /
+    E exp(da) lies between p_s exp(-e_s) / E exp(e) and p_s exp(e_s) / E exp(-e), E being the mean under p.
     """
     up, down = e.exp(), (-e).exp()
-    return up / mean(at, down), down / mean(at, up)
+    most, least = up / mean(at, down), down / mean(at, up)
+    return most, torch.maximum(most - 1, 1 - least)
 
 
-def value_input(at, e, delta):
-    """Bounds (B, H, T) on |sum_s p'_s dx_s|: the larger weights times delta_s, at most the largest; and on
-    |sum_s (p' - p)_s dx_s|.
+def value_input(at, most, off, delta):
+    """Bounds (B, H, T) on |sum_s p'_s dx_s|, the larger weights times delta_s, at most the largest; and on
+    |sum_s (p' - p)_s dx_s|. `most` and `off` are those of probability_ratio.
     """
-    most, least = probability_ratio(at, e)
-    weighed, moved = (mean(at, x * delta[:, None, None, :])[..., 0] for x in (most, off(most, least)))
+    weighed, moved = (mean(at, ratio * delta[:, None, None, :])[..., 0] for ratio in (most, off))
     return torch.minimum(weighed, delta.cummax(dim=1).values[:, None]), moved
 
 
-def off(most, least):
-    """How far a ratio between these is from 1, at most."""
-    return torch.maximum(most - 1, 1 - least)
-
-
-def score_output(at, by_q, by_k, cross, delta):
+def score_output(at, by_q, by_k, cross, off, delta):
     """A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
     - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
-    - sum_s |p'_s - p_s| |v_s - o|, by probability_ratio;
+    - sum_s |p'_s - p_s| |v_s - o|, with `off` of probability_ratio;
     - with p'_s = p_s (1 + da_s - E da + rem_s) it is sum_s p_s (da_s + rem_s) (v_s - o): of da_s, b <dq, k_s>
       gives b Cov_p(v, k) dq, at most b sigma(Cov_p(v, k) R_t W_q) delta_t, the rest is at most by_k + cross;
       and |rem_s| <= exp(e_s) / (2 - E exp(e)) - 1 - e_s - E e while E exp(e) < 2, as the power series of
@@ -426,7 +422,7 @@ def score_output(at, by_q, by_k, cross, delta):
     And one on what is not of first order, its part by cross and rem.
     """
     e = by_q + by_k + cross
-    shares = mean(at, off(*probability_ratio(at, e)) * at.apart)[..., 0]
+    shares = mean(at, off * at.apart)[..., 0]
     mean_up = mean(at, e.exp())
     rest = torch.where(mean_up < 2, e.exp() / (2 - mean_up) - 1 - e - mean(at, e), math.inf)
     beyond = mean(at, (cross + rest) * at.apart)[..., 0]

@@ -152,13 +152,13 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
                 assert below((attn.scale * q @ dk.mT).tril(), by_k)
                 assert below((attn.scale * dq @ dk.mT).tril(), cross)
                 e = by_q + by_k + cross
-                most, least = (ratio * at.p for ratio in certify.probability_ratio(at, e))
+                most, off = certify.probability_ratio(at, e)
                 any_scores = at.p.log() + (2 * torch.rand_like(e) - 1) * e
                 for p in (moved.p, any_scores.softmax(dim=-1)):
-                    assert below(p, most) and below(least, p)
-                    whole, part = certify.value_input(at, e, delta)
+                    assert below(p, at.p * most) and below(p - at.p, at.p * off)
+                    whole, part = certify.value_input(at, most, off, delta)
                     assert below(p @ dx[:, None], whole) and below((p - at.p) @ dx[:, None], part)
-                whole, part = certify.score_output(at, by_q, by_k, cross, delta)
+                whole, part = certify.score_output(at, by_q, by_k, cross, off, delta)
                 assert below((moved.p - at.p) @ v, whole)
                 linear = attn.scale * (dq @ k.mT + q @ dk.mT)
                 linear = at.p * (linear - (at.p * linear).sum(-1, keepdim=True))
