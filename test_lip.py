@@ -1253,6 +1253,8 @@ def test_options_on_resume_take_effect(data, monkeypatch):
 
     for first, changed in ((dict(w_max=1.0), every), (dict(method="none", w_max=6.0), every),
                            (dict(method="stiefel", w_max=1.0), every),
+                           (dict(method="stiefel", w_max=1.0, batch_size=32),
+                            (dict(accumulate=32), dict(tangent=True))),  # which the defaults could not have
                            (dict(optimizer="adamw", method="hard_cap"), (dict(momentum=0.5, lr=0.1), ))):
         train.train(TINY | dict(max_steps=20, eval_interval=20, eval_tokens=100, lr=0.5) | first)
         saved = Path("out/ckpt.pt").read_bytes()

@@ -121,15 +121,15 @@ def configure(given, ckpt=None):
     no run, or not the checkpoint's, can have.
     """
     options, resume = dict(PRESETS.get(given.get("preset"), {})), ckpt and given.get("resume")
-    known, out_dir = {f.name for f in fields(Config)}, options.get("out_dir", Config.out_dir)
+    known = {f.name for f in fields(Config)}
     if unknown := set(given) - known:
         raise UserError(f"there is no option {min(unknown)}")
     if resume:
-        options = {name: ckpt["config"][name] for name in known & {*ckpt["config"]}} | {"out_dir": out_dir}
+        options = {name: ckpt["config"][name] for name in known & {*ckpt["config"]}}
         for name in ("preset", "init_from", "optimizer", "embedding", "seed", *asdict(GPTConfig())):
             if name in given and given[name] != options.get(name):
-                raise UserError(f"{given.get('out_dir', out_dir)}/ckpt.pt has {name}={options.get(name)}, so "
-                                f"it cannot go on with --{name}={given[name]}")
+                raise UserError(f"{given['out_dir']}/ckpt.pt has {name}={options.get(name)}, so it cannot go "
+                                f"on with --{name}={given[name]}")
     elif ckpt:
         options |= ckpt["model_config"]
     if "optimizer" in given and given["optimizer"] != options.get("optimizer", Config.optimizer):
@@ -161,12 +161,13 @@ def configure(given, ckpt=None):
 
 def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
-    start = None if given.get("resume") else given.get("init_from")
-    ckpt = load_checkpoint(start)[1] if start else None
-    config = configure(given, ckpt)
-    with alone(Path(config.out_dir) / ".lock", wait=False) if rank() == 0 else nullcontext():
-        if config.resume:
-            ckpt = load_checkpoint(Path(config.out_dir) / "ckpt.pt")[1]
+    given = {"out_dir": PRESETS.get(given.get("preset"), {}).get("out_dir", Config.out_dir)} | given
+    resume, start, out_dir = given.get("resume"), given.get("init_from"), Path(given["out_dir"])
+    ckpt = load_checkpoint(start)[1] if start and not resume else None
+    config = None if resume else configure(given, ckpt)
+    with alone(out_dir / ".lock", wait=False) if rank() == 0 else nullcontext():
+        if resume:  # what a checkpoint has decides which options can go on with it
+            ckpt = load_checkpoint(out_dir / "ckpt.pt")[1]
             config = configure(given, ckpt)
         device, dtype, amp = machine(config)
         data = Text(config, device, ckpt["meta"] if config.resume else None)
