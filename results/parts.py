@@ -103,10 +103,10 @@ def best_under(records, bound, limit):
 
 
 def seeds(records):
-    """Lists of runs that differ in their seeds alone."""
-    kinds = {}
+    """Lists of runs that train alike but for the seed."""
+    kinds, other = {}, {"seed", "eval_interval", "eval_tokens", "compile"}
     for r in records:
-        kinds.setdefault(str(sorted((r["options"] | {"seed": 0}).items())), []).append(r)
+        kinds.setdefault(str(sorted(x for x in r["options"].items() if x[0] not in other)), []).append(r)
     return list(kinds.values())
 
 
@@ -390,10 +390,12 @@ GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": radius, "seed": seed}
 HARDENED = ({"adversarial": 0.01}, {"adversarial": 0.02, "n_layer": 1})
 HARDENED_RUNS = [CONTENT | {"max_steps": TIGHT_STEPS, "seed": 0}] + [
     CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed} for seed in (0, 1) for change in HARDENED]
-# And by generalized cross entropy too, beside the preset; now a lead is traced back through all blocks
+# And by generalized cross entropy too; now a lead is traced back through all blocks. Seed 0 of the first two,
+# and of the preset beside them, was run by hand and looked at less often
 SOFT = {"adversarial": 0.02, "gce": 0.7}
 TRACED_RUNS = [CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed}
-               for seed in (0, 1, 2) for change in (SOFT, SOFT | {"n_layer": 1}, {})]
+               for change, numbers in ((SOFT, (1, 2)), (SOFT | {"n_layer": 1}, (1, 2)),
+                                       (SOFT | {"adversarial": 0.05}, (0, ))) for seed in numbers]
 
 # From the paper's architecture to the preset, one change after the other
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False,
