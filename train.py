@@ -34,8 +34,8 @@ from constrain import (METHODS, RADII, Step, exact_model, holds_w_max, layer_nor
                        logit_reach, matrices, project, refused, rms_norm, svd_cap, worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample, unit
 from optim import TANGENTS, UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, alone, commit, one_line_errors, open_data, option, say,
-                     shakespeare, to_json)
+from prepare import (Parser, Tokenizer, UserError, alone, commit, kind_of, one_line_errors, open_data, option,
+                     say, shakespeare, to_json)
 
 # --- Options ------------------------------------------------------------------------------------------------
 
@@ -139,12 +139,13 @@ def configure(given, ckpt=None):
         config.lr = config.lr or OPTIMIZERS[config.optimizer].lr
         if config.tangent and (config.optimizer != "muon" or config.method not in TANGENTS):
             raise ValueError(f"tangent=True is for muon and {' or '.join(TANGENTS)}")
-        lr, methods = config.lr * max(1, config.head_lr), {config.method, config.head_method or config.method}
-        if not lr * config.weight_decay < (most := 2 if methods == {"spectral_weight_decay"} else 1):
-            raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must be "
-                             f"below {most}, or a step turns weights round")
-        step = Step(config.w_max, lr, lr * config.weight_decay, lr * OPTIMIZERS[config.optimizer].update_norm)
-        for method in methods:
+        head = config.head_method or config.method, config.lr * config.head_lr
+        for method, lr in ((config.method, config.lr), head):
+            decay, most = lr * config.weight_decay, 2 if method == "spectral_weight_decay" else 1
+            if not decay < most:
+                raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must "
+                                 f"be below {most}, or a step turns weights round")
+            step = Step(config.w_max, lr, decay, lr * OPTIMIZERS[config.optimizer].update_norm)
             METHODS[method](torch.zeros(1, 1), step)
     except ValueError as e:
         raise UserError(f"--{e}" if "=" in str(e).partition(" ")[0] else e)
@@ -302,7 +303,7 @@ class Text:
                         (f"--eval_tokens={config.eval_tokens}", len(self.val))):
             if n < T + 1:
                 raise UserError(f"{name} of {folder} has {n} tokens, but block_size {T} needs {T + 1}; use "
-                                "more text or a smaller --block_size")
+                                "more or a smaller --block_size")
         self.counts = [max(1, (len(shard) - T) // T) for shard in self.shards]  # windows of each shard
         self.ends = np.cumsum(self.counts)
 
@@ -336,15 +337,16 @@ def shifted(rows, device):
 
 def new_model(config, data, device, ckpt=None):
     """A GPT with config's options, of the weights of a checkpoint if there is one, in their caps."""
-    V = data.meta["vocab_size"]
+    config.vocab_size = data.meta["vocab_size"]
     if data.meta["tokenizer"] == "gpt2":
-        V = -(-V // 128) * 128  # 50,257 tokens become 50,304, a better size for products
-    options = {name: getattr(config, name) for name in asdict(GPTConfig())}
-    model = GPT(GPTConfig(**options | {"vocab_size": V})).to(device)
+        config.vocab_size = 50_304  # in place of 50,257: a multiple of 128, a better size for products
+    model = GPT(GPTConfig(**{name: getattr(config, name) for name in asdict(GPTConfig())})).to(device)
     if ckpt:
         if any(ckpt["meta"].get(key) != data.meta.get(key) for key in ("tokenizer", "vocabulary")):
+            how = "--vocabulary_of " + ckpt["config"]["dataset"] + ", as it was when that was trained"
+            how = "--tokenizer gpt2" if ckpt["meta"]["tokenizer"] == "gpt2" else how
             raise UserError(f"{config.init_from} has another vocabulary than {data.folder}; prepare that "
-                            f"with --vocabulary_of {ckpt['config']['dataset']}")
+                            f"with {how}")
         try:
             model.load_state_dict(ckpt["model"])
         except RuntimeError as e:
@@ -552,7 +554,7 @@ REACH_STEPS = 100   # between computing what a change of the radius can do to th
 class Run:
     """What a run has counted so far, with its checkpoint and log in config.out_dir. The log is part of the
     checkpoint; log.jsonl has the same lines and those since, and is written anew when a run goes on, from
-    `ckpt`. A new run keeps what an earlier one has left.
+    `ckpt`. A new run keeps what an earlier one has left, if that has logged a step.
     """
     def __init__(self, config, data, model, optimizers, why_refused, ckpt):
         self.config, self.data, self.model, self.optimizers = config, data, model, optimizers
@@ -562,7 +564,8 @@ class Run:
         self.step_seconds, self.refused, self.started = [], why_refused, time.perf_counter()
         if ckpt:
             self.go_on(ckpt)
-        for path in (self.path, self.log_path) if rank() == 0 and not ckpt else ():
+        logged = not self.log_path.exists() or self.log_path.read_bytes().count(b"\n") > 1
+        for path in (self.path, self.log_path) if rank() == 0 and not ckpt and logged else ():
             if path.exists():
                 os.replace(path, path.with_stem(path.stem + ".old"))
         name = torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else platform.machine()
@@ -646,7 +649,7 @@ def save(path, checkpoint):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path} ({e}); the last checkpoint there is untouched")
+        raise UserError(f"cannot save {path} ({e}); nothing that was saved before is lost")
 
 
 @contextmanager
@@ -744,8 +747,7 @@ def parse(argv):
     parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in (f for f in fields(Config) if f.metadata):  # all but vocab_size, which the data decide
-        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # `float | None`: float
-        help, choices = field.metadata["help"], field.metadata["choices"]
+        kind, help, choices = kind_of(field), field.metadata["help"], field.metadata["choices"]
         if field.default is not None:
             help += f" [{field.default}]"
         how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
@@ -764,7 +766,7 @@ def main():
         importlib.import_module("torch.distributed.nn")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with one_line_errors("train.py", "interrupted; go on from the last checkpoint with --resume"):
+        with one_line_errors("train.py", "interrupted; with --resume it goes on from the last checkpoint"):
             train(given)
             if dist.is_initialized():
                 dist.destroy_process_group()
