@@ -143,8 +143,8 @@ def configure(given, ckpt=None):
         for method, lr in ((config.method, config.lr), head):
             decay, most = lr * config.weight_decay, 2 if method == "spectral_weight_decay" else 1
             if not decay < most:
-                raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, must "
-                                 f"be below {most}, or a step turns weights round")
+                raise ValueError(f"weight_decay={config.weight_decay:g} times the learning rate, {lr:g}, "
+                                 f"must be below {most}, or a step turns weights round")
             step = Step(config.w_max, lr, decay, lr * OPTIMIZERS[config.optimizer].update_norm)
             METHODS[method](torch.zeros(1, 1), step)
     except ValueError as e:
