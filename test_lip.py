@@ -1187,6 +1187,7 @@ def test_options(monkeypatch, capsys):
     for bad in ({"lr": "0.1"}, {"seed": "x"}, {"no_such": 1}, {"preset": "best"}, {"batch_size": 4.5},
                 {"resume": "no"}, {"out_dir": Path("out")}):  # from Python
         one_line(str(pytest.raises(UserError, train.configure, bad).value), *bad)
+    train.configure({"head_lr": 200.0, "head_method": "hard_cap"})  # whose steps no soft cap has to hold
     config = train.configure({"lr": np.float32(0.125), "n_layer": np.int64(3), "seed": 1.0})
     assert [type(x) for x in (config.lr, config.n_layer, config.seed)] == [float, int, int]
 
@@ -1462,12 +1463,13 @@ def test_a_torn_log_loses_nothing(data):
     assert [line["step"] for line in log_lines()] == [4, 8, 12]
 
 
-def test_init_from(data, monkeypatch):
+def test_init_from(small_gpt2, data, monkeypatch):
     """The weights of a run, on other data in its vocabulary, their norms within the new caps."""
     train.train(TINY | dict(max_steps=40, eval_interval=40, logit_scale=3.0, activation="relu"))
     Path("a.txt").write_text("the question is not to be or to be\n" * 100)
     prepare.texts(["a.txt"], "own")
     prepare.texts(["a.txt"], "more", vocabulary_of="shakespeare")
+    prepare.texts(["a.txt"], "tokens", tokenizer="gpt2")
     begin = lambda *argv: run_main(train, monkeypatch, "--init_from=out/ckpt.pt", "--dataset=more",
                                    "--out_dir=new", "--max_steps=1", "--device=cpu", *argv)
     assert begin("--lr=1e-9", "--dtype=float32") is None
@@ -1475,12 +1477,14 @@ def test_init_from(data, monkeypatch):
     assert all(torch.allclose(W, new.state_dict()[name], atol=1e-5) for name, W in old.state_dict().items())
     assert new.config == old.config
     assert begin("--w_max=0.3", "--lr=0.01") is None and log_lines("new")[0]["norm_over_cap"] <= 1.001
+    train.train(TINY | dict(dataset="tokens", out_dir="tokens", max_steps=1))
     before = contents("new")
     for argv, *said in (("--dataset=own", "out/ckpt.pt has another vocabulary than data/own",
                          "prepare that with --vocabulary_of shakespeare, as it was when that was trained"),
                         ("--n_embd=32", "the weights of out/ckpt.pt have another shape", "size mismatch"),
                         ("--n_layer=2 --per_head", "another shape", "Missing key"),
-                        ("--init_from=a.txt", "a.txt is not a checkpoint of this train.py")):
+                        ("--init_from=a.txt", "a.txt is not a checkpoint of this train.py"),
+                        ("--init_from=tokens/ckpt.pt", "prepare that with --tokenizer gpt2")):
         one_line(begin(*argv.split()), *said)
     assert contents("new") == before
 

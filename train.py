@@ -337,9 +337,9 @@ def shifted(rows, device):
 
 def new_model(config, data, device, ckpt=None):
     """A GPT with config's options, of the weights of a checkpoint if there is one, in their caps."""
-    config.vocab_size = data.meta["vocab_size"]
+    config.vocab_size = V = data.meta["vocab_size"]
     if data.meta["tokenizer"] == "gpt2":
-        config.vocab_size = 50_304  # in place of 50,257: a multiple of 128, a better size for products
+        config.vocab_size = -(-V // 128) * 128  # 50,257 tokens become 50,304, a better size for products
     model = GPT(GPTConfig(**{name: getattr(config, name) for name in asdict(GPTConfig())})).to(device)
     if ckpt:
         if any(ckpt["meta"].get(key) != data.meta.get(key) for key in ("tokenizer", "vocabulary")):
