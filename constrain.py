@@ -323,10 +323,11 @@ def proved_function(config, weights, x):
 def refused(model):
     """None, or the line that says why a model gets no certificate: its weights are not finite, it computes
     something else than proved_function or has parameters beside, or its activation is not what ACTIVATIONS
-    says. Compared are logits of a float64 copy, of random tokens and of random embeddings of several sizes,
-    in windows of block_size or, of large models, fewer tokens: what only shows beyond goes unseen. Zeros, as
-    many matrices begin with, become random, so that nothing hides behind them; large weights are scaled down,
-    as rounding decides what saturated attention looks at.
+    says. Compared are logits of a float64 copy on the CPU, of random tokens, with targets and without, and of
+    random embeddings of several sizes, in windows of block_size or, of large models, fewer tokens: what shows
+    elsewhere alone, on a GPU, in other types, in training, goes unseen. Zeros, as many matrices begin with,
+    become random, so that nothing hides behind them; large weights are scaled down, as rounding decides what
+    saturated attention looks at, and a large ball too, so that embeddings leave it.
     """
     try:
         net = exact_model(model)
@@ -338,18 +339,19 @@ def refused(model):
         weights = dict(net.named_parameters(remove_duplicate=False))
         for W in weights.values():
             root = math.sqrt((1, *W.shape)[-1])
-            if not W.any():
-                W.uniform_(-1, 1, generator=g).div_(root)
+            W.add_(torch.empty_like(W).uniform_(-1, 1, generator=g).div_(root) * (W == 0))
             W.div_((W.square().mean().sqrt() * root / 3).clamp_min(1))  # norms of some 3
         T = min(c.block_size, max(8, 4 * 10 ** 9 // sum(W.numel() for W in weights.values())))
         ids = torch.randint(c.vocab_size, (1, T), generator=g)
         x = torch.randn(3, T, c.n_embd, generator=g, dtype=torch.float64)
-        x *= embedding_norm(net) * torch.tensor([1.0, 0.1, 1e-3])[:, None, None]
-        found = torch.cat((net(ids)[0], net.forward_embeddings(x)))
-        embeddings = weights.pop("wte.weight")[ids[0]], *x
+        x *= torch.tensor([10.0, 1.0, 1e-3])[:, None, None]
+        for block in net.blocks if c.ball else ():
+            block.ball = c.ball = min(c.ball, 1.0)
+        found = torch.cat((net(ids)[0], net(ids, ids)[0], net.forward_embeddings(x)))
+        embeddings = *2 * [weights.pop("wte.weight")[ids[0]]], *x
         expected = torch.stack([proved_function(c, unused := dict(weights), at) for at in embeddings])
         off = ((found - expected).abs().amax((1, 2)) / expected.abs().amax((1, 2))).max().item()
-        if not unused and off < 1e-6:  # so NaN is refused too
+        if not unused and off < 1e-9:  # so NaN is refused too
             return None
         why = f"{min(unused)} is not used there" if unused else f"logits differ by {off:.1g} of the largest"
     except Exception as e:  # an edit may break the comparison anywhere
@@ -364,7 +366,7 @@ def exact_model(model):
     net = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu().double().eval().requires_grad_(False)
     tables = rotary_tables(net.config.block_size, net.config.n_embd // net.config.n_head)
     for name, table in zip(("cos", "sin"), tables):  # not those of float32, if they are the same but for that
-        if (getattr(net, name) - table).abs().max() < 1e-6:
+        if (getattr(net, name, table) - table).abs().max() < 1e-6:
             setattr(net, name, table)
     return net
 
@@ -422,19 +424,18 @@ LayerNorms = namedtuple("LayerNorms", "alpha A_V A_QK mlp_gain score_gain mlp_gr
 def layer_norms(model):
     """[LayerNorms] of the blocks, all infinite where a weight is not finite."""
     c = model.config
-    norms = lambda block: (*attention_norms(block.attn, c.softmax_scale),
-                           *mlp_norms(block, PROVED[c.activation]))
-    return [LayerNorms(block.alpha, *(norms(block) if finite(block) else 5 * (math.inf, )),
-                       block.ball or math.inf) for block in model.blocks]
+    norms = lambda block: (*attention_norms(block.attn, c), *mlp_norms(block, c))
+    return [LayerNorms(c.alpha, *(norms(block) if finite(block) else 5 * (math.inf, )), c.ball or math.inf)
+            for block in model.blocks]
 
 
-def attention_norms(attn, softmax_scale):
+def attention_norms(attn, c):
     """(A_V, A_QK) of one attention layer: with tokens of RMS norm <= R its output has RMS norm <= A_V R, and
     its derivative has norm <= A_V + A_QK R^2, both in the largest RMS norm over tokens. Formulas and proof:
     results/certificate.md, Attention; W^h are the rows of W_q, W_k, W_v and the columns of W_o of head h.
     """
-    H = attn.n_head
-    (*Wqk, Wv), Wo, Wo_h = head_weights(attn)
+    H = c.n_head
+    (*Wqk, Wv), Wo, Wo_h = head_weights(attn, H)
     v = sigma(Wv)                                                          # (H,)
     # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
     # beside each other
@@ -442,41 +443,41 @@ def attention_norms(attn, softmax_scale):
     beside = OV.transpose(0, 1).flatten(1)                                 # (d, H d_head)
     A_V = min(sigma(Wo) * v.norm(), sigma(OV).sum(), math.sqrt(H) * sigma(beside)).item()
     if not Wqk:
-        return attn.out_scale * A_V, 0.0
+        return c.attn_scale * A_V, 0.0
     Wq, Wk = Wqk
     k = sigma(Wk)
     t = (k / v.clamp_min(1e-300)).clamp(1e-9, 1e9).sqrt()[:, None, None]   # sqrt of the proof's; any is valid
     gamma = torch.minimum(sigma(torch.cat((t * Wv, Wk / t), dim=1)) ** 2 / 2, v * k)
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
-    A_QK = attn.out_scale * softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
-    return attn.out_scale * A_V, A_QK.item()
+    A_QK = c.attn_scale * c.softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
+    return c.attn_scale * A_V, A_QK.item()
 
 
-def head_weights(attn):
+def head_weights(attn, H):
     """([W_q, W_k, W_v] or, if scores are free of content, [W_v], of all heads: each (H, d_head, d); W_o (d,
     d); W_o by heads, (H, d, d_head)), exactly. W_v has the heads' gains in it.
     """
-    H, d = attn.n_head, attn.n_head * attn.d_head
-    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, attn.d_head, d)
-    Wv = Wv if attn.gain is None else Wv * exact(attn.gain)[:, None, None]
     Wo = exact(attn.proj.weight)
-    return (*Wqk, Wv), Wo, Wo.view(d, H, attn.d_head).transpose(0, 1)
+    d = len(Wo)
+    *Wqk, Wv = exact(attn.qkv.weight).view(-1, H, d // H, d)
+    Wv = Wv if attn.gain is None else Wv * exact(attn.gain)[:, None, None]
+    return (*Wqk, Wv), Wo, Wo.view(d, H, d // H).transpose(0, 1)
 
 
-def mlp_norms(block, activation):
+def mlp_norms(block, c):
     """(gain, score gain, growth) of x -> (1 - alpha) x + alpha mlp(x), whose derivative is J: bounds on |J|,
     on |J W_o| over |W_o| for attention's output matrix W_o, and on the norm of its output over its input's.
     The layers' norms multiply; with two layers J is A + U E V with a diagonal E, |E| <= 1, see
     uncertain_norm. Formulas, with these names, and proof: results/certificate.md, MLP halves.
     """
-    mlp, alpha, Wo = block.mlp, block.alpha, exact(block.attn.proj.weight)
+    mlp, alpha, activation, Wo = block.mlp, c.alpha, PROVED[c.activation], exact(block.attn.proj.weight)
     layers = (mlp.fc, *mlp.mid, mlp.proj)
     product = math.prod(rms_norm(layer.weight).item() for layer in layers)
     largest = lambda interval: max(map(abs, interval)) ** (len(layers) - 1)
     gain, growth = (1 - alpha + alpha * product * largest(f) for f in (activation.slope, activation.ratio))
     if mlp.mid or len(Wo) > 512:  # beyond, it takes long
         return gain, gain, growth
-    A, U, V, f = mlp_half(block, activation)
+    A, U, V, f = mlp_half(block.mlp, alpha, activation)
     of = lambda low, high: (A + (high + low) / 2 * U @ V, (high - low) / 2 * U, V)
     K, F, V = of(*f.slope)
     gain = min(gain, uncertain_norm(K, F, V))
@@ -484,12 +485,12 @@ def mlp_norms(block, activation):
     return gain, score_gain, min(growth, uncertain_norm(*of(*f.ratio)))
 
 
-def mlp_half(block, activation):
+def mlp_half(mlp, alpha, activation):
     """(A, U, V, f) with (1 - alpha) x + alpha mlp(x) = A x + U f(V x), f entry by entry, for an MLP of two
     layers. Of a sorted pair the entries are (z_1 + z_2) / 2 +- |z_1 - z_2| / 2, so that f is the size.
     """
-    U, V = block.alpha * exact(block.mlp.proj.weight), exact(block.mlp.fc.weight)
-    A = (1 - block.alpha) * torch.eye(len(U), dtype=torch.float64)
+    U, V = alpha * exact(mlp.proj.weight), exact(mlp.fc.weight)
+    A = (1 - alpha) * torch.eye(len(U), dtype=torch.float64)
     if not activation.sorts_pairs:
         return A, U, V, activation
     (U_1, U_2), (V_1, V_2) = U.chunk(2, dim=1), V.chunk(2)
@@ -568,7 +569,8 @@ def logit_reach(model, r, layers=None):
     w_i are the output matrix's rows; proof: results/certificate.md, Predictions. `layers` saves layer_norms.
     """
     log10_K, _ = body_bound(layers or layer_norms(model), embedding_norm(model) + r)
-    return model.config.logit_scale * math.sqrt(model.config.n_embd) * r * 10 ** min(log10_K, 300.0)
+    K = 10 ** log10_K if log10_K < 300 else math.inf
+    return model.config.logit_scale * math.sqrt(model.config.n_embd) * r * K
 
 
 def worst_case(logits, y, W, reach):

@@ -200,6 +200,8 @@ class Muon(torch.optim.Optimizer):
     tables (V, n) or vectors instead; rows move by RMS norm lr (see dual_rows). With `mine`, a list of
     parameters, only those move: one process's share, while every process keeps the momentum of all.
     """
+    mine = None  # of a copy
+
     def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, embedding=False,
                  coefficients=POLAR, dtype=torch.float32, mine=None, tangent=None):
         self.mine = None if mine is None else set(mine)
@@ -217,7 +219,8 @@ class Muon(torch.optim.Optimizer):
                                      f"{p.dtype} {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             momentum, params, updates = group["momentum"], [], []
             for p in group["params"]:
@@ -241,3 +244,4 @@ class Muon(torch.optim.Optimizer):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(u, alpha=-group["lr"] * norm_1)
+        return loss

@@ -459,6 +459,23 @@ def test_muon_moves_a_single_number():
     assert p.item() == pytest.approx(1.1)
 
 
+def test_muon_takes_a_closure_and_can_be_copied():
+    p = torch.nn.Parameter(torch.eye(3))
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer = Muon([p], lr=0.1, mine=[p])
+    assert optimizer.step(closure).item() == 3 and torch.allclose(p, 0.9 * torch.eye(3), atol=2e-3)
+    twin = copy.deepcopy(optimizer)
+    q, = twin.param_groups[0]["params"]
+    q.grad = torch.eye(3)
+    twin.step()
+    assert torch.allclose(q, 0.8 * torch.eye(3), atol=4e-3) and p[0, 0] > 0.89
+
+
 # --- constrain.py: the constraints --------------------------------------------------------------------------
 
 def test_norms_are_those_of_an_svd():
@@ -681,7 +698,8 @@ def test_bounds_by_hand(H, L, s, R):
         net = identities(exact_gpt(H=H, L=L, c=c, logit_scale=3.0, **options), s)
         net.wte.weight.mul_(R / constrain.embedding_norm(net))
         A_V, A_QK = math.sqrt(H) * s ** 2 / 3, 2 * c * H * s ** 4 / 3
-        assert constrain.attention_norms(net.blocks[0].attn, c) == (pytest.approx(A_V), pytest.approx(A_QK))
+        norms = constrain.attention_norms(net.blocks[0].attn, net.config)
+        assert norms == (pytest.approx(A_V), pytest.approx(A_QK))
         for _ in range(L):
             K *= (1 - a + a * (A_V + A_QK * inside ** 2)) * (1 - a + a * s ** 2)
             inside *= (1 - a + a * A_V) * (1 - a + a * s ** 2 / GELU_SLOPE)
@@ -895,8 +913,24 @@ def test_what_is_proved_is_what_the_model_computes(options):
 
 EDITS = {  # name: pieces of model.py, each followed by what an edit makes of it
     "nothing": (),
+    "a name": ("self.d_head, config.attn_scale", "self.d_head, 1e-3\n        self.factor = config.attn_scale",
+               "self.out_scale * self.proj", "self.factor * self.proj"),
     "layer norm": ("self.attn(x, cos", "self.attn(F.rms_norm(x, x.shape[-1:]), cos"),
     "QK norm": ("rotate(t, cos, sin).tr", "F.normalize(rotate(t, cos, sin), dim=-1).tr"),
+    "QK norm of zeros": ("rotate(t, cos, sin).tr", "F.normalize(rotate(t, cos, sin), dim=-1).tr",
+                         "self.bias = None", "self.qkv.weight.data[0] = 0\n        self.bias = None"),
+    "a softcap of scores": ("q[:, :, start:end] @ k[:, :, :end].mT",
+                            "50 * (q[:, :, start:end] @ k[:, :, :end].mT / 50).tanh()"),
+    "thresholded attention": ("halves.append(scores.softmax(dim=-1) @",
+                              "p = scores.softmax(dim=-1)\n        p = p * (p > 1e-3)\n"
+                              "        halves.append(p / p.sum(dim=-1, keepdim=True) @"),
+    "no RoPE": ('self.register_buffer("cos", cos.float(), persistent=False)', "",
+                "cos, sin = self.cos[:T], self.sin[:T]", "cos, sin = None, None",
+                "[rotate(t, cos, sin).tr", "[t.tr"),
+    "no ball": ("return x if self.ball is None else onto_ball(x, self.ball)", "return x"),
+    "logits of the loss alone": ("return logits, None if",
+                                 "logits = logits if targets is None else 30 * logits\n"
+                                 "        return logits, None if"),
     "an activation more": ('"gelu": gelu', '"silu": F.silu', 'option("gelu", "of', 'option("silu", "of'),
     "a name's activation": ('"gelu": gelu', '"gelu": F.silu'),
     "what GELU is divided by": ("math.exp(-1) / math.sqrt(math.pi)", "0.1"),
@@ -926,13 +960,18 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         exec(text, vars(sys.modules[name]))
     forked, judge = sys.modules["model"], sys.modules["constrain"]
-    net = forked.GPT(forked.GPTConfig(11, 12, 2, 4, 32))
+    net = forked.GPT(forked.GPTConfig(11, 12, 2, 4, 32, ball=1.0))
     for _ in range(2):  # fresh, where half of the matrices are zero, and not
         why = judge.refused(net)
-        assert (why is None) == (edit == "nothing")
+        assert (why is None) == (edit in ("nothing", "a name"))
         if why:
             one_line(why, "no certificate: ")
             assert judge.lipschitz_bounds(net) == NO_BOUNDS
+            judge.exact_model(net)  # which an attack asks for
+        else:
+            same = gpt(T=12, L=2, H=4, d=32, ball=1.0)
+            same.load_state_dict(net.state_dict())
+            assert judge.lipschitz_bounds(net) == constrain.lipschitz_bounds(same)
         random_weights(net)
 
 

@@ -213,17 +213,18 @@ def block_norms(net, layers):
     heads (H,); root_q, root_k and root_v (H, d_head, d_head), |root y| = |W^hT y|; and, if its MLP has two
     layers, mlp_half, with half(x) = A x + U f(V x).
     """
-    root, found = lambda W: torch.linalg.qr(W.mT, mode="r").R, []
+    c, root, found = net.config, lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
-        (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn)
+        (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn, c.n_head)
         OV = Wo_h @ Wv                                                # (H, d, d)
-        norm = {"block": block, "layer": layer, "half": None, "Wo": Wo, "root_v": root(Wv),
+        norm = {"block": block, "c": c, "scale": c.softmax_scale * c.n_head / c.n_embd, "layer": layer,
+                "half": None, "Wo": Wo, "root_v": root(Wv),
                 "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
                 "sigma_ov_h": sigma(OV), "sigma_ov": sigma(OV.transpose(0, 1).flatten(1))}
         for name, W in zip("qk", Wqk):
             norm |= {f"sigma_{name}": sigma(W), f"root_{name}": root(W)}
         if not block.mlp.mid:
-            A, U, V, f = mlp_half(block, PROVED[net.config.activation])
+            A, U, V, f = mlp_half(block.mlp, c.alpha, PROVED[c.activation])
             norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U),
                      "rows_o": (V @ Wo_h).norm(dim=-1), "rows_ov": (V @ OV).norm(dim=-1)}
         found.append(norm)
@@ -238,13 +239,13 @@ def facts_at(net, norms, X):
     unless scores are free of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - E_p
     k)|, |v_s - o_t| and sigma(Cov_p(v, k) R_t W_q).
     """
-    T, x, facts = X.shape[1], X, []
+    T, x, facts, alpha, ball = X.shape[1], X, [], net.config.alpha, net.config.ball
     cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
     for block, norm in zip(net.blocks, norms):
         qk, v, bias = block.attn.heads(x, cos, sin)
-        scores = block.attn.scale * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
+        scores = norm["scale"] * qk[0] @ qk[1].mT if qk else torch.zeros(len(v), 1, T, T, dtype=x.dtype)
         p = (scores if bias is None else scores + bias).masked_fill(~seen, -math.inf).softmax(dim=-1)
-        mid = (1 - block.alpha) * x + block.alpha * block.attn(x, cos, sin)
+        mid = (1 - alpha) * x + alpha * block.attn(x, cos, sin)
         at = SimpleNamespace(x=x, mid=mid, p=p, o=p @ v, **norm)
         if qk:
             (q, k), eye = qk, torch.eye(v.shape[-1], dtype=x.dtype)
@@ -258,8 +259,8 @@ def facts_at(net, norms, X):
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
         at.near, at.gain = near_gain(at) if len(facts) < len(norms) - 1 else (None, None)
         facts.append(at)
-        x = at.out = (1 - block.alpha) * mid + block.alpha * block.mlp(mid)
-        x = x if block.ball is None else onto_ball(x, block.ball)
+        x = at.out = (1 - alpha) * mid + alpha * block.mlp(mid)
+        x = x if ball is None else onto_ball(x, ball)
     return facts
 
 
@@ -320,9 +321,9 @@ def ball_change(at, delta):
     """Behind the ball, if there is one, of L2 radius rho: delta or, where the token and all within delta of
     it are longer than m >= rho, delta rho / m, as the derivative is rho (I - x x^T / |x|^2) / |x|.
     """
-    if at.block.ball is None:
+    if at.c.ball is None:
         return delta
-    rho = at.block.ball * math.sqrt(at.out.shape[-1])
+    rho = at.c.ball * math.sqrt(at.out.shape[-1])
     return delta * (rho / (at.out.norm(dim=-1) - delta).clamp_min(rho))
 
 
@@ -364,7 +365,7 @@ def attention_change(at, delta):
     of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
                               at.sigma_o * across(at.sigma_v[:, None] * inputs))
-    alpha, scale, rows = at.block.alpha, at.block.attn.out_scale, math.inf
+    alpha, scale, rows = at.c.alpha, at.c.attn_scale, math.inf
     mid = (1 - alpha) * delta + alpha * scale * (of_values + of_scores)
     if at.half is not None:
         heads = inputs.mT @ at.rows_ov + outputs.mT @ at.rows_o                          # (B, T, hidden)
@@ -384,7 +385,7 @@ def score_change(at, delta):
     """
     delta_t, delta_s = delta[:, None, :, None], delta[:, None, None, :]
     sizes = at.k * delta_t, at.q * delta_s, (at.sigma_q * at.sigma_k)[:, None, None] * delta_t * delta_s
-    by_q, by_k, cross = (at.block.attn.scale * size.tril() for size in sizes)
+    by_q, by_k, cross = (at.scale * size.tril() for size in sizes)
     return by_q, by_k, torch.where(by_q + by_k + cross < LARGEST, cross, math.inf).tril()
 
 
@@ -426,7 +427,7 @@ def score_output(at, by_q, by_k, cross, off, delta):
     mean_up = mean(at, e.exp())
     rest = torch.where(mean_up < 2, e.exp() / (2 - mean_up) - 1 - e - mean(at, e), math.inf)
     beyond = mean(at, (cross + rest) * at.apart)[..., 0]
-    series = at.block.attn.scale * at.cov * delta[:, None] + mean(at, by_k * at.apart)[..., 0] + beyond
+    series = at.scale * at.cov * delta[:, None] + mean(at, by_k * at.apart)[..., 0] + beyond
     return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series)), beyond
 
 
@@ -503,12 +504,12 @@ def through_attention(net, at, g, here, beyond):
     of a head of attention_change has beyond first order and |u_h| times that of the second, over all heads
     and tokens.
     """
-    attn, alpha, T, rest = at.block.attn, at.block.alpha, g.shape[1], 0.0
+    attn, alpha, T, rest = at.block.attn, at.c.alpha, g.shape[1], 0.0
     with torch.enable_grad():
         x = at.x[here].requires_grad_()
         pulled, = torch.autograd.grad(attn(x, net.cos[:T], net.sin[:T]), x, g)
     if beyond:
-        u = alpha * attn.out_scale * (g @ at.Wo).unflatten(-1, (attn.n_head, -1))         # (N, T, H, d_head)
+        u = alpha * at.c.attn_scale * (g @ at.Wo).unflatten(-1, (at.c.n_head, -1))        # (N, T, H, d_head)
         of_values = torch.einsum("nthi,hji->nthj", u, at.root_v).norm(dim=-1)
         inputs, outputs = (part[here] for part in beyond)
         rest = (of_values * inputs + u.norm(dim=-1) * outputs).sum(dim=(1, 2))
@@ -520,9 +521,9 @@ def through_ball(at, g, here, delta):
     rho it is rho y / |y|, with a second derivative of at most 2 rho / (sqrt(3) |y|^2), inside the identity.
     Where y may cross, dx = dy / 2 + r, |r| <= |dy| / 2, as for the projection onto any convex set.
     """
-    if at.block.ball is None:
+    if at.c.ball is None:
         return g, 0.0
-    y, delta, rho = at.out[here], delta[here], at.block.ball * math.sqrt(g.shape[2])
+    y, delta, rho = at.out[here], delta[here], at.c.ball * math.sqrt(g.shape[2])
     size = y.norm(dim=-1)
     shrink, axis = (rho / size)[..., None], y / size[..., None]
     outside, inside = size - delta >= rho, size + delta <= rho
@@ -577,7 +578,7 @@ def deciding(net, layers, ids):
         facts = facts_at(net, norms, X)
         if at_once:
             at = facts[0]
-            moved = at.block.alpha * torch.stack([table[row, :, position].mT for row in rows])
+            moved = at.c.alpha * torch.stack([table[row, :, position].mT for row in rows])
         else:
             far = distances(X, net.wte.weight).amax(dim=-1)
         held = (position >= T - n).repeat(len(rows))
@@ -597,9 +598,9 @@ def moves(at, embeddings):
     if scores do not depend on tokens; the moves of all s add. It is the largest norm, over the embeddings
     e_j, (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i).
     """
-    attn, p = at.block.attn, at.p[0].permute(1, 2, 0)                           # (T, T, H)
-    (Wv, ), _, Wo_h = head_weights(attn)                                        # with the heads' gains
-    values, found = attn.out_scale * embeddings @ (Wo_h @ Wv).mT, []            # (H, V, d)
+    p = at.p[0].permute(1, 2, 0)                                                # (T, T, H)
+    (Wv, ), _, Wo_h = head_weights(at.block.attn, at.c.n_head)                  # with the heads' gains
+    values, found = at.c.attn_scale * embeddings @ (Wo_h @ Wv).mT, []           # (H, V, d)
     for i in range(len(embeddings)):
         apart = values - values[:, i, None]
         gram = torch.einsum("hjd,gjd->hjg", apart, apart).flatten(1)            # (H, V H)
@@ -798,7 +799,7 @@ def words(model, result):
         yield f"median certified radius of a right prediction: {10 ** result['log10_median_radius']:.1e}"
     at = ", ".join(f"{radius}: {share:.2%}" for radius, share in result["certified_accuracy"].items())
     yield f"certified accuracy at radius {at}"
-    few = at_most(ATTACKED, model)
+    few, local_few = (min(at_most(n, model), result["tokens"]) for n in (ATTACKED, LOCAL))
     yield f"\naccuracy at radius  certified   of the first {few:,}: certified, attack, plain"
     for radius, accuracy in result["radii"].items():
         yield (f"{radius:>18}  {{certified:9.2%}}   {{certified_first:.2%}}, {{attack_first:.2%}}, "
@@ -806,7 +807,7 @@ def words(model, result):
     local = result["local"]
     medians = " -> ".join(f"{10 ** x:.1e}" for x in local["log10_median"].values())
     at = ", ".join(f"{r}: {a:.1%} -> {b:.1%}" for r, (a, b) in local["certified_accuracy"].items())
-    yield f"\nradii of the first {at_most(LOCAL, model):,} by the constant -> at the text: median {medians}"
+    yield f"\nradii of the first {local_few:,} by the constant -> at the text: median {medians}"
     yield f"certified accuracy at {at}"
     yield (f"medians of {len(local['alone'])} predictions attacked one by one: " +
            ", ".join(f"{name} {10 ** x:.1e}" for name, x in local["log10_median_alone"].items()))

@@ -237,7 +237,7 @@ def test_what_is_not_linear_in_a_ball_is_bounded_and_reached():
     for size, step, share in ((3.0, 0.01 * (axis / math.sqrt(3) + across * math.sqrt(2 / 3)), 0.97),
                               (1.0, 0.2 * axis, 1.0), (0.5, 0.2 * axis, 0.0)):
         y, f = math.sqrt(6) * size * axis, partial(onto_ball, radius=1.0)
-        at = SimpleNamespace(block=SimpleNamespace(ball=1.0), out=y.expand(1, 1, 6))
+        at = SimpleNamespace(c=SimpleNamespace(ball=1.0), out=y.expand(1, 1, 6))
         h, rest = certify.through_ball(at, torch.eye(6).double()[:, None], ([0] * 6, slice(1)),
                                        step.norm().expand(1, 1))
         left = (f(y + step) - f(y) - h[:, 0] @ step).norm()  # of all functions of norm 1 the most
