@@ -1010,7 +1010,8 @@ def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):
         assert '"log10_certified":null' in printed.replace(" ", "") or "certified" not in printed
     with monkeypatch.context() as patch:  # an edit that shows late
         patch.setattr(constrain, "refused", lambda net: "no certificate")
-        assert run_main(train, patch, *flags(radius=0.1, out_dir="late", max_steps=2, eval_interval=2)) is None
+        argv = flags(radius=0.1, out_dir="late", max_steps=2, eval_interval=2)
+        assert run_main(train, patch, *argv) is None
     assert "val_acc" in log_lines("late")[-1]
     assert not [name for name in log_lines("late")[-1] if name.startswith(("worst", "certified"))]
 
