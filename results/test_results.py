@@ -572,7 +572,8 @@ def test_a_sweep_of_what_is_recorded_makes_no_run(name):
     for job in part.jobs():
         part.search(run, job)
     done = parts.of_part(name)
-    assert sum(record in asked for record in done) > (0.2 if name in ("final", "at-text") else 0.9) * len(done)
+    share = 0.2 if name in ("final", "at-text") else 0.9
+    assert sum(record in asked for record in done) > share * len(done)
 
 
 def test_a_sweep_runs_each_run_once_and_goes_on(data, monkeypatch):
