@@ -342,8 +342,8 @@ def new_model(config, data, device, ckpt=None):
     model = GPT(GPTConfig(**{name: getattr(config, name) for name in asdict(GPTConfig())})).to(device)
     if ckpt:
         if any(ckpt["meta"].get(key) != data.meta.get(key) for key in ("tokenizer", "vocabulary")):
-            how = "--vocabulary_of " + ckpt["config"]["dataset"] + ", as it was when that was trained"
-            how = "--tokenizer gpt2" if ckpt["meta"]["tokenizer"] == "gpt2" else how
+            how = ("--tokenizer gpt2" if ckpt["meta"]["tokenizer"] == "gpt2" else
+                   f"--vocabulary_of {ckpt['config']['dataset']}, as it was when that was trained")
             raise UserError(f"{config.init_from} has another vocabulary than {data.folder}; prepare that "
                             f"with {how}")
         try:
@@ -565,9 +565,9 @@ class Run:
         self.step_seconds, self.refused, self.started = [], why_refused, time.perf_counter()
         if ckpt:
             self.go_on(ckpt)
-        logged = not self.log_path.exists() or self.log_path.read_bytes().count(b"\n") > 1
-        for path in (self.path, self.log_path) if rank() == 0 and not ckpt and logged else ():
-            if path.exists():
+        if rank() == 0 and not ckpt and not (self.log_path.exists() and
+                                             self.log_path.read_bytes().count(b"\n") < 2):
+            for path in filter(Path.exists, (self.path, self.log_path)):
                 os.replace(path, path.with_stem(path.stem + ".old"))
         name = torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else platform.machine()
         self.lines.append({"step": self.step, "options": asdict(config), "torch": str(torch.__version__),

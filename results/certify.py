@@ -357,10 +357,11 @@ def attention_change(at, delta):
     inputs, beyond = (at.p * delta[:, None, None, :]).sum(-1), ()                           # (B, H, T)
     outputs = 0 * inputs
     if hasattr(at, "q"):
-        changes = score_change(at, delta)
-        most, off = probability_ratio(at, sum(changes))
+        by_q, by_k, cross = score_change(at, delta)
+        e = by_q + by_k + cross
+        most, off = probability_ratio(at, e)
         inputs, beyond_inputs = value_input(at, most, off, delta)
-        outputs, beyond_outputs = score_output(at, *changes, off, delta)
+        outputs, beyond_outputs = score_output(at, e, by_k, cross, off, delta)
         beyond = beyond_inputs.mT, beyond_outputs.mT
     of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
@@ -411,7 +412,7 @@ def value_input(at, most, off, delta):
     return torch.minimum(weighed, delta.cummax(dim=1).values[:, None]), moved
 
 
-def score_output(at, by_q, by_k, cross, off, delta):
+def score_output(at, e, by_k, cross, off, delta):
     """A bound (B, H, T) on |sum_s (p' - p)_s (v_s - o)|, the least of three:
     - max_s |v_s - o|, as sum_s p_s (v_s - o) = 0 and so it is sum_s p'_s (v_s - o);
     - sum_s |p'_s - p_s| |v_s - o|, with `off` of probability_ratio;
@@ -422,7 +423,6 @@ def score_output(at, by_q, by_k, cross, off, delta):
       |a|, that of the right side.
     And one on what is not of first order, its part by cross and rem.
     """
-    e = by_q + by_k + cross
     shares = mean(at, off * at.apart)[..., 0]
     mean_up = mean(at, e.exp())
     rest = torch.where(mean_up < 2, e.exp() / (2 - mean_up) - 1 - e - mean(at, e), math.inf)

@@ -158,7 +158,7 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
                     assert below(p, at.p * most) and below(p - at.p, at.p * off)
                     whole, part = certify.value_input(at, most, off, delta)
                     assert below(p @ dx[:, None], whole) and below((p - at.p) @ dx[:, None], part)
-                whole, part = certify.score_output(at, by_q, by_k, cross, off, delta)
+                whole, part = certify.score_output(at, e, by_k, cross, off, delta)
                 assert below((moved.p - at.p) @ v, whole)
                 linear = attn.scale * (dq @ k.mT + q @ dk.mT)
                 linear = at.p * (linear - (at.p * linear).sum(-1, keepdim=True))
