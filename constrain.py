@@ -254,9 +254,13 @@ def hard_cap(W, step):
 
 @constraint(holds="always")
 def svd_cap(W, step):
-    """sigma -> min(sigma, w_max) by an SVD, in float32 or W's own precision: the reference for hard_cap."""
-    U, S, Vh = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
-    return U * S.clamp_max(step.w_max * rms_unit(W))[..., None, :] @ Vh
+    """sigma -> min(sigma, w_max) by an SVD, in float32 or W's own precision: the reference for hard_cap. A
+    matrix that is not finite becomes NaN.
+    """
+    finite = W.isfinite().all(dim=(-2, -1), keepdim=True)
+    wide = W.nan_to_num(0, 0, 0).to(torch.promote_types(W.dtype, torch.float32))  # else the SVD raises
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    return torch.where(finite, U * S.clamp_max(step.w_max * rms_unit(W))[..., None, :] @ Vh, math.nan)
 
 
 # --- What is proved: the function that the certificate is about, and whether a model computes it ------------

@@ -553,7 +553,9 @@ def test_maps_against_svd(name):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_keep_what_they_promise(method, dtype):
-    """Step after step from a foreign matrix: norms of at most w_max, after steps of bounded norm or all."""
+    """Step after step from a foreign matrix: norms of at most w_max, after steps of bounded norm or all. What
+    is not finite stays so, by itself.
+    """
     torch.manual_seed(0)
     assert set(IMAGES) <= set(METHODS) == set(HOLDS)
     assert constrain.holds_w_max(method, math.inf) == (HOLDS[method] == "always")
@@ -567,6 +569,11 @@ def test_methods_keep_what_they_promise(method, dtype):
                 if constrain.holds_w_max(method, lr):
                     W = METHODS[method]((1 - decay) * W + update, step)
                     assert rms_norm(W).max() <= w_max * (1 + 1e-3), (w_max, lr)
+    for bad in (math.nan, math.inf):
+        W = 0.4 * torch.randn(3, 12, 20)
+        W[1, 2, 3] = bad
+        new = METHODS[method](W, Step(1.0, 0.1, 0.01, 0.1, dtype))
+        assert new.isfinite().all(dim=(-2, -1)).tolist() == [True, False, True]
 
 
 def test_project_caps_matrices_from_elsewhere():
@@ -1474,10 +1481,11 @@ STOPPED = {"muon": {}, "AdamW and soft cap": dict(optimizer="adamw", lr=0.05, w_
 def test_a_run_that_was_stopped_goes_on_as_if_not(data, monkeypatch, options):
     options = TINY | dict(max_steps=40, eval_interval=15, log_interval=5) | options
     train.train(options | dict(out_dir="whole"))
-    set_schedule = train.set_schedule
+    set_schedule, stops = train.set_schedule, [17, 20]
 
     def stop(optimizers, step, config):
-        if step + 1 in (17, 20):
+        if step in stops:
+            stops.remove(step)
             signal.raise_signal(signal.SIGTERM)
         return set_schedule(optimizers, step, config)
 
@@ -1626,6 +1634,10 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
     message = run_main(train, monkeypatch, *tiny, "--eval_interval=3")
     one_line(message, "the validation loss is nan at step 6", "of step 3, is out/ckpt.pt")
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 3
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    steps.clear()
+    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=50"), "the loss is nan at step 6", "of step 5")
+    assert all(p.isfinite().all() for p in torch.load("out/ckpt.pt", weights_only=True)["model"].values())
 
 
 def test_checkpoints_between_evaluations(data, monkeypatch):
@@ -1634,7 +1646,7 @@ def test_checkpoints_between_evaluations(data, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     for _ in range(2):  # the second one keeps what the first one has left
         train.train(TINY | dict(max_steps=6, eval_interval=100))
-    assert saved == 2 * [0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
+    assert saved == 2 * [0, 0, 1, 2, 3, 4, 5, 6] and len(log_lines()) == 1
     assert sorted(contents("out")) == ["ckpt.old.pt", "ckpt.pt", "log.jsonl", "log.old.jsonl"]
     for lr in (1e20, 1e19):  # runs that fail at once do not displace it
         with pytest.raises(UserError, match="the loss is nan at step 1"):

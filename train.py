@@ -121,11 +121,10 @@ def configure(given, ckpt=None):
     no run, or not the checkpoint's, can have.
     """
     options, resume = dict(PRESETS.get(given.get("preset"), {})), ckpt and given.get("resume")
-    known = {f.name for f in fields(Config)}
-    if unknown := set(given) - known:
+    if unknown := {*given} - {f.name for f in fields(Config)}:
         raise UserError(f"there is no option {min(unknown)}")
     if resume:
-        options = {name: ckpt["config"][name] for name in known & {*ckpt["config"]}}
+        options = {f.name: ckpt["config"][f.name] for f in fields(Config) if f.name in ckpt["config"]}
         for name in ("preset", "init_from", "optimizer", "embedding", "seed", *asdict(GPTConfig())):
             if name in given and given[name] != options.get(name):
                 raise UserError(f"{given['out_dir']}/ckpt.pt has {name}={options.get(name)}, so it cannot go "
@@ -163,13 +162,11 @@ def configure(given, ckpt=None):
 def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
     given = {"out_dir": PRESETS.get(given.get("preset"), {}).get("out_dir", Config.out_dir)} | given
-    resume, start, out_dir = given.get("resume"), given.get("init_from"), Path(given["out_dir"])
-    ckpt = load_checkpoint(start)[1] if start and not resume else None
-    config = None if resume else configure(given, ckpt)
+    out_dir = Path(given["out_dir"])
     with alone(out_dir / ".lock", wait=False) if rank() == 0 else nullcontext():
-        if resume:  # what a checkpoint has decides which options can go on with it
-            ckpt = load_checkpoint(out_dir / "ckpt.pt")[1]
-            config = configure(given, ckpt)
+        start = out_dir / "ckpt.pt" if given.get("resume") else given.get("init_from")
+        ckpt = load_checkpoint(start)[1] if start else None
+        config = configure(given, ckpt)
         device, dtype, amp = machine(config)
         data = Text(config, device, ckpt["meta"] if config.resume else None)
 
@@ -202,6 +199,10 @@ def train(given):
                 q, reach = config.gce * (run.step + 1) / config.max_steps, run.worst_reach()
                 loss, stopping = gradients(net, model, x, y, reach, q, config, amp, asked_to_stop)
                 run.check("loss", loss, lr)
+                if stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
+                    run.save()  # weights of which a finite loss is known
+                if stopping:
+                    break
                 seen = watch(model) if (run.step + 1) % config.log_interval == 0 else None
                 for optimizer in optimizers:
                     optimizer.step()
@@ -220,10 +221,6 @@ def train(given):
                         found = measure(model, data, x.chunk(config.accumulate)[-1], optimizers, config, amp)
                     run.check("validation loss", found["val_loss"], lr)
                     run.evaluated(found)
-                elif stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
-                    run.save()
-                if stopping:
-                    break
 
         if rank() == 0 and run.step < config.max_steps:
             say(f"stopped at step {run.step} and saved {run.path}; go on with --resume "
@@ -298,11 +295,9 @@ class Text:
         self.meta, self.shards, val = open_data(folder, like)
         self.config, self.device, self.folder = config, device, folder
         self.val, self.tokenizer = val[:config.eval_tokens], Tokenizer(self.meta)
-        for name, n in (("a training shard", min(map(len, self.shards))), ("the validation split", len(val)),
-                        (f"--eval_tokens={config.eval_tokens}", len(self.val))):
-            if n < T + 1:
-                raise UserError(f"{name} of {folder} has {n} tokens, but block_size {T} needs {T + 1}; use "
-                                "more or a smaller --block_size")
+        if (least := min(map(len, (*self.shards, self.val)))) < T + 1:
+            raise UserError(f"block_size {T} needs {T + 1} tokens in every shard of {folder} and to validate "
+                            f"on, not {least}; use more text, more --eval_tokens or a smaller --block_size")
         self.counts = [max(1, (len(shard) - T) // T) for shard in self.shards]  # windows of each shard
         self.ends = np.cumsum(self.counts)
 
@@ -585,8 +580,7 @@ class Run:
             raise UserError(f"{self.path} is of an older train.py, from which this one cannot go on")
         self.step, self.losses, self.lines = ckpt["step"], ckpt["losses"], ckpt["lines"]
         self.started -= ckpt["seconds"]
-        moves_norms = "radius", "w_max", "w_max_mlp", "method", "head_method"
-        if all(getattr(self.config, name) == ckpt["config"].get(name) for name in moves_norms):
+        if self.config.radius == ckpt["config"].get("radius"):
             self.reach = ckpt["reach"]  # else it is computed anew
         for optimizer, states in zip(self.optimizers, ckpt["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -655,8 +649,8 @@ def save(path, checkpoint):
 
 @contextmanager
 def stop_requests():
-    """A list that Ctrl-C, and what schedulers and closed terminals send, add to, so that the run ends after
-    its step. A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
+    """A list that Ctrl-C, and what schedulers and closed terminals send, add to, so that the run ends before
+    its next step. A second Ctrl-C does not wait, but for one right after the first: torchrun repeats it.
     """
     def ask(number, _):
         if number == signal.SIGINT and asked and time.monotonic() - asked[0] > 2:
