@@ -415,8 +415,9 @@ def tight_tables(runs):
                                               "worst-case loss")
     for name, part in ("tight-content, radii at the text", "at-text"), ("radii without tracing", "attacked"):
         yield name, table(
-            by_bound(runs[part]), "preset", "accuracy", "certified", "by the constant", "at the text",
-            "an attack needs", AT_TEXT, **{
+            by_bound(runs[part]), "preset", "steps", "accuracy", "certified", "by the constant",
+            "at the text", "an attack needs", AT_TEXT, **{
+                "steps": lambda row: f"{row[0]['options']['max_steps']:,}",
                 "by the constant": lambda row: local_median(row, "constant"),
                 "at the text": lambda row: local_median(row, "local"),
                 "an attack needs": lambda row: local_median(row, "attack")})
