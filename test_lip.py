@@ -1636,7 +1636,8 @@ def test_loss_that_is_not_finite_stops_the_run(data, monkeypatch):
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 3
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     steps.clear()
-    one_line(run_main(train, monkeypatch, *tiny, "--eval_interval=50"), "the loss is nan at step 6", "of step 5")
+    message = run_main(train, monkeypatch, *tiny, "--eval_interval=50")
+    one_line(message, "the loss is nan at step 6", "of step 5, is out/ckpt.pt")
     assert all(p.isfinite().all() for p in torch.load("out/ckpt.pt", weights_only=True)["model"].values())
 
 
