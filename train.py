@@ -580,7 +580,8 @@ class Run:
             raise UserError(f"{self.path} is of an older train.py, from which this one cannot go on")
         self.step, self.losses, self.lines = ckpt["step"], ckpt["losses"], ckpt["lines"]
         self.started -= ckpt["seconds"]
-        if self.config.radius == ckpt["config"].get("radius"):
+        moves_norms = "radius", "w_max", "w_max_mlp", "method", "head_method"
+        if all(getattr(self.config, name) == ckpt["config"].get(name) for name in moves_norms):
             self.reach = ckpt["reach"]  # else it is computed anew
         for optimizer, states in zip(self.optimizers, ckpt["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
