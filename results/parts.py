@@ -188,8 +188,29 @@ def final(run, options, steps):
     """A longer run at two learning rates, and two more seeds of that with the smaller training loss."""
     options = options | {"max_steps": steps, "eval_interval": steps // 10, "seed": 0}
     tried = [run(options | {"lr": options["lr"] * factor}) for factor in (1.0, 0.5)]
+    two_more_seeds(run, min(tried, key=tuning_loss)["options"])
+
+
+def two_more_seeds(run, options):
     for seed in (1, 2):
-        run(min(tried, key=tuning_loss)["options"] | {"seed": seed})
+        run(options | {"seed": seed})
+
+
+def longer(run, short):
+    """Three seeds of 1,200 steps; where these end above the loss of 200, at half the learning rate."""
+    options = short["options"] | {"max_steps": TIGHT_STEPS, "eval_interval": TIGHT_STEPS // 10}
+    while tuning_loss(run(options)) > tuning_loss(short):
+        options |= {"lr": options["lr"] / 2}
+    two_more_seeds(run, options)
+
+
+def in_tight(run, kind):
+    """A constraint in `tight`, at its learning rate and twice that, and at the better one in `tight-radius`,
+    whose rate is twice the other's.
+    """
+    tried = {factor: run(TIGHT_RUNS[0] | kind | {"lr": TIGHT_RUNS[0]["lr"] * factor}) for factor in (1, 2)}
+    better = min(tried, key=lambda factor: tuning_loss(tried[factor]))
+    run(GCE_RUNS[0] | kind | {"lr": GCE_RUNS[0]["lr"] * better})
 
 
 # --- Shakespeare: the paper's model, all methods ------------------------------------------------------------
@@ -237,13 +258,16 @@ def best_of_kinds():
             if (found := of_kind(trained(records), kind))]
 
 
-def longer(run, short):
-    """Three seeds of 1,200 steps; where these end above the loss of 200, at half the learning rate."""
-    options = short["options"] | {"max_steps": TIGHT_STEPS, "eval_interval": TIGHT_STEPS // 10}
-    while tuning_loss(run(options)) > tuning_loss(short):
-        options |= {"lr": options["lr"] / 2}
-    for seed in (1, 2):
-        run(options | {"seed": seed})
+# On ten times the text, books by character
+ON_BOOKS = [{"method": method, "optimizer": "muon"} for method in ("soft_cap", "spectral_normalize", "none")]
+ON_BOOKS += [SPHERES[i] for i in (0, 4, 1)]
+
+
+def sphere_books():
+    """The best run of 1,200 steps of each of ON_BOOKS by training loss, made anew for 10.5 million."""
+    best = [min(of_kind(trained(of_part("sphere-final")), kind), key=tuning_loss) for kind in ON_BOOKS]
+    return [run["options"] | {"dataset": "books-char", "eval_tokens": 2 ** 15 + 1, "max_steps": 2560,
+                              "eval_interval": 256, "seed": 0} for run in best]
 
 
 # Does the best learning rate stay where it is when the width changes? Halved and doubled at three widths
@@ -511,6 +535,8 @@ PARTS = {
     "attacked": Part(lambda: HARDENED_RUNS, **AT_TEXT),
     "at-text": Part(lambda: TRACED_RUNS, **AT_TEXT),
     "ablation": Part(lambda: [options for _, _, options in ABLATIONS], **TIGHT),
+    "sphere-tight": Part(lambda: [SPHERES[i] for i in (0, 4, 3)], in_tight, **TIGHT, **FULL),
+    "sphere-books": Part(sphere_books, **BOOKS, **FULL),
     "books": Part(lambda: BOOKS_RUNS, **BOOKS, **FULL,
                   common={"dataset": "books-char", "eval_tokens": 2 ** 15 + 1}),
     "smoke": Part(lambda: SMOKE_RUNS, **BOOKS, **LOG, common=NARROW),
