@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from certify import at_radii, at_text, attack, log10_radii, margins
+from certify import all_at_text, at_radii, at_text, attack, log10_radii, margins
 from constrain import certificate, exact_model, layer_norms, log10
 from optim import has_bf16
 from prepare import open_data
@@ -74,12 +74,12 @@ def with_ball(model, layers, train, val):
 def measurements(model, ckpt, names):
     """Scores on the whole validation split, or 2^17 tokens of it, 2^15 of GPT-2's (train.py's are on
     eval_tokens), an attack, and the accuracy that float8 costs. With "radii" a larger attack, float8 on as
-    many tokens, 5,337 of GPT-2's, and certified radii; with "local" those at the text too; with "ball" what
-    one would do to the certificate.
+    many tokens, 5,337 of GPT-2's, and certified radii; with "local" those at the text too, with "all" as
+    well those of all predictions; with "ball" what one would do to the certificate.
     """
     model.requires_grad_(False)
     _, train, text = open_data(ROOT / "data" / ckpt["config"]["dataset"], like=ckpt["meta"])
-    layers = layer_norms(model) if set(names) & {"radii", "local", "ball"} else None
+    layers = layer_norms(model) if set(names) > {"attack"} else None
     large, radii = model.config.vocab_size > 10_000, "radii" in names  # GPT-2's, where all takes long
     text = text[:2 ** 15 if large else 2 ** 17]
     tokens = torch.from_numpy(text.astype(np.int64))
@@ -97,7 +97,9 @@ def measurements(model, ckpt, names):
         quantiles = torch.linspace(0, 1, 41, dtype=torch.float64)
         result["log10_radii"] = torch.quantile(found[right].double(), quantiles).tolist()
     if "local" in names:
-        result["local"] = at_text(exact_model(model), layers, tokens)
+        net = exact_model(model)
+        result["local"] = at_text(net, layers, tokens)
+        result["all_at_text"] = all_at_text(net, layers, tokens) if "all" in names else None
     if "ball" in names:
         result |= with_ball(model, layers, train[0], text)
     result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, most=1)["val_acc"]

@@ -425,6 +425,9 @@ SOFT = {"adversarial": 0.02, "gce": 0.7}
 TRACED_RUNS = [CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": seed}
                for change, numbers in ((SOFT, (1, 2)), (SOFT | {"n_layer": 1}, (1, 2)),
                                        (SOFT | {"adversarial": 0.05}, (0, ))) for seed in numbers]
+# Wider, with one layer, and longer: of these all predictions of the split are certified at the text
+WIDE = CONTENT | SOFT | {"n_layer": 1, "n_embd": 512, "adversarial": 0.01, "max_steps": 2400}
+WIDE_RUNS = [WIDE | {"seed": seed} for seed in (0, 1, 2)]
 
 # From the paper's architecture to the preset, one change after the other
 CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "position_bias": False,
@@ -534,6 +537,7 @@ PARTS = {
     "gce": Part(lambda: GCE_RUNS, **TIGHT, **FULL),
     "attacked": Part(lambda: HARDENED_RUNS, **AT_TEXT),
     "at-text": Part(lambda: TRACED_RUNS, **AT_TEXT),
+    "wide": Part(lambda: WIDE_RUNS, **AT_TEXT | {"measured": ("attack", "radii", "local", "all")}),
     "ablation": Part(lambda: [options for _, _, options in ABLATIONS], **TIGHT),
     "sphere-tight": Part(lambda: [SPHERES[i] for i in (0, 4, 3)], in_tight, **TIGHT, **FULL),
     "sphere-books": Part(sphere_books, **BOOKS, **FULL),

@@ -118,6 +118,22 @@ def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
         assert (radii[0, 3:] == -math.inf).all() and radii[1].isfinite().any()
 
 
+@of_text_models
+def test_shares_certified_at_a_text_lie_between_those_of_radii_and_an_attack(options):
+    net, _, layers, norms = at_a_text(options)
+    text = torch.randint(11, (126, ))  # windows of 10, the last of 5
+    windows = list(certify.whole_windows(net, text, 1))
+    found = [certify.local_radii(net, norms, net.wte(x)) for x, _ in windows]
+    right, constant, local = (torch.cat(x) for x in zip(*(
+        ((top.flatten() == y), a.flatten(), b.flatten()) for (a, b, top), (_, y) in zip(found, windows))))
+    shares = certify.all_at_text(net, layers, text, (1e-3, 0.01, 0.1))
+    assert right.sum() > 3 and [*shares] == ["0.001", "0.01", "0.1"]
+    for r, share in shares.items():
+        least = right & (local > constant) & (local > math.log10(float(r)))
+        left = certify.attacked(net, text, float(r))
+        assert least.sum() <= round(125 * share, 3) <= left.sum() <= right.sum()
+
+
 def below(change, bound):
     """Whether numbers, or the norms of vectors, are within a bound, but for rounding."""
     found = change.norm(dim=-1) if change.ndim > bound.ndim else change.abs()
