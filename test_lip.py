@@ -1772,7 +1772,9 @@ def test_prepare_text(fake_gpt2, here, monkeypatch, capsys, tokenizer):
     a, b = "h\u00e9llo w\u00f6rld\n" * 40, "a longer line\n" * 3
     text = a + "<|endoftext|>" * 2 + a
     Path("a.txt").write_text(text, encoding="utf-8")
-    Path("b.txt").write_bytes(b"\xef\xbb\xbf" + b.replace("\n", "\r\n").encode())
+    os.mkfifo("b.txt")  # as <(zcat FILE) is
+    other = b"\xef\xbb\xbf" + b.replace("\n", "\r\n").encode()
+    threading.Thread(target=Path("b.txt").write_bytes, args=[other], daemon=True).start()
     assert prepared(monkeypatch, "a.txt", "b.txt", "--name", "mine", "--tokenizer", tokenizer) is None
     meta, train_shards, val = prepare.open_data("data/mine")
     tokens, size, text = shard_tokens("data/mine"), meta["vocab_size"], text + "\n" + b
