@@ -436,8 +436,8 @@ def leads_hold(at, W, near, asked, trace=None):
     block's mid goes, for the head's rows w_j of W: (B T,). `trace` is traced_back, if embeddings move it.
 
     The lead over j is <w_i - w_j, out>, out = (1 - alpha) mid + alpha mlp(mid). It changes by at most |dmid|
-    times |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient and
-    traced_back. Rivals that the first of both settle are not looked at again.
+    times |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient,
+    traced_back and rest_of_rows. Rivals that one of these settles are not looked at again.
     """
     z, mid = at.out.flatten(0, 1) @ W.T, near.mid.flatten()[:, None]
     top = z.argmax(dim=-1, keepdim=True)
@@ -448,15 +448,19 @@ def leads_hold(at, W, near, asked, trace=None):
         return asked & held.all(dim=1)
     nearest = (leads / apart.clamp_min(1e-300)).scatter(1, top, math.inf).argmin(dim=1, keepdim=True)
     first = torch.zeros_like(held).scatter(1, nearest, True) & ~held
+    where = lambda n: (n // near.mid.shape[1], n % near.mid.shape[1])
     lost = ~asked                                                            # or to the nearest rival: enough
     for pairs in (*first.nonzero().split(256), *(~first & ~held).nonzero().split(256)):
         n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
-        there = n // near.mid.shape[1], n % near.mid.shape[1]
-        g, off = lead_gradient(at, W[top[n, 0]] - W[j], near, there)
-        left = ~enough(leads[n, j], g.norm(dim=1) * mid[n, 0] + off)
+        w, lead = W[top[n, 0]] - W[j], leads[n, j]
+        g, off = lead_gradient(at, w, near, where(n))
+        linear = g.norm(dim=1) * mid[n, 0]
+        left = ~enough(lead, linear + off)
         if trace and left.any():
-            n, j, g, off = n[left], j[left], g[left], off[left]
-            left = ~enough(leads[n, j], trace(g, n) + off)
+            linear[left] = trace(g[left], n[left])
+            left = ~enough(lead, linear + off)
+            off[left] = rest_of_rows(at, w[left], near, where(n[left]))
+            left = ~enough(lead, linear + off)
         lost[n[left]] = True
     return ~lost
 
@@ -470,6 +474,18 @@ def lead_gradient(at, w, near, here):
     u = w @ U
     off = off * u.abs()
     return w @ A + (middle * u) @ V, torch.minimum(at.sigma_V * off.norm(dim=-1) * mid, (off * rows).sum(-1))
+
+
+def rest_of_rows(at, w, near, here):
+    """As lead_gradient's, for w (N, d) a bound (N,) that takes an eigenvalue each and is smaller if few slopes
+    are uncertain: with phi = |off U^T w|, |phi^1/2| sigma(phi^1/2 V) mid.
+    """
+    (_, U, V, _), found = at.half, []
+    for phi, mid in zip(near.off[here] * (w @ U).abs(), near.mid[here]):
+        rows = phi.nonzero()[:, 0]                                           # of NaN too
+        root = phi[rows].sqrt()[:, None]
+        found.append(root.norm() * sigma(root * V[rows]) * mid if len(rows) else 0 * mid)
+    return torch.stack(found) if found else w.new_zeros(0)
 
 
 def traced_back(net, path, g, n):

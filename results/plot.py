@@ -141,7 +141,8 @@ def norms(runs, plt):
     for method, ax in zip(METHODS, axes.flat):
         for optimizer in OPTIMIZERS:
             for run in by_strength(trained(runs["grid"]), method, optimizer)[2:3]:
-                ax.plot(run["trace"]["step"], largest_norms(run), color=COLORS[method], markersize=4, **LINES[optimizer])
+                ax.plot(run["trace"]["step"], largest_norms(run), color=COLORS[method], markersize=4,
+                        **LINES[optimizer])
                 if cap := run["options"].get("w_max"):
                     ax.axhline(cap, color="black", linewidth=0.8, linestyle="--")
         ax.set_title(LABELS[method], fontsize=10)

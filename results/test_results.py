@@ -195,6 +195,12 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
                 assert below(projected, certify.ball_change(at, size))
                 h, rest = certify.through_ball(at, G, here, size)
                 assert below(product(G, projected) - product(h, dy), rest)
+            if not mlp.mid:
+                here, of_all = (n // 10, n % 10), lambda x: x.flatten(0, 1)
+                h, rest = certify.lead_gradient(at, g, known, here)
+                beyond_rows = ((g * of_all(dy)).sum(1) - (h * of_all(dmid)).sum(1)).abs()
+                assert below(beyond_rows, rest)
+                assert below(beyond_rows, certify.rest_of_rows(at, g, known, here))
             found = (g.view(12, 10, 16) * dmid).sum(-1).flatten()
             assert mlp.mid or below(found, certify.traced_back(net, path, g, n))
 
