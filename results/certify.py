@@ -211,7 +211,8 @@ def local_radii(net, norms, X, last=None):
 def block_norms(net, layers):
     """Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of
     heads (H,); root_q, root_k and root_v (H, d_head, d_head), |root y| = |W^hT y|; and, if its MLP has two
-    layers, mlp_half, with half(x) = A x + U f(V x).
+    layers, mlp_half, with half(x) = A x + U f(V x), and parts (hidden, d + 2 H d_head): V times the residual,
+    each head's values of inputs and each head's values.
     """
     c, root, found = net.config, lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
@@ -225,8 +226,11 @@ def block_norms(net, layers):
             norm |= {f"sigma_{name}": sigma(W), f"root_{name}": root(W)}
         if not block.mlp.mid:
             A, U, V, f = mlp_half(block.mlp, c.alpha, PROVED[c.activation])
+            VO, factor = V @ Wo_h, c.alpha * c.attn_scale                 # (H, hidden, d_head)
+            parts = (1 - c.alpha) * V, *factor * VO @ norm["root_v"].mT, *factor * VO
             norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U),
-                     "rows_o": (V @ Wo_h).norm(dim=-1), "rows_ov": (V @ OV).norm(dim=-1)}
+                     "rows_o": VO.norm(dim=-1), "rows_ov": (V @ OV).norm(dim=-1),
+                     "parts": torch.cat(parts, dim=1), "widths": torch.tensor([p.shape[1] for p in parts])}
         found.append(norm)
     return found
 
@@ -328,17 +332,17 @@ def ball_change(at, delta):
 
 
 # How far mid moves at most: its L2 norm (B, T) and, for an MLP of two layers, its products with the rows of V
-# (B, T, hidden), with the slopes of f so near
-Near = namedtuple("Near", "mid rows middle off")
+# (B, T, hidden), with the slopes of f so near, and the y_k of rest_of_rows (B, T, 1 + 2 H)
+Near = namedtuple("Near", "mid rows middle off moves")
 
 
-def near_mid(at, mid, rows=math.inf):
+def near_mid(at, mid, rows=math.inf, moves=None):
     """Near, for changes of at.mid by at most mid (B, T) and, if more is known, of V at.mid by rows."""
     if at.half is None:
-        return Near(mid, None, None, None)
+        return Near(mid, None, None, None, None)
     V, f = at.half[2:]
     rows = (mid[..., None] * at.rows).clamp_max(rows)
-    return Near(mid, rows, *slopes(f, at.mid @ V.T, rows))
+    return Near(mid, rows, *slopes(f, at.mid @ V.T, rows), moves)
 
 
 def attention_change(at, delta):
@@ -371,7 +375,8 @@ def attention_change(at, delta):
     if at.half is not None:
         heads = inputs.mT @ at.rows_ov + outputs.mT @ at.rows_o                          # (B, T, hidden)
         rows = (1 - alpha) * delta[..., None] * at.rows + alpha * scale * heads
-    return near_mid(at, mid, rows), beyond
+    moves = torch.cat((delta[..., None], inputs.mT, outputs.mT), dim=-1)                 # (B, T, 1 + 2 H)
+    return near_mid(at, mid, rows, moves), beyond
 
 
 LARGEST = 300.0  # a change of a score by more says nothing; to twice as much no p may have become 0
@@ -470,21 +475,25 @@ def lead_gradient(at, w, near, here):
     of tokens `here` and x' near it. With half(x) = A x + U f(V x) and the slopes of f there, g = A^T w + V^T
     middle U^T w, and the bound the smaller of sigma(V) |off U^T w| mid and sum_i off_i |U^T w|_i rows_i.
     """
-    (A, U, V, _), (mid, rows, middle, off) = at.half, (known[here] for known in near)
+    (A, U, V, _), (mid, rows, middle, off) = at.half, (known[here] for known in near[:4])
     u = w @ U
     off = off * u.abs()
     return w @ A + (middle * u) @ V, torch.minimum(at.sigma_V * off.norm(dim=-1) * mid, (off * rows).sum(-1))
 
 
 def rest_of_rows(at, w, near, here):
-    """As lead_gradient's, for w (N, d) a bound (N,) that takes an eigenvalue each and is smaller if few slopes
-    are uncertain: with phi = |off U^T w|, |phi^1/2| sigma(phi^1/2 V) mid.
+    """The bound of lead_gradient for w (N, d), smaller and an eigenvalue each. As V (x' - x) is a sum of
+    parts_k y_k with |y_k| <= moves_k, sum_i phi_i |V (x' - x)|_i with phi = |off U^T w| is at most |phi^1/2|
+    sqrt(sum_k t_k) sigma([phi^1/2 parts_k moves_k / sqrt(t_k)]) for all t_k > 0: here their Frobenius norms.
     """
-    (_, U, V, _), found = at.half, []
-    for phi, mid in zip(near.off[here] * (w @ U).abs(), near.mid[here]):
+    found, each = [], lambda t: t.repeat_interleave(at.widths)               # of the parts -> of their columns
+    for phi, moves in zip(near.off[here] * (w @ at.half[1]).abs(), near.moves[here]):
         rows = phi.nonzero()[:, 0]                                           # of NaN too
         root = phi[rows].sqrt()[:, None]
-        found.append(root.norm() * sigma(root * V[rows]) * mid if len(rows) else 0 * mid)
+        parts = root * at.parts[rows] * each(moves)
+        t = torch.stack([part.norm() for part in parts.split(at.widths.tolist(), dim=1)]).clamp_min(1e-300)
+        size = sigma(parts / each(t).sqrt()) if len(rows) else 0.0
+        found.append(root.norm() * t.sum().sqrt() * size)
     return torch.stack(found) if found else w.new_zeros(0)
 
 
