@@ -205,6 +205,25 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
             assert mlp.mid or below(found, certify.traced_back(net, path, g, n))
 
 
+@pytest.mark.parametrize("name", ("gelu alone", "maxmin", "relu", "ball"))
+def test_the_bound_on_the_rest_of_rows_is_nearly_reached(name):
+    """By changes that take turns with the signs of the rows' products."""
+    net, X, _, norms = at_a_text(TEXT_MODELS[name])
+    at, n = certify.facts_at(net, norms, X)[-1], torch.arange(120)
+    here = n // 10, n % 10
+    known, _ = certify.attention_change(at, torch.full((12, 10), 0.02).double())
+    w = torch.randn(120, 16).double()
+    phi, sizes = known.off[here] * (w @ at.half[1]).abs(), at.widths.tolist()
+    parts = at.parts * known.moves[here].repeat_interleave(at.widths, dim=1)[:, None]  # (120, hidden, 3 * 16)
+    moved = torch.randn_like(phi)
+    for _ in range(30):
+        pulled = ((phi * moved.sign())[:, None] @ parts)[:, 0].split(sizes, dim=1)
+        y = torch.cat([part / part.norm(dim=1, keepdim=True).clamp_min(1e-300) for part in pulled], dim=1)
+        moved = (parts @ y[:, :, None])[:, :, 0]
+    reached, bound = (phi * moved.abs()).sum(1), certify.rest_of_rows(at, w, known, here)
+    assert below(reached, bound) and (reached / bound)[bound > 0].median() > 0.75
+
+
 @of_text_models
 def test_a_small_change_in_the_worst_direction_is_what_a_bound_says(options):
     """To first order traced_back and near_gain are reached: by each embedding moved along the gradient, and
