@@ -486,7 +486,7 @@ def rest_of_rows(at, w, near, here):
     parts_k y_k with |y_k| <= moves_k, sum_i phi_i |V (x' - x)|_i with phi = |off U^T w| is at most |phi^1/2|
     sqrt(sum_k t_k) sigma([phi^1/2 parts_k moves_k / sqrt(t_k)]) for all t_k > 0: here their Frobenius norms.
     """
-    found, each = [], lambda t: t.repeat_interleave(at.widths)               # of the parts -> of their columns
+    found, each = [], lambda t: t.repeat_interleave(at.widths)              # of the parts -> of their columns
     for phi, moves in zip(near.off[here] * (w @ at.half[1]).abs(), near.moves[here]):
         rows = phi.nonzero()[:, 0]                                           # of NaN too
         root = phi[rows].sqrt()[:, None]
