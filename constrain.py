@@ -271,7 +271,7 @@ ROUNDING = 1e-6  # the share by which every certificate is larger, for what floa
 class Activation(NamedTuple):
     """f, which sorts the pairs (z_i, z_{i + n/2}) of z (n,), of norm 1 as slopes in (0, 1) are, or works on
     each entry z by itself with f'(z) in `slope`, f(z) / z in `ratio` and |f''| <= curvature, but for a kink
-    at 0.
+    at 0, where f' rises.
     """
     f: Callable
     sorts_pairs: bool = False

@@ -998,6 +998,7 @@ def test_what_is_assumed_of_activations():
         sizes = bend.abs().amax(), (0, known.curvature)
         for found, (low, high) in ((slope, known.slope), (y / z, known.ratio), sizes):
             assert low - 1e-6 <= found.min() and high - 1e-3 < found.max() < high + 1e-6
+        assert not known.kink or slope[z[1:] < 0].max() < slope[z[:-1] > 0].min()
 
 
 def test_a_run_of_an_edited_network_is_not_certified(data, monkeypatch, capsys):

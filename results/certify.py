@@ -332,7 +332,7 @@ def ball_change(at, delta):
 
 
 # How far mid moves at most: its L2 norm (B, T) and, for an MLP of two layers, its products with the rows of V
-# (B, T, hidden), with the slopes of f so near, and the y_k of rest_of_rows (B, T, 1 + 2 H)
+# (B, T, hidden), with the slopes of f so near, and the moves of lead_derivative (B, T, 1 + 2 H)
 Near = namedtuple("Near", "mid rows middle off moves")
 
 
@@ -442,7 +442,7 @@ def leads_hold(at, W, near, asked, trace=None):
 
     The lead over j is <w_i - w_j, out>, out = (1 - alpha) mid + alpha mlp(mid). It changes by at most |dmid|
     times |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient,
-    traced_back and rest_of_rows. Rivals that one of these settles are not looked at again.
+    lead_derivative and traced_back. Rivals that the first of these settles are not looked at again.
     """
     z, mid = at.out.flatten(0, 1) @ W.T, near.mid.flatten()[:, None]
     top = z.argmax(dim=-1, keepdim=True)
@@ -457,15 +457,13 @@ def leads_hold(at, W, near, asked, trace=None):
     lost = ~asked                                                            # or to the nearest rival: enough
     for pairs in (*first.nonzero().split(256), *(~first & ~held).nonzero().split(256)):
         n, j = pairs[~lost[pairs[:, 0]]].unbind(1)                           # predictions, and rivals
-        w, lead = W[top[n, 0]] - W[j], leads[n, j]
+        w = W[top[n, 0]] - W[j]
         g, off = lead_gradient(at, w, near, where(n))
-        linear = g.norm(dim=1) * mid[n, 0]
-        left = ~enough(lead, linear + off)
+        left = ~enough(leads[n, j], g.norm(dim=1) * mid[n, 0] + off)
         if trace and left.any():
-            linear[left] = trace(g[left], n[left])
-            left = ~enough(lead, linear + off)
-            off[left] = rest_of_rows(at, w[left], near, where(n[left]))
-            left = ~enough(lead, linear + off)
+            n, j = n[left], j[left]
+            g, off = lead_derivative(at, w[left], near, where(n))
+            left = ~enough(leads[n, j], trace(g, n) + off)
         lost[n[left]] = True
     return ~lost
 
@@ -481,20 +479,26 @@ def lead_gradient(at, w, near, here):
     return w @ A + (middle * u) @ V, torch.minimum(at.sigma_V * off.norm(dim=-1) * mid, (off * rows).sum(-1))
 
 
-def rest_of_rows(at, w, near, here):
-    """The bound of lead_gradient for w (N, d), smaller and an eigenvalue each. As V (x' - x) is a sum of
-    parts_k y_k with |y_k| <= moves_k, sum_i phi_i |V (x' - x)|_i with phi = |off U^T w| is at most |phi^1/2|
-    sqrt(sum_k t_k) sigma([phi^1/2 parts_k moves_k / sqrt(t_k)]) for all t_k > 0: here their Frobenius norms.
+def lead_derivative(at, w, near, here):
+    """g (N, d), the derivative of <w, half(x)> for w (N, d) at the mid x of tokens `here`, and a bound (N,) on
+    how far <w, half(x') - half(x)> is below <g, x' - x> for x' near it, an eigenvalue each.
+
+    With u = U^T w, z = V x and a = |V (x' - x)| that is sum_i |u_i| (curvature / 2 a_i^2 + jump_i (a_i -
+    |z_i|)_+), as a kink only bends upwards and counts where u_i < 0; and (a - |z|)_+ <= a^2 / (4 m) + m - |z|
+    for all m >= |z|. As V (x' - x) = sum_k parts_k y_k with |y_k| <= moves_k, sum_i psi_i a_i^2 is at most
+    sum_k t_k sigma([psi^1/2 parts_k moves_k / sqrt(t_k)])^2 for all t_k > 0: here their Frobenius norms.
     """
-    found, each = [], lambda t: t.repeat_interleave(at.widths)              # of the parts -> of their columns
-    for phi, moves in zip(near.off[here] * (w @ at.half[1]).abs(), near.moves[here]):
-        rows = phi.nonzero()[:, 0]                                           # of NaN too
-        root = phi[rows].sqrt()[:, None]
-        parts = root * at.parts[rows] * each(moves)
+    (A, U, V, f), squares, columns = at.half, [], lambda t: t.repeat_interleave(at.widths)
+    z, u, reach = at.mid[here] @ V.T, w @ U, near.rows[here]
+    size, m = z.abs(), torch.maximum(z.abs(), 0.15 * reach).clamp_min(1e-300)  # 0.15 is about the best
+    jump = f.kink * (f.slope[1] - f.slope[0]) * ((u < 0) & ~(reach <= size)) * u.abs()  # where NaN, too
+    for psi, moves in zip(u.abs() * f.curvature / 2 + jump / (4 * m), near.moves[here]):
+        rows = psi.nonzero()[:, 0]
+        parts = psi[rows].sqrt()[:, None] * at.parts[rows] * columns(moves)
         t = torch.stack([part.norm() for part in parts.split(at.widths.tolist(), dim=1)]).clamp_min(1e-300)
-        size = sigma(parts / each(t).sqrt()) if len(rows) else 0.0
-        found.append(root.norm() * t.sum().sqrt() * size)
-    return torch.stack(found) if found else w.new_zeros(0)
+        squares.append(t.sum() * sigma(parts / columns(t).sqrt()) ** 2 if len(rows) else 0 * t.sum())
+    g = w @ A + (derivative(f, z) * u) @ V
+    return g, (jump * (m - size)).sum(-1) + torch.stack(squares)
 
 
 def traced_back(net, path, g, n):
@@ -559,16 +563,20 @@ def through_ball(at, g, here, delta):
     return pulled, (g.norm(dim=-1) * off).sum(dim=1)
 
 
+def derivative(activation, z):
+    """f'(z), entry by entry."""
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        return torch.autograd.grad(activation.f(at).sum(), at)[0]
+
+
 def slopes(activation, z, reach):
     """(middle, off) with |f(z') - f(z) - middle (z' - z)| <= off |z' - z| for all |z' - z| <= reach, entry by
     entry. The quotient is a mean of slopes between z and z': on this side of a kink they are on average
     within curvature / 2 times reach of f'(z), beyond it in f's interval of slopes; and beyond it is at most a
     share 1 - |z| / reach of the way.
     """
-    low, high = activation.slope
-    with torch.enable_grad():
-        at = z.detach().requires_grad_()
-        slope, = torch.autograd.grad(activation.f(at).sum(), at)
+    (low, high), slope = activation.slope, derivative(activation, z)
     bend = activation.curvature / 2 * reach
     least, most = (slope - bend).clamp_min(low), (slope + bend).clamp_max(high)
     if activation.kink:
