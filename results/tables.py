@@ -365,9 +365,6 @@ def sphere_tables(runs):
     if rows := by_bound(trained(runs["sphere-books"])):
         yield "spheres, books", table(rows, "method", "accuracy", "loss", "certified", "attack",
                                       "an attack leaves", "largest norms", "largest entries")
-    if rows := by_bound(trained(runs["sphere-tight"])):
-        yield "spheres, in the tight presets", table(
-            rows, "method", "changes", "accuracy", "loss", "certified", "attack", RADIUS)
 
 
 def headline_tables(runs):
