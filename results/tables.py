@@ -427,9 +427,11 @@ def tight_tables(runs):
     by_radius = sorted(runs["radius"], key=lambda r: (r["options"]["radius"], r["options"]["logit_scale"]))
     yield "tight, search for a radius", table(each(by_radius), "changes", "accuracy", RADIUS, "in training",
                                               "worst-case loss")
-    for name, part in ("tight-content, radii at the text", "at-text"), ("radii without tracing", "attacked"):
+    for name, records in (("tight-content, radii at the text", runs["at-text"] + runs["wide"]),
+                          ("radii, rows apart", runs["rows-apart"]),
+                          ("radii without tracing", runs["attacked"])):
         yield name, table(
-            by_bound(runs[part]), "preset", "steps", "accuracy", "certified", "by the constant",
+            by_bound(records), "preset", "steps", "accuracy", "certified", "by the constant",
             "at the text", "an attack needs", AT_TEXT, **{
                 "steps": lambda row: f"{row[0]['options']['max_steps']:,}",
                 "by the constant": lambda row: local_median(row, "constant"),
