@@ -332,7 +332,7 @@ def ball_change(at, delta):
 
 
 # How far mid moves at most: its L2 norm (B, T) and, for an MLP of two layers, its products with the rows of V
-# (B, T, hidden), with the slopes of f so near, and the moves of lead_derivative (B, T, 1 + 2 H)
+# (B, T, hidden), with the slopes of f so near, and the moves of lead_rest (B, T, 1 + 2 H)
 Near = namedtuple("Near", "mid rows middle off moves")
 
 
@@ -442,7 +442,7 @@ def leads_hold(at, W, near, asked, trace=None):
 
     The lead over j is <w_i - w_j, out>, out = (1 - alpha) mid + alpha mlp(mid). It changes by at most |dmid|
     times |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient,
-    lead_derivative and traced_back. Rivals that the first of these settles are not looked at again.
+    traced_back and lead_rest. Rivals that the first of these settles are not looked at again.
     """
     z, mid = at.out.flatten(0, 1) @ W.T, near.mid.flatten()[:, None]
     top = z.argmax(dim=-1, keepdim=True)
@@ -461,9 +461,11 @@ def leads_hold(at, W, near, asked, trace=None):
         g, off = lead_gradient(at, w, near, where(n))
         left = ~enough(leads[n, j], g.norm(dim=1) * mid[n, 0] + off)
         if trace and left.any():
-            n, j = n[left], j[left]
-            g, off = lead_derivative(at, w[left], near, where(n))
-            left = ~enough(leads[n, j], trace(g, n) + off)
+            n, j, w = n[left], j[left], w[left]
+            change = trace(lead_derivative(at, w, where(n)), n)
+            left = enough(leads[n, j], change)                         # else the rest does not matter
+            change[left] += lead_rest(at, w[left], near, where(n[left]))
+            left = ~enough(leads[n, j], change)
         lost[n[left]] = True
     return ~lost
 
@@ -479,26 +481,34 @@ def lead_gradient(at, w, near, here):
     return w @ A + (middle * u) @ V, torch.minimum(at.sigma_V * off.norm(dim=-1) * mid, (off * rows).sum(-1))
 
 
-def lead_derivative(at, w, near, here):
-    """g (N, d), the derivative of <w, half(x)> for w (N, d) at the mid x of tokens `here`, and a bound (N,) on
-    how far <w, half(x') - half(x)> is below <g, x' - x> for x' near it, an eigenvalue each.
+def lead_derivative(at, w, here):
+    """The derivative (N, d) of <w, half(x)> for w (N, d) at the mid x of tokens `here`."""
+    A, U, V, f = at.half
+    return w @ A + (derivative(f, at.mid[here] @ V.T) * (w @ U)) @ V
+
+
+def lead_rest(at, w, near, here):
+    """For w (N, d) a bound (N,) on how far <w, half(x') - half(x)> is below <lead_derivative, x' - x> for x'
+    near the mid x of tokens `here`, by an eigenvalue each.
 
     With u = U^T w, z = V x and a = |V (x' - x)| that is sum_i |u_i| (curvature / 2 a_i^2 + jump_i (a_i -
     |z_i|)_+), as a kink only bends upwards and counts where u_i < 0; and (a - |z|)_+ <= a^2 / (4 m) + m - |z|
     for all m >= |z|. As V (x' - x) = sum_k parts_k y_k with |y_k| <= moves_k, sum_i psi_i a_i^2 is at most
     sum_k t_k sigma([psi^1/2 parts_k moves_k / sqrt(t_k)])^2 for all t_k > 0: here their Frobenius norms.
     """
-    (A, U, V, f), squares, columns = at.half, [], lambda t: t.repeat_interleave(at.widths)
-    z, u, reach = at.mid[here] @ V.T, w @ U, near.rows[here]
-    size, m = z.abs(), torch.maximum(z.abs(), 0.15 * reach).clamp_min(1e-300)  # 0.15 is about the best
-    jump = f.kink * (f.slope[1] - f.slope[0]) * ((u < 0) & ~(reach <= size)) * u.abs()  # where NaN, too
-    for psi, moves in zip(u.abs() * f.curvature / 2 + jump / (4 * m), near.moves[here]):
+    (_, U, V, f), reach, columns = at.half, near.rows[here], lambda t: t.repeat_interleave(at.widths)
+    size, u = (at.mid[here] @ V.T).abs(), w @ U
+    m = torch.maximum(size, 0.15 * reach).clamp_min(1e-300)                  # 0.15 is about the best
+    jump = f.kink * (f.slope[1] - f.slope[0]) * ((u < 0) & ~(reach <= size)) * u.abs()  # of NaN, too
+    rest = (jump * (m - size)).sum(-1)
+    for i, psi in enumerate(u.abs() * f.curvature / 2 + jump / (4 * m)):
         rows = psi.nonzero()[:, 0]
-        parts = psi[rows].sqrt()[:, None] * at.parts[rows] * columns(moves)
-        t = torch.stack([part.norm() for part in parts.split(at.widths.tolist(), dim=1)]).clamp_min(1e-300)
-        squares.append(t.sum() * sigma(parts / columns(t).sqrt()) ** 2 if len(rows) else 0 * t.sum())
-    g = w @ A + (derivative(f, z) * u) @ V
-    return g, (jump * (m - size)).sum(-1) + torch.stack(squares)
+        if len(rows):
+            parts = psi[rows].sqrt()[:, None] * at.parts[rows] * columns(near.moves[here][i])
+            t = torch.stack([part.norm() for part in parts.split(at.widths.tolist(), dim=1)])
+            t = t.clamp_min(1e-300)
+            rest[i] += t.sum() * sigma(parts / columns(t).sqrt()) ** 2
+    return rest
 
 
 def traced_back(net, path, g, n):

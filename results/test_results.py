@@ -199,7 +199,7 @@ def test_no_change_exceeds_a_bound_at_a_text(options):
                 here, all_dy, all_dmid = (n // 10, n % 10), dy.flatten(0, 1), dmid.flatten(0, 1)
                 h, rest = certify.lead_gradient(at, g, known, here)
                 assert below((g * all_dy).sum(1) - (h * all_dmid).sum(1), rest)
-                h, rest = certify.lead_derivative(at, g, known, here)
+                h, rest = certify.lead_derivative(at, g, here), certify.lead_rest(at, g, known, here)
                 assert below(((h * all_dmid).sum(1) - (g * all_dy).sum(1)).clamp_min(0), rest)
             found = (g.view(12, 10, 16) * dmid).sum(-1).flatten()
             assert mlp.mid or below(found, certify.traced_back(net, path, g, n))
@@ -222,7 +222,7 @@ def test_the_rest_of_a_lead_is_nearly_reached(name):
         y = torch.cat([part / part.norm(dim=1, keepdim=True).clamp_min(1e-300) for part in pulled], dim=1)
         moved = (parts @ y[:, :, None])[:, :, 0]
     rest = u.abs() * f.curvature / 2 * moved.square() + jump * (moved.abs() - size).clamp_min(0)
-    reached, (_, bound) = rest.sum(1), certify.lead_derivative(at, w, known, here)
+    reached, bound = rest.sum(1), certify.lead_rest(at, w, known, here)
     assert below(reached, bound) and (reached / bound)[bound > 0].quantile(0.9) > 0.85
 
 
