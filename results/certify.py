@@ -99,6 +99,14 @@ def spread(tokens, n, count):
     return torch.stack([tokens[i:i + n] for i in torch.linspace(0, len(tokens) - n, count).long()])
 
 
+def clear_leads(z):
+    """Of logits z (N, V) the largest one's label (N, 1), and by how much it is above all others (N, V), less
+    what rounding may have added: a tie has no lead.
+    """
+    top = z.argmax(dim=-1, keepdim=True)
+    return top, z.gather(1, top) - z - ROUNDING * z.abs().amax(dim=-1, keepdim=True)
+
+
 @torch.no_grad()
 def predictions(net, X):
     """What each prediction at embeddings X (B, T, d) can bear, and the prediction: (B T,) both.
@@ -107,9 +115,9 @@ def predictions(net, X):
     logit_scale |w_i - w_j|_2 sqrt(d) delta, w_i being the head's rows; so a prediction i bears any delta up
     to min_j (z_i - z_j) / (logit_scale |w_i - w_j|_2 sqrt(d)).
     """
-    W, z = net.head.weight, net.forward_embeddings(X).flatten(0, 1)  # (V, d), (B T, V)
-    top = z.argmax(dim=-1, keepdim=True)
-    leads = (z.gather(1, top) - z) / rows_apart(W, top[:, 0]).clamp_min(1e-300)
+    W = net.head.weight
+    top, leads = clear_leads(net.forward_embeddings(X).flatten(0, 1))
+    leads = leads / rows_apart(W, top[:, 0]).clamp_min(1e-300)
     nearest = leads.scatter(1, top, math.inf).amin(dim=1)
     return nearest / (net.config.logit_scale * math.sqrt(W.shape[1])), top[:, 0]
 
@@ -211,8 +219,9 @@ def local_radii(net, norms, X, last=None):
 def block_norms(net, layers):
     """Of each block, with its layer_norms, what the bounds need of its weights: spectral norms, those of
     heads (H,); root_q, root_k and root_v (H, d_head, d_head), |root y| = |W^hT y|; and, if its MLP has two
-    layers, mlp_half, with half(x) = A x + U f(V x), and parts (hidden, d + 2 H d_head): V times the residual,
-    each head's values of inputs and each head's values.
+    layers, mlp_half, with half(x) = A x + U f(V x), and parts (hidden, d + 2 H d_head): V times the maps by
+    which mid depends on dx_t and, of each head, on the two sums of attention_change, of the first as W_v^h
+    sees it.
     """
     c, root, found = net.config, lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
@@ -444,9 +453,8 @@ def leads_hold(at, W, near, asked, trace=None):
     times |w_i - w_j| times the MLP half's gain; and for an MLP of two layers by less, see lead_gradient,
     traced_back and lead_rest. Rivals that the first of these settles are not looked at again.
     """
-    z, mid = at.out.flatten(0, 1) @ W.T, near.mid.flatten()[:, None]
-    top = z.argmax(dim=-1, keepdim=True)
-    leads, apart = z.gather(1, top) - z, rows_apart(W, top[:, 0])            # (N, V)
+    mid, (top, leads) = near.mid.flatten()[:, None], clear_leads(at.out.flatten(0, 1) @ W.T)
+    apart = rows_apart(W, top[:, 0])                                         # (N, V)
     enough = lambda lead, change: lead > (1 + ROUNDING) * change             # false for NaN
     held = enough(leads, at.layer.mlp_gain * apart * mid).scatter(1, top, True)
     if at.half is None:
@@ -470,6 +478,11 @@ def leads_hold(at, W, near, asked, trace=None):
     return ~lost
 
 
+def times(a, b):
+    """a b, and 0 where a is, also if b is infinite: of what has no weight nothing needs to be known."""
+    return torch.where(a == 0, 0.0, a * b)
+
+
 def lead_gradient(at, w, near, here):
     """g (..., d) and a bound (...) on |<w, half(x')> - <w, half(x)> - <g, x' - x>| for w (..., d), x the mid
     of tokens `here` and x' near it. With half(x) = A x + U f(V x) and the slopes of f there, g = A^T w + V^T
@@ -478,7 +491,8 @@ def lead_gradient(at, w, near, here):
     (A, U, V, _), (mid, rows, middle, off) = at.half, (known[here] for known in near[:4])
     u = w @ U
     off = off * u.abs()
-    return w @ A + (middle * u) @ V, torch.minimum(at.sigma_V * off.norm(dim=-1) * mid, (off * rows).sum(-1))
+    whole, by_rows = times(at.sigma_V * off.norm(dim=-1), mid), times(off, rows).sum(-1)
+    return w @ A + (middle * u) @ V, torch.minimum(whole, by_rows)
 
 
 def lead_derivative(at, w, here):
@@ -491,10 +505,11 @@ def lead_rest(at, w, near, here):
     """For w (N, d) a bound (N,) on how far <w, half(x') - half(x)> is below <lead_derivative, x' - x> for x'
     near the mid x of tokens `here`, by an eigenvalue each.
 
-    With u = U^T w, z = V x and a = |V (x' - x)| that is sum_i |u_i| (curvature / 2 a_i^2 + jump_i (a_i -
-    |z_i|)_+), as a kink only bends upwards and counts where u_i < 0; and (a - |z|)_+ <= a^2 / (4 m) + m - |z|
-    for all m >= |z|. As V (x' - x) = sum_k parts_k y_k with |y_k| <= moves_k, sum_i psi_i a_i^2 is at most
-    sum_k t_k sigma([psi^1/2 parts_k moves_k / sqrt(t_k)])^2 for all t_k > 0: here their Frobenius norms.
+    With u = U^T w, z = V x and a = |V (x' - x)| that is at most sum_i |u_i| curvature / 2 a_i^2 + jump_i (a_i
+    - |z_i|)_+, where jump_i = |u_i| (high - low) if u_i < 0 and the kink is in reach, else 0, as a kink only
+    bends upwards; and (a - |z|)_+ <= a^2 / (4 m) + m - |z| for all m >= |z|. As V (x' - x) is the sum of
+    parts_k y_k, |y_k| <= moves_k, sum_i psi_i a_i^2 is at most sum_k t_k sigma([P_k / sqrt(t_k)])^2 for P_k =
+    psi^1/2 parts_k moves_k and all t_k > 0: here the Frobenius norms of the P_k.
     """
     (_, U, V, f), reach, columns = at.half, near.rows[here], lambda t: t.repeat_interleave(at.widths)
     size, u = (at.mid[here] @ V.T).abs(), w @ U
@@ -532,7 +547,7 @@ def traced_back(net, path, g, n):
                 beyond = beyond + of_ball + of_mlp.sum(dim=1)
             traced, of_attention = through_attention(net, at, traced, here, of_heads)
             beyond = beyond + of_attention
-            bound = (traced.norm(dim=-1) * delta[here]).sum(dim=1) + beyond
+            bound = times(traced.norm(dim=-1), delta[here]).sum(dim=1) + beyond
             bounds[-1] = torch.fmin(bounds[-1], bound)           # it may be NaN
     return torch.cat(bounds)
 
@@ -551,7 +566,7 @@ def through_attention(net, at, g, here, beyond):
         u = alpha * at.c.attn_scale * (g @ at.Wo).unflatten(-1, (at.c.n_head, -1))        # (N, T, H, d_head)
         of_values = torch.einsum("nthi,hji->nthj", u, at.root_v).norm(dim=-1)
         inputs, outputs = (part[here] for part in beyond)
-        rest = (of_values * inputs + u.norm(dim=-1) * outputs).sum(dim=(1, 2))
+        rest = (times(of_values, inputs) + times(u.norm(dim=-1), outputs)).sum(dim=(1, 2))
     return (1 - alpha) * g + alpha * pulled, rest
 
 
@@ -570,7 +585,7 @@ def through_ball(at, g, here, delta):
                       torch.where(inside, 0.0, delta / 2))
     across = shrink * (g - axis * (g * axis).sum(dim=-1, keepdim=True))
     pulled = torch.where(outside[..., None], across, torch.where(inside[..., None], g, g / 2))
-    return pulled, (g.norm(dim=-1) * off).sum(dim=1)
+    return pulled, times(g.norm(dim=-1), off).sum(dim=1)
 
 
 def derivative(activation, z):
@@ -751,7 +766,7 @@ def at_text(net, layers, text):
 
 def all_at_text(net, layers, text, radii=(1e-3, 3e-3, 5e-3, 1e-2)):
     """{radius: share of all predictions of tokens (N,) that are right and certified at it by bounds at the
-    text}, smallest radius first. It takes seconds for each window of 256.
+    text}, smallest radius first; what is lost at one is not asked again. Seconds for each window of 256.
     """
     norms, certified = block_norms(net, layers), torch.zeros(len(radii))
     for x, y in whole_windows(net, text, 1):

@@ -134,6 +134,22 @@ def test_shares_certified_at_a_text_lie_between_those_of_radii_and_an_attack(opt
         assert least.sum() <= round(125 * share, 3) <= left.sum() <= right.sum()
 
 
+@of_text_models
+def test_ties_have_no_radius_and_what_comes_later_no_say(options):
+    net, X, layers, norms = at_a_text(options)
+    facts, small = certify.facts_at(net, norms, X), torch.full((12, 10), 1e-5).double()
+    unknown = small.clone()
+    unknown[:, -1] = math.inf
+    known, other = (certify.certified_under(net, facts, delta, torch.ones(120).bool()).view(12, 10)
+                    for delta in (small, unknown))
+    assert known.any() and not other[:, -1].any()
+    assert not options.get("c", 1.0) or torch.equal(known[:, :-1], other[:, :-1])
+    net.head.weight[5:10] = net.head.weight[:5]
+    constant, local, top = certify.local_radii(net, norms, X)
+    tied = top < 10
+    assert tied.any() and (constant[tied] == -math.inf).all() and (local[tied] == -math.inf).all()
+
+
 def below(change, bound):
     """Whether numbers, or the norms of vectors, are within a bound, but for rounding."""
     found = change.norm(dim=-1) if change.ndim > bound.ndim else change.abs()
