@@ -511,15 +511,15 @@ def lead_rest(at, w, near, here):
     parts_k y_k, |y_k| <= moves_k, sum_i psi_i a_i^2 is at most sum_k t_k sigma([P_k / sqrt(t_k)])^2 for P_k =
     psi^1/2 parts_k moves_k and all t_k > 0: here the Frobenius norms of the P_k.
     """
-    (_, U, V, f), reach, columns = at.half, near.rows[here], lambda t: t.repeat_interleave(at.widths)
-    size, u = (at.mid[here] @ V.T).abs(), w @ U
+    (_, U, V, f), columns = at.half, lambda t: t.repeat_interleave(at.widths)
+    size, reach, moves, u = (at.mid[here] @ V.T).abs(), near.rows[here], near.moves[here], w @ U
     m = torch.maximum(size, 0.15 * reach).clamp_min(1e-300)                  # 0.15 is about the best
     jump = f.kink * (f.slope[1] - f.slope[0]) * ((u < 0) & ~(reach <= size)) * u.abs()  # of NaN, too
     rest = (jump * (m - size)).sum(-1)
     for i, psi in enumerate(u.abs() * f.curvature / 2 + jump / (4 * m)):
         rows = psi.nonzero()[:, 0]
         if len(rows):
-            parts = psi[rows].sqrt()[:, None] * at.parts[rows] * columns(near.moves[here][i])
+            parts = psi[rows].sqrt()[:, None] * at.parts[rows] * columns(moves[i])
             t = torch.stack([part.norm() for part in parts.split(at.widths.tolist(), dim=1)])
             t = t.clamp_min(1e-300)
             rest[i] += t.sum() * sigma(parts / columns(t).sqrt()) ** 2
