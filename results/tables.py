@@ -175,8 +175,9 @@ def changes(row):
     return settings(options, {k: options[k] for k in ("preset", "method", "optimizer") if k in options})
 
 
+SMALL = 0.001, 0.003, 0.005, 0.01
 RADIUS, PIXELS = "certified at 0.01, 0.03, 0.1", "certified at 36, 72, 108"
-AT_TEXT = "certified at 0.001, 0.003, 0.005, 0.01 of 512"
+AT_TEXT, ALL = "certified at 0.001, 0.003, 0.005, 0.01 of 512", "of all characters"
 COLUMNS = {
     "method": lambda row: who(row[0]["options"]),
     "model": lambda row: book_name(row[0]),
@@ -203,8 +204,8 @@ COLUMNS = {
     "attack": most_of("log10_attack"),
     "median radius": median_radius, "median certified radius": median_radius,
     RADIUS: shares(certified_at, RADII),
-    AT_TEXT: shares(lambda r, x: r["local"]["certified_accuracy"][f"{x}"][1],
-                    (0.001, 0.003, 0.005, 0.01)),
+    AT_TEXT: shares(lambda r, x: r["local"]["certified_accuracy"][f"{x}"][1], SMALL),
+    ALL: shares(lambda r, x: (r.get("all_at_text") or {}).get(f"{x}"), SMALL),
     "certified of 2,048": shares(lambda r, x: r["radii"][f"{x}"]["certified_first"], RADII),
     "an attack leaves": shares(lambda r, x: r["radii"][f"{x}"]["attack_first"], RADII),
     PIXELS: shares(certified_at, IMAGE_RADII),
@@ -432,7 +433,7 @@ def tight_tables(runs):
                           ("radii without tracing", runs["attacked"])):
         yield name, table(
             by_bound(records), "preset", "steps", "accuracy", "certified", "by the constant",
-            "at the text", "an attack needs", AT_TEXT, **{
+            "at the text", "an attack needs", AT_TEXT, *[ALL] * any("all_at_text" in r for r in records), **{
                 "steps": lambda row: f"{row[0]['options']['max_steps']:,}",
                 "by the constant": lambda row: local_median(row, "constant"),
                 "at the text": lambda row: local_median(row, "local"),
