@@ -221,7 +221,7 @@ def block_norms(net, layers):
     heads (H,); root_q, root_k and root_v (H, d_head, d_head), |root y| = |W^hT y|; and, if its MLP has two
     layers, mlp_half, with half(x) = A x + U f(V x), and parts (hidden, d + 2 H d_head): V times the maps by
     which mid depends on dx_t and, of each head, on the two sums of attention_change, of the first as W_v^h
-    sees it.
+    sees it; rows_of_parts (1 + 2 H, hidden) has the norms of their rows.
     """
     c, root, found = net.config, lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
@@ -235,11 +235,11 @@ def block_norms(net, layers):
             norm |= {f"sigma_{name}": sigma(W), f"root_{name}": root(W)}
         if not block.mlp.mid:
             A, U, V, f = mlp_half(block.mlp, c.alpha, PROVED[c.activation])
-            VO, factor = V @ Wo_h, c.alpha * c.attn_scale                 # (H, hidden, d_head)
-            parts = (1 - c.alpha) * V, *factor * VO @ norm["root_v"].mT, *factor * VO
+            VO = c.alpha * c.attn_scale * V @ Wo_h                        # (H, hidden, d_head)
+            parts = (1 - c.alpha) * V, *VO @ norm["root_v"].mT, *VO
             norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U),
-                     "rows_o": VO.norm(dim=-1), "rows_ov": (V @ OV).norm(dim=-1),
-                     "parts": torch.cat(parts, dim=1), "widths": torch.tensor([p.shape[1] for p in parts])}
+                     "parts": torch.cat(parts, dim=1), "widths": torch.tensor([p.shape[1] for p in parts]),
+                     "rows_of_parts": torch.stack([part.norm(dim=1) for part in parts])}
         found.append(norm)
     return found
 
@@ -270,6 +270,9 @@ def facts_at(net, norms, X):
             cov = p @ pairs - (at.o[..., :, None] * mean_k[..., None, :]).flatten(-2)
             at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT)
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
+        if at.half is not None:
+            at.z = mid @ at.half[2].T                                                # (B, T, hidden)
+            at.slope = derivative(at.half[3], at.z)
         at.near, at.gain = near_gain(at) if len(facts) < len(norms) - 1 else (None, None)
         facts.append(at)
         x = at.out = (1 - alpha) * mid + alpha * block.mlp(mid)
@@ -315,8 +318,9 @@ def near_gain(at):
     if at.half is None or at.mid.shape[-1] > 512:
         return near, most
     (A, U, V, f), gains = at.half, []
-    for y, reach in zip(at.mid.flatten(0, 1).split(16), near.flatten()[:, None].split(16)):
-        middle, off = (part[:, None] for part in slopes(f, y @ V.T, at.rows * reach))  # (16, 1, hidden)
+    tokens = at.z.flatten(0, 1), at.slope.flatten(0, 1), at.rows * near.flatten()[:, None]
+    for z, slope, reach in zip(*(part.split(16) for part in tokens)):
+        middle, off = (part[:, None] for part in slopes(f, z, slope, reach))           # (16, 1, hidden)
         l = (at.layer.mlp_gain / 4 * at.sigma_U / at.sigma_V + at.sigma_U ** 2 * off.amax(-1))[..., None]
         L, _ = torch.linalg.cholesky_ex(l * torch.eye(len(A)) - (U * off) @ U.T)
         known = torch.linalg.solve_triangular(L, A + (U * middle) @ V, upper=False)
@@ -349,9 +353,8 @@ def near_mid(at, mid, rows=math.inf, moves=None):
     """Near, for changes of at.mid by at most mid (B, T) and, if more is known, of V at.mid by rows."""
     if at.half is None:
         return Near(mid, None, None, None, None)
-    V, f = at.half[2:]
     rows = (mid[..., None] * at.rows).clamp_max(rows)
-    return Near(mid, rows, *slopes(f, at.mid @ V.T, rows), moves)
+    return Near(mid, rows, *slopes(at.half[3], at.z, at.slope, rows), moves)
 
 
 def attention_change(at, delta):
@@ -379,12 +382,10 @@ def attention_change(at, delta):
     of_scores = torch.minimum(total(at.sigma_o_h, outputs), at.sigma_o * across(outputs))
     of_values = torch.minimum(torch.minimum(total(at.sigma_ov_h, inputs), at.sigma_ov * across(inputs)),
                               at.sigma_o * across(at.sigma_v[:, None] * inputs))
-    alpha, scale, rows = at.c.alpha, at.c.attn_scale, math.inf
+    alpha, scale = at.c.alpha, at.c.attn_scale
     mid = (1 - alpha) * delta + alpha * scale * (of_values + of_scores)
-    if at.half is not None:
-        heads = inputs.mT @ at.rows_ov + outputs.mT @ at.rows_o                          # (B, T, hidden)
-        rows = (1 - alpha) * delta[..., None] * at.rows + alpha * scale * heads
     moves = torch.cat((delta[..., None], inputs.mT, outputs.mT), dim=-1)                 # (B, T, 1 + 2 H)
+    rows = moves @ at.rows_of_parts if at.half is not None else math.inf                 # (B, T, hidden)
     return near_mid(at, mid, rows, moves), beyond
 
 
@@ -497,8 +498,8 @@ def lead_gradient(at, w, near, here):
 
 def lead_derivative(at, w, here):
     """The derivative (N, d) of <w, half(x)> for w (N, d) at the mid x of tokens `here`."""
-    A, U, V, f = at.half
-    return w @ A + (derivative(f, at.mid[here] @ V.T) * (w @ U)) @ V
+    A, U, V, _ = at.half
+    return w @ A + (at.slope[here] * (w @ U)) @ V
 
 
 def lead_rest(at, w, near, here):
@@ -511,18 +512,17 @@ def lead_rest(at, w, near, here):
     parts_k y_k, |y_k| <= moves_k, sum_i psi_i a_i^2 is at most sum_k t_k sigma([P_k / sqrt(t_k)])^2 for P_k =
     psi^1/2 parts_k moves_k and all t_k > 0: here the Frobenius norms of the P_k.
     """
-    (_, U, V, f), columns = at.half, lambda t: t.repeat_interleave(at.widths)
-    size, reach, moves, u = (at.mid[here] @ V.T).abs(), near.rows[here], near.moves[here], w @ U
+    (_, U, _, f), size, reach, moves = at.half, at.z[here].abs(), near.rows[here], near.moves[here]
+    u = w @ U
     m = torch.maximum(size, 0.15 * reach).clamp_min(1e-300)                  # 0.15 is about the best
     jump = f.kink * (f.slope[1] - f.slope[0]) * ((u < 0) & ~(reach <= size)) * u.abs()  # of NaN, too
     rest = (jump * (m - size)).sum(-1)
-    for i, psi in enumerate(u.abs() * f.curvature / 2 + jump / (4 * m)):
-        rows = psi.nonzero()[:, 0]
-        if len(rows):
-            parts = psi[rows].sqrt()[:, None] * at.parts[rows] * columns(moves[i])
-            t = torch.stack([part.norm() for part in parts.split(at.widths.tolist(), dim=1)])
-            t = t.clamp_min(1e-300)
-            rest[i] += t.sum() * sigma(parts / columns(t).sqrt()) ** 2
+    psi = u.abs() * f.curvature / 2 + jump / (4 * m)                         # (N, hidden)
+    t = (moves * (psi @ at.rows_of_parts.square().mT).sqrt()).clamp_min(1e-300)  # (N, 1 + 2 H)
+    columns = (moves / t.sqrt()).repeat_interleave(at.widths, dim=1)
+    for i, rows in enumerate(psi != 0):
+        if rows.any():
+            rest[i] += t[i].sum() * sigma(psi[i, rows].sqrt()[:, None] * at.parts[rows] * columns[i]) ** 2
     return rest
 
 
@@ -595,13 +595,13 @@ def derivative(activation, z):
         return torch.autograd.grad(activation.f(at).sum(), at)[0]
 
 
-def slopes(activation, z, reach):
+def slopes(activation, z, slope, reach):
     """(middle, off) with |f(z') - f(z) - middle (z' - z)| <= off |z' - z| for all |z' - z| <= reach, entry by
     entry. The quotient is a mean of slopes between z and z': on this side of a kink they are on average
     within curvature / 2 times reach of f'(z), beyond it in f's interval of slopes; and beyond it is at most a
     share 1 - |z| / reach of the way.
     """
-    (low, high), slope = activation.slope, derivative(activation, z)
+    low, high = activation.slope
     bend = activation.curvature / 2 * reach
     least, most = (slope - bend).clamp_min(low), (slope + bend).clamp_max(high)
     if activation.kink:

@@ -99,7 +99,8 @@ def measurements(model, ckpt, names):
     if "local" in names:
         net = exact_model(model)
         result["local"] = at_text(net, layers, tokens)
-        result["all_at_text"] = all_at_text(net, layers, tokens) if "all" in names else None
+        if "all" in names:
+            result["all_at_text"] = all_at_text(net, layers, tokens)
     if "ball" in names:
         result |= with_ball(model, layers, train[0], text)
     result["float8_lost"] = right.double().mean().item() - evaluate(InFloat8(model), some, most=1)["val_acc"]

@@ -258,14 +258,10 @@ def best_of_kinds():
             if (found := of_kind(trained(records), kind))]
 
 
-# On ten times the text, books by character
-ON_BOOKS = [{"method": method, "optimizer": "muon"} for method in ("soft_cap", "spectral_normalize", "none")]
-ON_BOOKS += [SPHERES[i] for i in (0, 4, 1)]
-
-
 def sphere_books():
-    """The best run of 1,200 steps of each of ON_BOOKS by training loss, made anew for 10.5 million."""
-    best = [min(of_kind(trained(of_part("sphere-final")), kind), key=tuning_loss) for kind in ON_BOOKS]
+    """Ten times the text, books by character: the best runs of 1,200 steps by training loss, made anew."""
+    kinds = [as_kind((method, "muon")) for method in ("soft_cap", "spectral_normalize", "none")] + SPHERES[:2]
+    best = [min(of_kind(trained(of_part("sphere-final")), kind), key=tuning_loss) for kind in kinds]
     return [run["options"] | {"dataset": "books-char", "eval_tokens": 2 ** 15 + 1, "max_steps": 2560,
                               "eval_interval": 256, "seed": 0} for run in best]
 
@@ -539,7 +535,8 @@ PARTS = {
     "at-text": Part(lambda: TRACED_RUNS, **AT_TEXT),
     "wide": Part(lambda: WIDE_RUNS, **AT_TEXT | {"measured": ("attack", "radii", "local", "all")}),
     "ablation": Part(lambda: [options for _, _, options in ABLATIONS], **TIGHT),
-    "sphere-tight": Part(lambda: [SPHERES[i] for i in (0, 4, 3)], in_tight, **TIGHT, **FULL),
+    "sphere-tight": Part(lambda: [kind for kind in SPHERES if kind["method"] != "hyperball"], in_tight,
+                         **TIGHT, **FULL),
     "sphere-books": Part(sphere_books, **BOOKS, **FULL),
     "books": Part(lambda: BOOKS_RUNS, **BOOKS, **FULL,
                   common={"dataset": "books-char", "eval_tokens": 2 ** 15 + 1}),
