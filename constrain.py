@@ -161,9 +161,8 @@ def spectral_hammer(W, step):
 @constraint(holds="always")
 def stiefel(W, step):
     """w_max U V^T: every singular value of W = U S V^T set to w_max, to 1e-5, the Stiefel manifold (paper,
-    section 3). With X = W / w_max and E = X X^T - I it is three steps X <- X + (3/8 E^2 - 1/2 E) X of
-    Newton-Schulz, with these corrections in `dtype`, if |E| <= 1/2, as after a step of the optimizer; farther
-    off Muon's iteration (results/certificate.md, Hard cap and Stiefel).
+    section 3). Three steps of Newton-Schulz near it, as after a step of the optimizer, farther off Muon's
+    iteration (results/certificate.md, Hard cap and Stiefel).
     """
     scale, tall = step.w_max * rms_unit(W), W.shape[-2] > W.shape[-1]
     X = (W.mT if tall else W) / scale
@@ -184,7 +183,7 @@ def soft_cap(W, step):
     (the paper, section 3), and the alpha that takes back a step of Muon: W - W B^2 (3 I - 3 B + B^2), B = X^T
     X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Holds to 1e-3
     for W that had norm <= w_max before the step; norms far above grow, and need `project` first. After
-    AdamW's steps, which have no fixed norm, it promises nothing. Only the correction of W is in bfloat16.
+    AdamW's steps, which have no fixed norm, it promises nothing.
     """
     update_norm = step.update_norm if math.isfinite(step.update_norm) else step.lr * UPDATE_NORM
     alpha = soft_cap_coupling(step.w_max, step.decay, update_norm)
@@ -199,9 +198,8 @@ def soft_cap(W, step):
 
 def soft_cap_coupling(w_max, weight_decay, update_norm):
     """The smallest alpha with which soft_cap brings all singular values in [0, k] to at most w_max, where k =
-    w_max |1 - weight_decay| + update_norm is the largest after an optimizer step; proof:
-    results/certificate.md, Soft cap. ValueError for k > 2.613 w_max, where there is none. weight_decay is the
-    step's (lr times the optimizer's), update_norm the norm of its update (lr times UPDATE_NORM for Muon).
+    w_max |1 - weight_decay| + update_norm is the largest after an optimizer step, whose decay is lr times the
+    optimizer's; ValueError for k > 2.613 w_max, where there is none (results/certificate.md, Soft cap).
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
@@ -223,13 +221,10 @@ def soft_cap_coupling(w_max, weight_decay, update_norm):
 
 @constraint(holds="always")
 def hard_cap(W, step):
-    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), without an SVD: to
-    within 1 % of w_max, and not above w_max.
-
-    With w 0.6 % below w_max, X = W / w and Y = X X^T - I it is W - max(Y, 0) psi(Y) W, where max(Y, 0) = Y (I
-    + sign Y) / 2, psi(y) = 1 / (y + 1 + sqrt(y + 1)), and products are on the smaller side
-    (results/certificate.md, Hard cap and Stiefel). A batch with norms near 2 w_max goes through the SVD, or
-    from 1.5 w_max on if many singular values are as large.
+    """sigma -> min(sigma, w_max) from a matrix sign (the paper, section 3; Cesista 2025), to within 1 % of
+    w_max, and not above it: W - max(Y, 0) psi(Y) W for Y = X X^T - I (results/certificate.md, Hard cap and
+    Stiefel). A batch with norms near 2 w_max goes through the SVD, or from 1.5 w_max on if many singular
+    values are as large.
     """
     dtype = step.dtype if step.small else torch.float32
     w = step.w_max * rms_unit(W) * (1 - 6e-3)
@@ -244,7 +239,7 @@ def hard_cap(W, step):
     # Muon's first step would take [-1, 1] to [-1.9, 1.9]. Without it y must be above 0.025 size to come out
     # at 0.991 to 0.993
     sign = polar_steps(Y * (1.8 / size.clamp_min(1e-3)).to(dtype), POLAR[1:]) / 0.992
-    positive = torch.baddbmm(Y, Y, sign, beta=0.5, alpha=0.5)
+    positive = torch.baddbmm(Y, Y, sign, beta=0.5, alpha=0.5)  # max(Y, 0) = Y (I + sign Y) / 2
     a, b, c, d, e, f = PSI
     psi = a * I + b * Y + Y2 @ (c * I + d * Y + Y2 @ (e * I + f * Y))
     D = (positive @ psi).reshape(*W.shape[:-2], *I.shape)
@@ -325,13 +320,11 @@ def proved_function(config, weights, x):
 
 
 def refused(model):
-    """None, or the line that says why a model gets no certificate: its weights are not finite, it computes
-    something else than proved_function or has parameters beside, or its activation is not what ACTIVATIONS
-    says. Compared are logits of a float64 copy on the CPU, of random tokens, with targets and without, and of
-    random embeddings of several sizes, in windows of block_size or, of large models, fewer tokens: what shows
-    elsewhere alone, on a GPU, in other types, in training, goes unseen. Zeros, as many matrices begin with,
-    become random, so that nothing hides behind them; large weights are scaled down, as rounding decides what
-    saturated attention looks at, and a large ball too, so that embeddings leave it.
+    """None, or the line that says why a model gets no certificate: its weights are not finite, or it computes
+    something else than proved_function or has parameters beside. Compared are logits of a float64 copy on the
+    CPU: what shows elsewhere alone, on a GPU, in other types, in training, goes unseen. Zeros, as many
+    matrices begin with, become random, so that nothing hides behind them; large weights are scaled down, as
+    rounding decides what saturated attention looks at, and a large ball too, so that embeddings leave it.
     """
     try:
         net = exact_model(model)
@@ -444,8 +437,6 @@ def attention_norms(attn, c):
     H = c.n_head
     (*Wqk, Wv), Wo, Wo_h = head_weights(attn, H)
     v = sigma(Wv)                                                          # (H,)
-    # orthonormal rows do not count: W_v^h = L_h Q_h, so sigma(W_o^h W_v^h) = sigma(W_o^h L_h), also of all
-    # beside each other
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
     beside = OV.transpose(0, 1).flatten(1)                                 # (d, H d_head)
     A_V = min(sigma(Wo) * v.norm(), sigma(OV).sum(), math.sqrt(H) * sigma(beside)).item()
@@ -505,27 +496,15 @@ def mlp_half(mlp, alpha, activation):
 
 
 def uncertain_norm(A, U, V):
-    """An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest found, over l >
+    """An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest, at 29 of all l >
     sigma(U)^2, of sqrt(l lambda_max(A^T (l I - U U^T)^-1 A + V^T V)), or sigma(A) + sigma(U) sigma(V) if that
     is less; proof: results/certificate.md, Uncertain norm.
     """
     s, Q = torch.linalg.eigh(U @ U.mT)
     QA, gram = Q.mT @ A, V.mT @ V
-    top = s[-1].clamp_min(1e-30)
-
-    def bound(t):
-        l = top * (1 + math.exp(t))
-        squared = l * torch.linalg.eigvalsh(QA.mT @ (QA / (l - s)[:, None]) + gram)[-1]
-        return squared.clamp_min(0).sqrt().item()
-
-    low, high = -7.0, 7.0  # of t; a golden section
-    points = {t: bound(t) for t in (high - 0.618 * (high - low), low + 0.618 * (high - low))}
-    for _ in range(6):
-        left, right = sorted(t for t in points if low < t < high)
-        low, high = (low, right) if points[left] < points[right] else (left, high)
-        new = high - 0.618 * (high - low) if points[left] < points[right] else low + 0.618 * (high - low)
-        points[new] = bound(new)
-    return min((sigma(A) + sigma(U) * sigma(V)).item(), *points.values())
+    l = s[-1].clamp_min(1e-30) * (1 + torch.linspace(-7, 7, 29, dtype=torch.float64).exp())
+    squares = [x * torch.linalg.eigvalsh(QA.mT @ (QA / (x - s)[:, None]) + gram)[-1] for x in l]
+    return min(sigma(A) + sigma(U) * sigma(V), min(squares).clamp_min(0).sqrt()).item()
 
 
 def embedding_norm(model):

@@ -76,12 +76,12 @@ class GPTConfig:
     per_head: bool = option(False, "constrain W_q, W_k and W_v head by head: matrices (d_head, n_embd)")
     head_gain: bool = option(False, "learn how much each head counts, of the same sum of squares")
     attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
-    alpha: float | None = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
+    alpha: float = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
                                  "1: no residual", 1e-9, 1)
     activation: str = option("gelu", "of the MLPs, a line of ACTIVATIONS", choices=ACTIVATIONS)
     mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
     mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)
-    ball: float | None = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
+    ball: float = option(None, "blocks project outputs onto the ball of this RMS norm", 1e-9, 1e9)
     zero_head: bool = option(False, "the output matrix begins at zero")
 
     def __post_init__(self):
@@ -119,18 +119,14 @@ MAX_BIAS = 12.0
 
 class Attention(nn.Module):
     """Causal attention with scores softmax_scale <q, k> / d_head, turned by RoPE, plus, with position_bias,
-    bias[head, t - s]. At softmax_scale 0 there are no queries and keys.
-
-    The bias does not depend on the input, so that it costs the certificate nothing; train.py keeps it within
-    MAX_BIAS. At first head h looks, with a score of 8, first + h tokens back in the first layer, and twice,
-    three times, ... as far in the next ones.
+    bias[head, t - s], which costs the certificate nothing, as it does not depend on the input. At first head
+    h looks, with a score of 8, first + h tokens back in the first layer, and twice, three times, ... as far
+    in the next ones. At softmax_scale 0 there are no queries and keys.
 
     With per_head, a head's W_v (d_head, n_embd) of RMS->RMS norm 1 has singular values of 1/sqrt(n_head), so
-    that all heads may read one subspace, and no number of them makes the value path's gain larger than 1. A
-    W_v of norm 1 for all heads at once has to give each head a subspace of its own.
-
+    that all heads may read one subspace, and no number of them makes the value path's gain larger than 1.
     With head_gain a head's values are multiplied by a learned number, and train.py keeps the RMS of these at
-    1 or below: what tells more about the next token then moves the output by more, at no price in the bound.
+    1 or below: what tells more about the next token moves the output by more, at no price in the bound.
     """
     def __init__(self, config, layer):
         super().__init__()
@@ -292,13 +288,13 @@ class GPT(nn.Module):
 
 # --- Checkpoints, text, and the command line ----------------------------------------------------------------
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """A checkpoint of train.py -> (model, checkpoint dict). Reads tensors and plain values only, no code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that damaged files seem to have
-            ckpt = torch.load(path, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**ckpt["model_config"])).to(device).eval()
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**ckpt["model_config"])).eval()
         model.load_state_dict(ckpt["model"])
         ckpt["config"], ckpt["meta"], ckpt["step"]  # or KeyError
     except FileNotFoundError:

@@ -76,17 +76,12 @@ def option(default, help, low=None, high=None, choices=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
-def kind_of(f):
-    """The type of a field's values, of `float | None` float."""
-    return f.type if isinstance(f.type, type) else f.type.__args__[0]
-
-
 def check_options(config):
     """Raise ValueError for an option of a dataclass that is empty, no choice, not from low to high, or of
     another type. Numbers of numpy become Python's, as a checkpoint holds no others.
     """
     for f in fields(config):
-        value, kind = getattr(config, f.name), kind_of(f)
+        value, kind = getattr(config, f.name), f.type
         low, high, choices = map(f.metadata.get, ("low", "high", "choices"))
         if value is None:
             continue

@@ -34,8 +34,8 @@ from constrain import (METHODS, RADII, Step, exact_model, holds_w_max, layer_nor
                        logit_reach, matrices, project, refused, rms_norm, svd_cap, worst_case)
 from model import GPT, MAX_BIAS, GPTConfig, load_checkpoint, onto_ball, sample, unit
 from optim import TANGENTS, UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
-from prepare import (Parser, Tokenizer, UserError, alone, commit, kind_of, one_line_errors, open_data, option,
-                     say, shakespeare, to_json)
+from prepare import (Parser, Tokenizer, UserError, alone, commit, one_line_errors, open_data, option, say,
+                     shakespeare, to_json)
 
 # --- Options ------------------------------------------------------------------------------------------------
 
@@ -47,21 +47,21 @@ COMPILE_STEPS = 1000  # on two CPU cores fewer do not bring back what compiling 
 @dataclass
 class Config(GPTConfig):
     """The options of a run: the model's, which are in model.py, and these."""
-    preset: str | None = option(None, "options that hold unless given too", choices=PRESETS)
+    preset: str = option(None, "options that hold unless given too", choices=PRESETS)
     # what to train on, and where to
     out_dir: str = option("out/shakespeare", "checkpoint and log go here")
     dataset: str = option("shakespeare", "a folder of data/, made by prepare.py")
-    init_from: str | None = option(None, "a checkpoint whose weights the run begins with")
+    init_from: str = option(None, "a checkpoint whose weights the run begins with")
     # what the default has beyond the paper's architecture, which takes half as many steps again without it
     position_bias: bool = option(True, "add to the scores a learned number for every head and distance")
     # constraint
     method: str = option("soft_cap", "the weight constraint", choices=METHODS)
-    head_method: str | None = option(None, "the output matrix's constraint [method]", choices=METHODS)
+    head_method: str = option(None, "the output matrix's constraint [method]", choices=METHODS)
     w_max: float = option(6.0, "largest RMS->RMS norm of a matrix", 1e-9, 1e9)
-    w_max_mlp: float | None = option(None, "w_max of the MLPs, whose lr scales as it does", 1e-9, 1e9)
+    w_max_mlp: float = option(None, "w_max of the MLPs, whose lr scales as it does", 1e-9, 1e9)
     # optimizer
     optimizer: str = option("muon", "the optimizer", choices=OPTIMIZERS)
-    lr: float | None = option(None, "peak learning rate [muon 0.1, adamw 0.002]", 1e-30, 1e30)
+    lr: float = option(None, "peak learning rate [muon 0.1, adamw 0.002]", 1e-30, 1e30)
     cooldown: float = option(1.0, "share of the steps, at the end, in which lr falls linearly", 1e-9, 1)
     lr_floor: float = option(0.0, "the share of lr to which it falls", 0, 1)
     head_lr: float = option(1.0, "the output matrix's learning rate, as a multiple of lr", 1e-9, 1e6)
@@ -80,12 +80,12 @@ class Config(GPTConfig):
     max_steps: int = option(500, "optimizer steps", 1, 10 ** 12)
     eval_interval: int = option(500, "steps between evaluations", 1, 10 ** 12)
     log_interval: int = option(10, "steps between lines of the log with loss and learning rate", 1, 10 ** 12)
-    eval_tokens: int | None = option(None, "first tokens of the validation split to use [all]", 2, 10 ** 15)
+    eval_tokens: int = option(None, "first tokens of the validation split to use [all]", 2, 10 ** 15)
     # machine
     seed: int = option(0, "of initialization, batches and the sample of text", 0, 2 ** 63 - 1)
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps ...; by default cuda if there is one, else cpu")
-    dtype: str | None = option(None, "of products [bfloat16 if in hardware]", choices=("bfloat16", "float32"))
-    compile: bool | None = option(None, f"torch.compile [on a CPU from {COMPILE_STEPS:,} steps on]")
+    device: str = option(None, "cpu, cuda, cuda:1, mps ...; by default cuda if there is one, else cpu")
+    dtype: str = option(None, "of products [bfloat16 if in hardware]", choices=("bfloat16", "float32"))
+    compile: bool = option(None, f"torch.compile [on a CPU from {COMPILE_STEPS:,} steps on]")
     resume: bool = option(False, "go on from out_dir/ckpt.pt, with its options but for those given")
 
 
@@ -196,8 +196,10 @@ def train(given):
                 tick = time.perf_counter()
                 lr = set_schedule(optimizers, run.step, config)
                 x, y = data.batch(run.step)                                  # (B, T) each
-                q, reach = config.gce * (run.step + 1) / config.max_steps, run.worst_reach()
-                loss, stopping = gradients(net, model, x, y, reach, q, config, amp, asked_to_stop)
+                if config.radius and (run.step % REACH_STEPS == 0 or run.reach is None):
+                    run.reach = logit_reach(model, config.radius)
+                q = config.gce * (run.step + 1) / config.max_steps
+                loss, stopping = gradients(net, model, x, y, run.reach, q, config, amp, asked_to_stop)
                 run.check("loss", loss, lr)
                 if stopping or time.perf_counter() - run.saved_at > SAVE_SECONDS:
                     run.save()  # weights of which a finite loss is known
@@ -627,12 +629,6 @@ class Run:
             raise UserError(f"the {name} is {loss} at step {self.step}, learning rate {lr:.4g}; lower --lr "
                             f"or --w_max (the last checkpoint, of step {self.saved_step}, is {self.path})")
 
-    def worst_reach(self):
-        """The reach of constrain.worst_case at a step, 0 without a radius."""
-        if self.config.radius and (self.step % REACH_STEPS == 0 or self.reach is None):
-            self.reach = logit_reach(self.model, self.config.radius)
-        return self.reach if self.config.radius else 0.0
-
 
 def save(path, checkpoint):
     """Write a checkpoint so that path is always a whole one: under another name first, then renamed."""
@@ -675,8 +671,9 @@ def stop_requests():
 
 def machine(config):
     """(torch.device, dtype of its products, context in which they have it) to train with, or UserError."""
-    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else "cuda"
-    name = config.device if config.device is not None else gpu if torch.cuda.is_available() else "cpu"
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # "meta" is a device that holds no numbers
@@ -743,7 +740,7 @@ def parse(argv):
     parser = Parser(prog=os.path.basename(sys.argv[0]), description=__doc__.strip().split("\n")[0],
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in (f for f in fields(Config) if f.metadata):  # all but vocab_size, which the data decide
-        kind, help, choices = kind_of(field), field.metadata["help"], field.metadata["choices"]
+        kind, help, choices = field.type, field.metadata["help"], field.metadata["choices"]
         if field.default is not None:
             help += f" [{field.default}]"
         how = dict(type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
@@ -767,7 +764,7 @@ def main():
             if dist.is_initialized():
                 dist.destroy_process_group()
     except RuntimeError as e:
-        if "memory" in str(e):
+        if "out of memory" in str(e) or "allocate memory" in str(e):
             sys.exit("train.py: not enough memory; lower --batch_size, or raise --accumulate")
         if not dist.is_initialized():
             raise

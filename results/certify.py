@@ -207,10 +207,10 @@ def local_radii(net, norms, X, last=None):
     radii, facts = by_constant.clone(), facts_at(net, norms, X)
     known = radii[radii.isfinite()]
     log10_r = max(known.min().item(), -8.0) if len(known) else 0.0  # below, sums cancel to what rounding left
-    delta, T = torch.ones(X.shape[:2], dtype=torch.float64), X.shape[1]
+    _, T, d = X.shape
     held = (torch.arange(T) >= T - (last or T)).repeat(len(X))
     while log10_r < 9 and held.any():
-        held = certified_under(net, facts, 10 ** log10_r * math.sqrt(X.shape[2]) * delta, held)
+        held = certified_under(net, facts, 10 ** log10_r * math.sqrt(d), held)
         radii[held] = radii[held].clamp_min(log10_r)
         log10_r += 0.1
     return [found.view(X.shape[:2]) for found in (by_constant, radii, top)]
@@ -289,14 +289,14 @@ def through(M, y, c):
 @torch.no_grad()
 def certified_under(net, facts, delta, asked):
     """Which of the predictions asked for (B T,), at the text of facts_at, no change of each token's embedding
-    by at most delta (B, T) in L2 norm alters: (B T,).
+    by at most delta, (B, T) or one number for all, in L2 norm alters: (B T,).
 
     Block by block delta goes through the norms of attention, MLP half and ball. With MLPs of two layers the
     change of a lead is then traced back through the blocks as a linear function, for which these changes only
     bound what is not linear (traced_back). The last block's ball multiplies all logits of a token by one
     positive number, which changes no prediction, so it is left out there.
     """
-    path = []                                                    # of each block its facts and what moves
+    path, delta = [], delta * torch.ones_like(facts[0].x[..., 0])  # of each block its facts and what moves
     for at in facts:
         near, beyond = attention_change(at, delta)
         path.append((at, delta, near, beyond))
@@ -772,9 +772,8 @@ def all_at_text(net, layers, text, radii=(1e-3, 3e-3, 5e-3, 1e-2)):
     for x, y in whole_windows(net, text, 1):
         facts = facts_at(net, norms, net.wte(x))
         held = (facts[-1].out @ net.head.weight.T).argmax(dim=-1).flatten() == y
-        each = torch.full(x.shape, math.sqrt(net.config.n_embd), dtype=torch.float64)  # of RMS norm 1
         for i, r in enumerate(radii):
-            held = certified_under(net, facts, r * each, held)
+            held = certified_under(net, facts, r * math.sqrt(net.config.n_embd), held)
             certified[i] += held.sum()
     return dict(zip(map("{:g}".format, radii), (certified / (len(text) - 1)).tolist()))
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from parts import METHODS, OPTIMIZERS, RESULTS, ROOT, frontier, pairs, read, seeds, trained, unscaled
 from prepare import Parser, UserError, one_line_errors
 from tables import (BOUND_LABELS, LABELS, LARGE, OPTIMIZER_LABELS, WIDTH_COLUMNS, all_tables, book_name,
-                    by_bound, by_strength, large_runs, longest_books, of_pair, papers, power, power_of_width,
-                    sphere_kinds, who)
+                    by_bound, by_strength, large_runs, largest_entries, largest_norms, longest_books, of_pair,
+                    papers, power, power_of_width, sphere_kinds, who)
 
 TEXTS = ROOT / "README.md", *(RESULTS / f"{name}.md" for name in ("README", "tables", "speed"))
 
@@ -116,14 +116,33 @@ def spheres(runs, plt):
     return figure
 
 
+def sphere_books(runs, plt):
+    """The same over ten times the text: loss, and the largest entries and norms."""
+    figure, axes = panels(plt, 1, 3, (12, 4))
+    for run in runs["sphere-books"]:
+        options, trace = run["options"], run["trace"]
+        for ax, y in zip(axes, (trace["val_loss"], largest_entries(run), largest_norms(run))):
+            ax.plot(trace["step"], y, color=COMPARED[options["method"]],
+                    label=who(options).removeprefix("Muon, "))
+    for ax, label in zip(axes, ("loss on 32,768 characters, nats", "largest entry behind a block",
+                                "largest RMS→RMS norm of a matrix")):
+        ax.set(xlabel="step of 4,096 characters", ylabel=label)
+    axes[0].set_ylim(top=1.6)
+    for ax in axes[1:]:
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    return figure
+
+
 def norms(runs, plt):
     """The largest norm of a matrix over training at the middle strength, and the cap where there is one."""
     figure, axes = panels(plt, 2, 4, (11, 5), sharex=True, sharey=True)
     for method, ax in zip(METHODS, axes.flat):
         for optimizer in OPTIMIZERS:
             for run in by_strength(trained(runs["grid"]), method, optimizer)[2:3]:
-                norm = [x * run["config"]["w_max"] for x in run["trace"]["norm_over_cap"]]
-                ax.plot(run["trace"]["step"], norm, color=COLORS[method], markersize=4, **LINES[optimizer])
+                ax.plot(run["trace"]["step"], largest_norms(run), color=COLORS[method], markersize=4,
+                        **LINES[optimizer])
                 if cap := run["options"].get("w_max"):
                     ax.axhline(cap, color="black", linewidth=0.8, linestyle="--")
         ax.set_title(LABELS[method], fontsize=10)
@@ -347,7 +366,8 @@ def deciding(runs, plt, columns=48, lines=12):
     return figure
 
 
-FIGURES = tradeoff, spheres, norms, headline, radius, tight, cifar, books, activations, speed, deciding
+FIGURES = (tradeoff, spheres, sphere_books, norms, headline, radius, tight, cifar, books, activations, speed,
+           deciding)
 
 
 def fill(text, tables):

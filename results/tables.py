@@ -159,6 +159,16 @@ def local_median(row, kind):
     return f"{mean(10 ** r['local']['log10_median_alone'][kind] for r in row):.2g}"
 
 
+def largest_norms(record):
+    """The largest norm of a matrix, at each evaluation."""
+    return [x * record["config"]["w_max"] for x in record["trace"]["norm_over_cap"]]
+
+
+def largest_entries(record):
+    """The largest entry behind a block, at each evaluation."""
+    return list(map(max, record["trace"]["act_max_layers"]))
+
+
 def changes(row):
     """Options but for what names the kind of run."""
     options = row[0]["options"]
@@ -207,7 +217,8 @@ COLUMNS = {
     "training losses": lambda row: few(row[0]["trace"]["train_loss"]),
     "losses": lambda row: few(row[0]["trace"]["val_loss"]),
     "norm / w_max": last_of("norm_over_cap", "{:.2f}"),
-    "largest entries": lambda row: few([max(layers) for layers in row[0]["trace"]["act_max_layers"]], ",.0f"),
+    "largest norms": lambda row: few(largest_norms(row[0]), ".1f"),
+    "largest entries": lambda row: few(largest_entries(row[0]), ",.0f"),
     "s/step": lambda row: f"{mean(r['seconds'] / r['trace']['step'][-1] for r in row):.2f}",
     "log10 certified": lambda row: f"{row[0]['log10_certified']:.1f}"}
 
@@ -352,6 +363,12 @@ def sphere_tables(runs):
         yield "spheres, 1,200 steps", table(
             by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
             "attack", "median radius", "largest entry", "s/step")
+    if rows := by_bound(trained(runs["sphere-books"])):
+        yield "spheres, books", table(rows, "method", "accuracy", "loss", "certified", "attack",
+                                      "an attack leaves", "largest norms", "largest entries")
+    if rows := by_bound(trained(runs["sphere-tight"])):
+        yield "spheres, in the tight presets", table(
+            rows, "method", "changes", "accuracy", "loss", "certified", "attack", RADIUS)
 
 
 def headline_tables(runs):
