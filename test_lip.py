@@ -30,6 +30,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before they are imported: the networks here are too small for more
 
@@ -1189,6 +1190,21 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
         net = gpt().to("meta")
         bears, right = certify.margins(net, torch.randint(0, 11, (40, )).to("meta"))
         assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
+
+
+def test_devices_of_torchrun_and_what_is_no_lack_of_memory(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.dist, "is_initialized", lambda: True)
+        patch.setenv("LOCAL_RANK", "63")
+        for device, name in (("cuda", "cuda:63"), ("cuda:62", "cuda:62")):
+            said = str(pytest.raises(UserError, train.machine, train.Config(device=device)).value)
+            one_line(said, f"--device={name} cannot be used")
+    for words in ("CUDA out of memory. Tried to", "can't allocate memory: you", "illegal memory access"):
+        monkeypatch.setattr(train, "train", Mock(side_effect=RuntimeError(words)))
+        if "illegal" in words:
+            pytest.raises(RuntimeError, run_main, train, monkeypatch)
+        else:
+            one_line(run_main(train, monkeypatch), "not enough memory; lower --batch_size")
 
 
 GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
