@@ -14,7 +14,8 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from parts import METHODS, OPTIMIZERS, RESULTS, ROOT, frontier, pairs, read, seeds, trained, unscaled
+from parts import (METHODS, OPTIMIZERS, RESULTS, ROOT, frontier, pairs, read, seeds, trained, tuning_loss,
+                   unscaled)
 from prepare import Parser, UserError, one_line_errors
 from tables import (BOUND_LABELS, LABELS, LARGE, OPTIMIZER_LABELS, WIDTH_COLUMNS, all_tables, book_name,
                     by_bound, by_strength, large_runs, largest_entries, largest_norms, longest_books, of_pair,
@@ -117,9 +118,10 @@ def spheres(runs, plt):
 
 
 def sphere_books(runs, plt):
-    """The same over ten times the text: loss, and the largest entries and norms."""
+    """The same over ten times the text: loss, and the largest entries and norms, each at its best rate."""
     figure, axes = panels(plt, 1, 3, (12, 4))
-    for run in runs["sphere-books"]:
+    best = {run["options"]["method"]: run for run in sorted(runs["sphere-books"], key=tuning_loss)[::-1]}
+    for run in best.values():
         options, trace = run["options"], run["trace"]
         for ax, y in zip(axes, (trace["val_loss"], largest_entries(run), largest_norms(run))):
             ax.plot(trace["step"], y, color=COMPARED[options["method"]],
@@ -128,9 +130,8 @@ def sphere_books(runs, plt):
                                 "largest RMS→RMS norm of a matrix")):
         ax.set(xlabel="step of 4,096 characters", ylabel=label)
     axes[0].set_ylim(top=1.6)
-    for ax in axes[1:]:
-        ax.set_yscale("log", base=2)
-        ax.yaxis.set_major_formatter("{x:g}")
+    axes[2].set_yscale("log", base=2)
+    axes[2].yaxis.set_major_formatter("{x:g}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     return figure
 
