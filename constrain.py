@@ -16,6 +16,7 @@ import copy
 import math
 from collections import namedtuple
 from decimal import MAX_EMAX, Decimal, getcontext
+from functools import cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -496,15 +497,23 @@ def mlp_half(mlp, alpha, activation):
 
 
 def uncertain_norm(A, U, V):
-    """An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest, at 29 of all l >
+    """An upper bound on sigma(A + U E V) over all diagonal E, |E| <= 1: the smallest found, over l >
     sigma(U)^2, of sqrt(l lambda_max(A^T (l I - U U^T)^-1 A + V^T V)), or sigma(A) + sigma(U) sigma(V) if that
     is less; proof: results/certificate.md, Uncertain norm.
     """
     s, Q = torch.linalg.eigh(U @ U.mT)
     QA, gram = Q.mT @ A, V.mT @ V
-    l = s[-1].clamp_min(1e-30) * (1 + torch.linspace(-7, 7, 29, dtype=torch.float64).exp())
-    squares = [x * torch.linalg.eigvalsh(QA.mT @ (QA / (x - s)[:, None]) + gram)[-1] for x in l]
-    return min(sigma(A) + sigma(U) * sigma(V), min(squares).clamp_min(0).sqrt()).item()
+
+    @cache
+    def bound(t):
+        l = s[-1].clamp_min(1e-30) * (1 + math.exp(t))
+        squared = l * torch.linalg.eigvalsh(QA.mT @ (QA / (l - s)[:, None]) + gram)[-1]
+        return squared.clamp_min(0).sqrt().item()
+
+    t = 0.0
+    for step in (3.5, 2.0, 1.0, 0.5):
+        t = min((t - step, t, t + step), key=bound)
+    return min((sigma(A) + sigma(U) * sigma(V)).item(), bound(t))
 
 
 def embedding_norm(model):
