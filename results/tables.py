@@ -363,12 +363,13 @@ def sphere_tables(runs):
         yield "spheres, 1,200 steps", table(
             by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
             "attack", "median radius", "largest entry", "s/step")
-    if rows := by_bound(trained(runs["sphere-books"])):
-        yield "spheres, books", table(rows, "method", "accuracy", "loss", "certified", "attack",
-                                      "an attack leaves", "largest norms", "largest entries")
-    if rows := by_bound(trained(runs["sphere-tight"])):
-        yield "spheres, in the tight presets", table(
-            rows, "method", "changes", "accuracy", "loss", "certified", "attack", RADIUS)
+    by_loss = sorted(trained(runs["sphere-books"]), key=lambda r: r["val_loss"])
+    yield "spheres, books", table(each(by_loss), "method", "lr", "accuracy", "loss", "certified", "attack",
+                                  "an attack leaves", "largest norms", "largest entry")
+    of_preset = lambda row: "tight-radius" if "radius" in row[0]["options"] else "tight"
+    yield "spheres, in the tight presets", table(
+        sorted(each(trained(runs["sphere-tight"])), key=of_preset), "preset", "method", "lr", "accuracy",
+        "loss", "attack", RADIUS, "an attack leaves", preset=of_preset)
 
 
 def headline_tables(runs):
