@@ -184,7 +184,7 @@ def soft_cap(W, step):
     (the paper, section 3), and the alpha that takes back a step of Muon: W - W B^2 (3 I - 3 B + B^2), B = X^T
     X, X = sqrt(alpha) W / rms_unit(W), on the smaller side (results/certificate.md, Soft cap). Holds to 1e-3
     for W that had norm <= w_max before the step; norms far above grow, and need `project` first. After
-    AdamW's steps, which have no fixed norm, it promises nothing.
+    AdamW's steps, which have no fixed norm, it promises nothing. Only the correction of W is in bfloat16.
     """
     update_norm = step.update_norm if math.isfinite(step.update_norm) else step.lr * UPDATE_NORM
     alpha = soft_cap_coupling(step.w_max, step.decay, update_norm)
@@ -199,8 +199,9 @@ def soft_cap(W, step):
 
 def soft_cap_coupling(w_max, weight_decay, update_norm):
     """The smallest alpha with which soft_cap brings all singular values in [0, k] to at most w_max, where k =
-    w_max |1 - weight_decay| + update_norm is the largest after an optimizer step, whose decay is lr times the
-    optimizer's; ValueError for k > 2.613 w_max, where there is none (results/certificate.md, Soft cap).
+    w_max |1 - weight_decay| + update_norm is the largest after an optimizer step of that decay, lr times the
+    optimizer's, and that norm, lr times UPDATE_NORM for Muon. ValueError for k > 2.613 w_max, where there is
+    none (results/certificate.md, Soft cap).
     """
     k = w_max * abs(1 - weight_decay) + update_norm
     if k <= w_max:
@@ -321,11 +322,12 @@ def proved_function(config, weights, x):
 
 
 def refused(model):
-    """None, or the line that says why a model gets no certificate: its weights are not finite, or it computes
-    something else than proved_function or has parameters beside. Compared are logits of a float64 copy on the
-    CPU: what shows elsewhere alone, on a GPU, in other types, in training, goes unseen. Zeros, as many
-    matrices begin with, become random, so that nothing hides behind them; large weights are scaled down, as
-    rounding decides what saturated attention looks at, and a large ball too, so that embeddings leave it.
+    """None, or the line that says why a model gets no certificate: its weights are not finite, nothing is
+    proved of its activation, or it computes something else than proved_function or has parameters beside.
+    Compared are logits of a float64 copy on the CPU: what shows elsewhere alone, on a GPU, in other types, in
+    training, goes unseen. Zeros, as many matrices begin with, become random, so that nothing hides behind
+    them; large weights are scaled down, as rounding decides what saturated attention looks at, and a large
+    ball too, so that embeddings leave it.
     """
     try:
         net = exact_model(model)
@@ -438,7 +440,7 @@ def attention_norms(attn, c):
     H = c.n_head
     (*Wqk, Wv), Wo, Wo_h = head_weights(attn, H)
     v = sigma(Wv)                                                          # (H,)
-    OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT                      # (H, d, d_head): W_o^h L_h
+    OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT           # (H, d, d_head): W_o^h L_h, W_v^h = L_h Q_h
     beside = OV.transpose(0, 1).flatten(1)                                 # (d, H d_head)
     A_V = min(sigma(Wo) * v.norm(), sigma(OV).sum(), math.sqrt(H) * sigma(beside)).item()
     if not Wqk:

@@ -77,7 +77,7 @@ class GPTConfig:
     head_gain: bool = option(False, "learn how much each head counts, of the same sum of squares")
     attn_scale: float = option(1 / 3, "factor of attention's output", 1e-9, 1e9)
     alpha: float = option(None, "a block's weight against the residual's, by default 1/(2 n_layer); "
-                                 "1: no residual", 1e-9, 1)
+                          "1: no residual", 1e-9, 1)
     activation: str = option("gelu", "of the MLPs, a line of ACTIVATIONS", choices=ACTIVATIONS)
     mlp_layers: int = option(2, "linear layers of an MLP", 2, 1000)
     mlp_ratio: int = option(4, "width between them, over n_embd", 1, 1000)

@@ -72,7 +72,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default, help, low=None, high=None, choices=None):
-    """A dataclass field that is an option of train.py: its help, and the values that it may have."""
+    """A dataclass field that is an option of train.py: its help, and the values that it may have; the default
+    may be None beside.
+    """
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 

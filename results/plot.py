@@ -120,7 +120,8 @@ def spheres(runs, plt):
 def sphere_books(runs, plt):
     """The same over ten times the text: loss, and the largest entries and norms, each at its best rate."""
     figure, axes = panels(plt, 1, 3, (12, 4))
-    best = {run["options"]["method"]: run for run in sorted(runs["sphere-books"], key=tuning_loss)[::-1]}
+    worst_first = sorted(trained(runs["sphere-books"]), key=tuning_loss, reverse=True)
+    best = {run["options"]["method"]: run for run in worst_first}
     for run in best.values():
         options, trace = run["options"], run["trace"]
         for ax, y in zip(axes, (trace["val_loss"], largest_entries(run), largest_norms(run))):

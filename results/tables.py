@@ -354,21 +354,19 @@ def sphere_tables(runs):
     yield "spheres, grid", table(
         each(r for kind, found in kinds if "tangent" in kind for r in found), "method", "changes",
         "accuracy", "loss", "certified", "attack", "largest entry")
-    if runs["transfer"]:
-        yield "spheres, learning rates at three widths", markdown(
-            ["", *(f"{width}, lr / 2, 1, 2" for width in WIDTHS)], [
-                [method, *(" ".join(f"{tuning_loss(r):.3f}" for r in found if r["options"]["n_embd"] == width)
-                           for width in WIDTHS)] for method, found in transfer_kinds(runs)])
-    if runs["sphere-final"]:
-        yield "spheres, 1,200 steps", table(
-            by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
-            "attack", "median radius", "largest entry", "s/step")
-    by_loss = sorted(trained(runs["sphere-books"]), key=lambda r: r["val_loss"])
-    yield "spheres, books", table(each(by_loss), "method", "lr", "accuracy", "loss", "certified", "attack",
+    yield "spheres, learning rates at three widths", markdown(
+        ["", *(f"{width}, lr / 2, 1, 2" for width in WIDTHS)], [
+            [method, *(" ".join(f"{tuning_loss(r):.3f}" for r in found if r["options"]["n_embd"] == width)
+                       for width in WIDTHS)] for method, found in transfer_kinds(runs)])
+    yield "spheres, 1,200 steps", table(
+        by_bound(trained(runs["sphere-final"])), "method", "changes", "accuracy", "loss", "certified",
+        "attack", "median radius", "largest entry", "s/step")
+    by_loss = sorted(seeds(trained(runs["sphere-books"])), key=lambda row: row[0]["val_loss"])
+    yield "spheres, books", table(by_loss, "method", "lr", "accuracy", "loss", "certified", "attack",
                                   "an attack leaves", "largest norms", "largest entry")
     of_preset = lambda row: "tight-radius" if "radius" in row[0]["options"] else "tight"
     yield "spheres, in the tight presets", table(
-        sorted(each(trained(runs["sphere-tight"])), key=of_preset), "preset", "method", "lr", "accuracy",
+        sorted(seeds(trained(runs["sphere-tight"])), key=of_preset), "preset", "method", "lr", "accuracy",
         "loss", "attack", RADIUS, "an attack leaves", preset=of_preset)
 
 
