@@ -67,7 +67,8 @@ def run(part, options, threads):
     """
     options, path = PARTS[part].complete(options), RESULTS / f"{PARTS[part].records}.jsonl"
     with lock:
-        record = next((r for r in read(path) if r["options"] == options), None)
+        known = [r for r in read(path) if r["part"] in PARTS]  # others were measured otherwise
+        record = next((r for r in known if r["options"] == options), None)
     if record is None:
         record = new_record(part, options, threads)
         with lock:
