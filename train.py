@@ -531,18 +531,6 @@ def activations(model, x):
     return dict(act_max=act_max, act_rms=act_rms, act_max_layers=blocks_max, act_rms_layers=blocks_rms)
 
 
-def describe(line):
-    """An evaluation's line of the log in words."""
-    certified = [f", certified at {r:g} {line[f'certified_acc_{r:g}']:.2%}"
-                 for r in RADII if "worst_loss" in line]
-    paper = "" if line["log10_paper"] is None else f", {line['log10_paper']:.2f} paper"
-    words = ("step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, accuracy {val_acc:.2%} "
-             "(paper protocol {paper_protocol_acc:.2%}){certified}, log10 bound {log10_certified:.2f} "
-             "certified{paper}, norm/cap {norm_over_cap:.4f}, activations {act_max:.1f} max, "
-             "{act_rms:.2f} RMS, {tokens_per_second:,.0f} tokens/s")
-    return words.format_map(line | {"certified": "".join(certified), "paper": paper})
-
-
 # --- A run: its checkpoint and log, going on from them, and its end -----------------------------------------
 
 SAVE_SECONDS = 180  # between checkpoints, if evaluations are farther apart
@@ -622,7 +610,8 @@ class Run:
         self.losses, self.step_seconds = [], []
         self.save()
         if rank() == 0:
-            say(describe(line))
+            numbers = [f"{name} {x:.5g}" for name, x in line.items() if isinstance(x, float)]
+            say(f"step {self.step}: {', '.join(numbers)}")
 
     def check(self, name, loss, lr):
         if not math.isfinite(loss):

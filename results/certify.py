@@ -196,11 +196,12 @@ def attack_radii(model, X, halvings=10):
 # norm of the change of a token's vector; each function below is one bound of the proof. `at` is what facts_at
 # says of a block at the text.
 
-def local_radii(net, norms, X, last=None):
+def local_radii(net, norms, X, y=None, last=None):
     """log10 of the certified radii of the predictions at embeddings X (B, T, d), by log10_radii and, for all
-    or so many `last` ones, by bounds at this text, and the predictions, three tensors (B, T). The second is
-    never smaller, and many times larger where attention looks at content. `net` is in float64, norms are its
-    block_norms. A grid of 0.1 is searched upwards, each prediction until it is not certified.
+    or those of the labels y (B T,), or so many `last` ones, by bounds at this text, and the predictions,
+    three tensors (B, T). The second is never smaller, and many times larger where attention looks at content.
+    `net` is in float64, norms are its block_norms. A grid of 0.1 is searched upwards, each prediction until
+    it is not certified.
     """
     bears, top = predictions(net, X)
     by_constant = log10_radii(net, bears, [norm["layer"] for norm in norms])
@@ -209,6 +210,8 @@ def local_radii(net, norms, X, last=None):
     log10_r = max(known.min().item(), -8.0) if len(known) else 0.0  # below, sums cancel to what rounding left
     _, T, d = X.shape
     held = (torch.arange(T) >= T - (last or T)).repeat(len(X))
+    if y is not None:
+        held &= top == y
     while log10_r < 9 and held.any():
         held = certified_under(net, facts, 10 ** log10_r * math.sqrt(d), held)
         radii[held] = radii[held].clamp_min(log10_r)
@@ -751,12 +754,12 @@ def at_text(net, layers, text):
     """
     norms, names = block_norms(net, layers), ("constant", "local", "attack")
     windows = whole_windows(net, text[:at_most(LOCAL, net) + 1], 1)
-    found = [(*local_radii(net, norms, net.wte(x)), y.view_as(x)) for x, y in windows]
+    found = [(*local_radii(net, norms, net.wte(x), y), y) for x, y in windows]
     *both, top, y = (torch.cat([part.flatten() for part in parts]) for parts in zip(*found))
     right = top == y
     n, count = min(CONTEXT, net.config.block_size, len(text)), at_most(ALONE * CONTEXT, net) // CONTEXT
     X = net.wte(spread(text, n, max(1, count)))
-    alone = [radii[:, -1] for radii in local_radii(net, norms, X, 1)[:2]] + [attack_radii(net, X)]
+    alone = [radii[:, -1] for radii in local_radii(net, norms, X, last=1)[:2]] + [attack_radii(net, X)]
     return {"log10_median": {name: median(radii[right]) for name, radii in zip(names, both)},
             "certified_accuracy": {f"{r:g}": [share(right & (radii > math.log10(r))) for radii in both]
                                    for r in AT_TEXT},

@@ -413,8 +413,8 @@ WEIGHED_RUNS = [options | {"seed": 0} for options in (
 GCE_RUNS = [CAPPED | {"lr": 0.05, "gce": 0.7, "radius": radius, "seed": seed}
             for radius in (0.015, 0.06) for seed in (0, 1, 2)]
 
-# With content, and trained on embeddings that an attack has moved, which brings radii at the text. The records
-# of parts that are not below, "attacked" and "rows-apart", are of such runs by bounds that were less tight
+# With content, and trained on embeddings that an attack has moved, which brings radii at the text. Records of
+# parts that are no more, "attacked" and "rows-apart", are of such runs by bounds that were less tight
 SOFT = {"adversarial": 0.02, "gce": 0.7}
 AT_TEXT_RUNS = [CONTENT | change | {"max_steps": TIGHT_STEPS, "seed": 0} for change in ({}, SOFT)]
 

@@ -113,6 +113,11 @@ def test_local_radii_lie_between_the_constants_and_an_attacks(options, trained):
     assert (local >= by_constant).all() and (local[:, -1] <= certify.attack_radii(net, X)).all()
     if options.get("c", 1.0) and trained:
         assert (local - by_constant).median() > 0.5
+    y = torch.where(torch.rand(120) < 0.5, labels.flatten(), 12)
+    last = (torch.arange(10) > 6).expand(12, 10)
+    for asked, which in ((dict(y=y), y.view(12, 10) < 12), (dict(last=3), last)):
+        some = certify.local_radii(net, norms, X, **asked)[1]
+        assert torch.equal(some, torch.where(which, local, by_constant))
     X[0, 3, 5] = math.nan
     for radii in certify.local_radii(net, norms, X)[:2]:
         assert (radii[0, 3:] == -math.inf).all() and radii[1].isfinite().any()
