@@ -163,13 +163,13 @@ def train(given):
     """One run, from scratch or resumed, with the options {name: value}."""
     given = {"out_dir": PRESETS.get(given.get("preset"), {}).get("out_dir", Config.out_dir)} | given
     out_dir = Path(given["out_dir"])
-    with alone(out_dir / ".lock", wait=False) if rank() == 0 else nullcontext():
-        start = out_dir / "ckpt.pt" if given.get("resume") else given.get("init_from")
-        ckpt = load_checkpoint(start)[1] if start else None
-        config = configure(given, ckpt)
-        device, dtype, amp = machine(config)
-        data = Text(config, device, ckpt["meta"] if config.resume else None)
+    start = out_dir / "ckpt.pt" if given.get("resume") else given.get("init_from")
+    ckpt = load_checkpoint(start)[1] if start else None
+    config = configure(given, ckpt)
+    device, dtype, amp = machine(config)
+    data = Text(config, device, ckpt["meta"] if config.resume else None)
 
+    with alone(out_dir / ".lock", wait=False) if rank() == 0 else nullcontext():
         torch.manual_seed(config.seed)
         model = new_model(config, data, device, ckpt)
         optimizers = make_optimizers(model, config, dtype)
