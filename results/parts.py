@@ -387,6 +387,10 @@ LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05},
           {"logit_scale": 29.0, "lr": 0.025}, CONTENT)
 TIGHT_RUNS = [{"max_steps": TIGHT_STEPS} | level | {"seed": seed} for level in LEVELS for seed in (0, 1, 2)]
 
+# The first with what might look farther, or give up what cannot be predicted
+FARTHER_RUNS = [TIGHT_RUNS[0] | change for change in (
+    {"n_layer": 2, "mlp_layers": 2}, {"n_head": 16}, {"gce": 0.5})]
+
 # Trained for a radius; accuracies on the first 32,768 characters
 RADIUS_RUNS = [{"max_steps": TIGHT_STEPS, "lr": 0.025, "radius": radius, "logit_scale": scale}
                for radius in (0.03, 0.06, 0.1, 0.2) for scale in (4.0, 8.0, 16.0, 32.0)]
@@ -524,6 +528,7 @@ PARTS = {
     "letter-long": Part(letter_long, records="published"),
     "ball": Part(balls, measured=("attack", "ball")),
     "tight": Part(lambda: TIGHT_RUNS, **TIGHT, **FULL),
+    "farther": Part(lambda: FARTHER_RUNS, **TIGHT, **FULL),
     "radius": Part(lambda: RADIUS_RUNS, records="tight", measured=("scores", ),
                    common={"preset": "tight", "eval_tokens": 2 ** 15 + 1}),
     "robust": Part(lambda: ROBUST_RUNS, **TIGHT, **FULL),
