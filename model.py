@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from prepare import Parser, Tokenizer, UserError, check_options, number, one_line_errors, option, say
+from prepare import (Parser, Tokenizer, UserError, check_options, lacks_memory, number, one_line_errors,
+                     option, say)
 
 # --- Activations, and the projection onto a ball ------------------------------------------------------------
 
@@ -165,7 +166,9 @@ class Attention(nn.Module):
 
 
 def later(T, device):
-    """(T, T), true where the key comes after the query."""
+    """(T, T), true where the key comes after the query: for the CPU and scores of content alone. Those of
+    distance are masked in `heads`, and a GPU's kernel masks by itself.
+    """
     return torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
 
 
@@ -300,6 +303,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train one with python train.py, or say where it is")
     except Exception as e:  # torch.load and load_state_dict raise all kinds
+        if lacks_memory(e):
+            raise
         reason = " ".join(str(e).split())[:200]
         if isinstance(e, pickle.UnpicklingError):
             reason = "it holds more than tensors, or is damaged"

@@ -1,7 +1,8 @@
 """Muon: momentum whose update is orthogonalized, so that a step moves every matrix by the RMS->RMS norm lr.
 
 A constraint can rely on that: after a step of norm at most lr a matrix of norm <= w_max has norm <= w_max +
-lr, whatever the gradient was (constrain.soft_cap_coupling). It is not for vectors; AdamW is in torch.optim.
+lr, whatever the gradient was (constrain.soft_cap_coupling). Vectors and tables of them go to a group of their
+own (`embedding`), or to torch.optim.AdamW.
 This file imports nothing of ours, so that it can be copied.
 """
 import ctypes

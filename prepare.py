@@ -48,8 +48,13 @@ class UserError(Exception):
     """What went wrong and what to do, in one line; every script prints it without a traceback."""
 
 
+def lacks_memory(e):
+    """Whether an exception, torch's RuntimeErrors too, says that there is not enough memory."""
+    return isinstance(e, MemoryError) or "out of memory" in str(e) or "allocate memory" in str(e)
+
+
 @contextmanager
-def one_line_errors(script, interrupted="interrupted"):
+def one_line_errors(script, interrupted="interrupted", memory="take a smaller model or less text"):
     """End the program with one line for what is the user's to mend."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
@@ -59,8 +64,10 @@ def one_line_errors(script, interrupted="interrupted"):
         yield
     except (UserError, OSError) as e:
         sys.exit(f"{script}: {e}")
-    except MemoryError:
-        sys.exit(f"{script}: not enough memory")
+    except (MemoryError, RuntimeError) as e:
+        if not lacks_memory(e):
+            raise
+        sys.exit(f"{script}: not enough memory; {memory}")
     except KeyboardInterrupt:
         sys.exit(f"{script}: {interrupted}")
 
@@ -346,8 +353,7 @@ def write_dataset(pieces, out, source, tokenizer="char", vocabulary=None):
         total = spool.tell() // 2
         n = int(0.9 * total)
         if total < 257:
-            raise UserError(f"{source} has {total} tokens, but a model of block_size 256 needs at least 257; "
-                            "use a longer text")
+            raise UserError(f"{source} has {total} tokens, too few to train on; use a longer text")
         meta |= {"sha256": digest.hexdigest(), "vocab_size": tok.vocab_size, "train_tokens": n,
                  "val_tokens": total - n}
         *train, val = np.split(np.memmap(spool, np.uint16, "r"), [*range(SHARD_TOKENS, n, SHARD_TOKENS), n])

@@ -984,6 +984,13 @@ def test_an_edited_network_gets_no_certificate(edit, monkeypatch):
         random_weights(net)
 
 
+def test_an_edit_that_shows_far_away_alone_is_seen(monkeypatch):
+    later = model.later
+    far = lambda T, device: later(T, device) | torch.ones(T, T, dtype=torch.bool).tril(-900)
+    monkeypatch.setattr(model, "later", far)
+    assert "logits differ" in constrain.refused(gpt(H=1, d=640, T=1024))
+
+
 def test_what_is_assumed_of_activations():
     """On a grid: f'(z), f(z) / z and f''(z) are where the proofs take them to be, and reach the ends."""
     half = torch.logspace(-3, 3, 10_000, dtype=torch.float64)
@@ -1192,19 +1199,26 @@ def test_no_float64_on_a_device_that_is_not_the_cpu(data, monkeypatch):
         assert net.wte.weight.device.type == "meta" and bears.device.type == right.device.type == "cpu"
 
 
-def test_devices_of_torchrun_and_what_is_no_lack_of_memory(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train.dist, "is_initialized", lambda: True)
-        patch.setenv("LOCAL_RANK", "63")
-        for device, name in (("cuda", "cuda:63"), ("cuda:62", "cuda:62")):
-            said = str(pytest.raises(UserError, train.machine, train.Config(device=device)).value)
-            one_line(said, f"--device={name} cannot be used")
-    for words in ("CUDA out of memory. Tried to", "can't allocate memory: you", "illegal memory access"):
-        monkeypatch.setattr(train, "train", Mock(side_effect=RuntimeError(words)))
-        if "illegal" in words:
-            pytest.raises(RuntimeError, run_main, train, monkeypatch)
-        else:
-            one_line(run_main(train, monkeypatch), "not enough memory; lower --batch_size")
+def test_devices_of_torchrun(monkeypatch):
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "63")
+    for device, name in (("cuda", "cuda:63"), ("cuda:62", "cuda:62")):
+        said = str(pytest.raises(UserError, train.machine, train.Config(device=device)).value)
+        one_line(said, f"--device={name} cannot be used")
+
+
+@pytest.mark.parametrize("words", ("CUDA out of memory. Tried to", "can't allocate memory: you"))
+def test_a_lack_of_memory_is_one_line_and_no_fault_of_the_file_or_the_model(monkeypatch, words):
+    failing = Mock(side_effect=RuntimeError(words))
+    for owner, name in ((train, "train"), (torch, "load"), (constrain, "exact_model")):
+        monkeypatch.setattr(owner, name, failing)
+    one_line(run_main(train, monkeypatch), "not enough memory; lower --batch_size")
+    one_line(run_main(constrain, monkeypatch, "ckpt.pt"), "not enough memory; take a smaller model")
+    pytest.raises(RuntimeError, constrain.refused, gpt())
+    failing.side_effect = RuntimeError("illegal memory access")
+    pytest.raises(RuntimeError, run_main, train, monkeypatch)
+    one_line(run_main(constrain, monkeypatch, "ckpt.pt"), "ckpt.pt is not a checkpoint", "illegal memory")
+    assert "illegal memory" in constrain.refused(gpt())
 
 
 GPU_RUNS = {"default": {}, "tight": {"preset": "tight"}, "content": {"preset": "tight-content"},
@@ -1457,10 +1471,13 @@ def test_activations_sees_the_largest_layer():
 # --- train.py: runs -----------------------------------------------------------------------------------------
 
 def test_training_log_checkpoint_and_scripts(data, monkeypatch, capsys):
+    measure = train.measure
+    monkeypatch.setattr(train, "measure", lambda *args: measure(*args) | {"more": 7})
     train.train(TINY | dict(max_steps=60, eval_interval=25))
     printed, lines = capsys.readouterr().out, log_lines()
     assert [line["step"] for line in lines] == [25, 50, 60]
     assert all(f"step {line['step']}: train_loss {line['train_loss']:.5g}, val" in printed for line in lines)
+    assert printed.count(", more 7, tokens_per_second ") == 3
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] < math.log(24)
     for key in ("train_loss", "val_acc", "paper_protocol_acc", "log10_paper", "act_max", "act_rms"):
         assert all(math.isfinite(line[key]) for line in lines), key

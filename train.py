@@ -20,6 +20,7 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
+from numbers import Real
 from pathlib import Path
 from statistics import mean, median
 
@@ -66,7 +67,7 @@ class Config(GPTConfig):
     lr_floor: float = option(0.0, "the share of lr to which it falls", 0, 1)
     head_lr: float = option(1.0, "the output matrix's learning rate, as a multiple of lr", 1e-9, 1e6)
     embedding: str = option("dual", "of the table, with muon: see optim.dual_rows", choices=("dual", "adam"))
-    embedding_lr: float = option(0.3, "its learning rate, as a multiple of lr", 1e-9, 1e6)
+    embedding_lr: float = option(0.3, "its learning rate, and that of all vectors, over lr", 1e-9, 1e6)
     radius: float = option(0.0, "train for the worst change of this RMS norm, see worst_case", 0, 1e9)
     gce: float = option(0.0, "to what q of the loss (1 - p^q) / q rises, p the label's probability", 0, 1)
     adversarial: float = option(0.0, "train on embeddings that an attack has moved by this RMS norm", 0, 1e9)
@@ -374,7 +375,7 @@ def matrix_groups(model, config):
 def make_optimizers(model, config, dtype):
     """The optimizers of OPTIMIZERS[config.optimizer]; the weight decay is for the matrices alone."""
     owner = owners(model)
-    tables = [p for p in model.parameters() if p not in owner]  # the embedding table and position biases
+    tables = [p for p in model.parameters() if p not in owner]  # see `optimizer`
     table = dict(params=tables, weight_decay=0.0, lr_scale=config.embedding_lr)
     mine = [W for W in owner if owner[W] == rank()] + tables
     optimizers = OPTIMIZERS[config.optimizer](matrix_groups(model, config), table, config, dtype, mine)
@@ -386,8 +387,9 @@ def make_optimizers(model, config, dtype):
 
 def optimizer(lr, update_norm=math.inf):
     """Registers f(groups, table, config, dtype, mine): parameter groups of matrices and one of the embedding
-    table and position biases -> a list of torch optimizers. `mine` are the parameters that this process has
-    to move. lr is the learning rate by default, update_norm the largest RMS->RMS norm of a step at rate 1.
+    table and all else that `matrices` leaves out -> a list of torch optimizers. `mine` are the parameters
+    that this process has to move. lr is the learning rate by default, update_norm the largest RMS->RMS norm
+    of a step at rate 1.
     """
     def register(f):
         f.lr, f.update_norm = lr, update_norm
@@ -610,8 +612,8 @@ class Run:
         self.losses, self.step_seconds = [], []
         self.save()
         if rank() == 0:
-            numbers = [f"{name} {x:.5g}" for name, x in line.items() if isinstance(x, float)]
-            say(f"step {self.step}: {', '.join(numbers)}")
+            numbers = [f"{name} {x:.5g}" for name, x in line.items() if isinstance(x, Real)]
+            say(f"step {self.step}: {', '.join(numbers[1:])}")  # the first is the step
 
     def check(self, name, loss, lr):
         if not math.isfinite(loss):
@@ -748,13 +750,12 @@ def main():
         importlib.import_module("torch.distributed.nn")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with one_line_errors("train.py", "interrupted; with --resume it goes on from the last checkpoint"):
+        with one_line_errors("train.py", "interrupted; with --resume it goes on from the last checkpoint",
+                             "lower --batch_size, or raise --accumulate"):
             train(given)
             if dist.is_initialized():
                 dist.destroy_process_group()
     except RuntimeError as e:
-        if "out of memory" in str(e) or "allocate memory" in str(e):
-            sys.exit("train.py: not enough memory; lower --batch_size, or raise --accumulate")
         if not dist.is_initialized():
             raise
         sys.exit(f"train.py: process {rank()} stopped: {str(e).splitlines()[0]}")  # often as another one did
