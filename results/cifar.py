@@ -38,7 +38,8 @@ from constrain import HOLDS, METHODS, Step, lead, log10, rms_norm, sigma, svd_ca
 from model import maxmin
 from optim import UPDATE_NORM, Muon, has_bf16, keep_memory, map_by_shape
 from parts import append_line, at_strengths, bracket, pairs, read_lines, strengths, tuning_loss
-from prepare import Parser, UserError, commit, download, number, one_line_errors, option, say
+from prepare import (Parser, UserError, commit, download, lacks_memory, number, one_line_errors, option,
+                     say)
 
 # --- Options ------------------------------------------------------------------------------------------------
 # The defaults are the settings of the paper's notebook. (Its first layer begins at zero, which trains with
@@ -135,6 +136,8 @@ def read_images():
     except FileNotFoundError:
         raise UserError(f"{DATA} holds no images; get them with python results/cifar.py prepare")
     except Exception as e:  # numpy and zipfile raise all kinds
+        if lacks_memory(e):
+            raise
         raise UserError(f"{DATA}/images.npz is damaged ({e}); make it again with python results/cifar.py "
                         "prepare")
 

@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "results")]
@@ -491,6 +492,8 @@ def test_images_are_those_of_the_archive_or_one_line(images, monkeypatch):
     for damaged in (b"", whole[:len(whole) // 2], whole[:10 ** 6] + b"?!" + whole[10 ** 6 + 2:]):
         path.write_bytes(damaged)
         one_line(run_cifar("train"), "damaged", "python results/cifar.py prepare")
+    monkeypatch.setattr(np, "load", Mock(side_effect=MemoryError("Unable to allocate 150 MiB")))
+    one_line(run_cifar("train"), "not enough memory")
 
 
 def test_cifar10(images, monkeypatch, capsys):
