@@ -262,7 +262,8 @@ def svd_cap(W, step):
 
 # --- What is proved: the function that the certificate is about, and whether a model computes it ------------
 
-ROUNDING = 1e-6  # the share by which every certificate is larger, for what float64 and RoPE's tables round
+ROUNDING = 1e-6  # the share by which every certificate is larger, for what float64 rounds
+EPS = 2.0 ** -52  # of float64: n of these, of the factors' norms, for an inner product of n that may cancel
 
 
 class Activation(NamedTuple):
@@ -444,9 +445,8 @@ def attention_norms(attn, c):
     H = c.n_head
     (*Wqk, Wv), Wo, Wo_h = head_weights(attn, H)
     v = sigma(Wv)                                                          # (H,)
-    OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT           # (H, d, d_head): W_o^h L_h, W_v^h = L_h Q_h
-    beside = OV.transpose(0, 1).flatten(1)                                 # (d, H d_head)
-    A_V = min(sigma(Wo) * v.norm(), sigma(OV).sum(), math.sqrt(H) * sigma(beside)).item()
+    OV, beside = value_norms(Wo_h, Wv)
+    A_V = min(sigma(Wo) * v.norm(), OV.sum(), math.sqrt(H) * beside).item()
     if not Wqk:
         return c.attn_scale * A_V, 0.0
     Wq, Wk = Wqk
@@ -456,6 +456,15 @@ def attention_norms(attn, c):
     scores = [sigma((g[:, None, None] * Wq).flatten(0, 1)) for g in (gamma, v * k)]
     A_QK = c.attn_scale * c.softmax_scale * H * sigma(Wo) * sum(scores)  # d / d_head = H
     return c.attn_scale * A_V, A_QK.item()
+
+
+def value_norms(Wo_h, Wv):
+    """sigma of the heads' W_o^h W_v^h (H,) and of these side by side, with what rounding may take off where
+    products cancel.
+    """
+    OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT           # (H, d, d_head): W_o^h L_h, W_v^h = L_h Q_h
+    off = Wv[0].numel() * EPS * sigma(Wo_h) * sigma(Wv)
+    return sigma(OV) + off, sigma(OV.transpose(0, 1).flatten(1)) + off.norm()
 
 
 def head_weights(attn, H):
@@ -486,7 +495,8 @@ def mlp_norms(block, c):
     of = lambda low, high: (A + (high + low) / 2 * U @ V, (high - low) / 2 * U, V)
     K, F, V = of(*f.slope)
     gain = min(gain, uncertain_norm(K, F, V))
-    score_gain = min(gain, uncertain_norm(K @ Wo, F, V @ Wo) / max(sigma(Wo).item(), 1e-300))
+    off = Wo.numel() * EPS * (sigma(K) + sigma(F) * sigma(V)).item()  # as in value_norms
+    score_gain = min(gain, uncertain_norm(K @ Wo, F, V @ Wo) / max(sigma(Wo).item(), 1e-300) + off)
     return gain, score_gain, min(growth, uncertain_norm(*of(*f.ratio)))
 
 
@@ -599,7 +609,7 @@ def distances(A, B):
     if A.dtype != torch.float64:
         return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
     a, b = A.square().sum(-1)[..., :, None], B.square().sum(-1)[..., None, :]
-    margin = (A.shape[-1] + 8) * torch.finfo(A.dtype).eps * (a + b)
+    margin = (A.shape[-1] + 8) * EPS * (a + b)
     return (a + b - 2 * A @ B.mT + margin).clamp_min(0).sqrt()
 
 

@@ -26,6 +26,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from email.utils import formatdate
+from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -742,6 +743,21 @@ def test_tight_bound_by_hand_and_reached():
     net.blocks[0].attn.bias.mul_(-100)
     net.blocks[0].mlp.mid[0].weight.mul_(3)
     assert certified(net) == pytest.approx(math.log10(24), abs=1e-6)
+
+
+def test_products_that_cancel_have_norms_from_above():
+    """W_o = e_0 a^T, W_v = b e_0^T, a and b nearly orthogonal: that of W_o W_v is |<a, b>|, here exactly."""
+    net = gpt(H=1, d=4, c=0.0, alpha=1.0, attn_scale=1.0, position_bias=True)
+    attn = net.blocks[0].attn
+    for seed in range(50):
+        torch.manual_seed(seed)
+        a, b = torch.randn(2, 4)
+        b[2] = -(a[:2].double() @ b[:2].double()) / a[2]
+        a[3] = -(a[:3].double() @ b[:3].double()) / b[3]
+        attn.qkv.weight.data.zero_()[0, :, 0] = b
+        attn.proj.weight.data.zero_()[0] = a
+        exact = abs(sum(Fraction(x) * Fraction(y) for x, y in zip(a.tolist(), b.tolist())))
+        assert constrain.attention_norms(attn, net.config)[0] >= exact
 
 
 def layer_gains(net, R=1.0):

@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from constrain import (PROVED, RADII, ROUNDING, body_bound, bound_lines, certificate, distances,
+from constrain import (EPS, PROVED, RADII, ROUNDING, body_bound, bound_lines, certificate, distances,
                        embedding_norm, exact_model, head_weights, layer_norms, lead, log10, matrices,
-                       mlp_half, norm_lines, paper_bounds, refused, rms_norm, rows_apart, sigma)
+                       mlp_half, norm_lines, paper_bounds, refused, rms_norm, rows_apart, sigma, value_norms)
 from model import later, load_checkpoint, onto_ball, rms, rotate, unit
 from optim import keep_memory
 from prepare import Parser, UserError, number, one_line_errors, open_data, say, to_json
@@ -224,25 +224,27 @@ def block_norms(net, layers):
     heads (H,); root_q, root_k and root_v (H, d_head, d_head), |root y| = |W^hT y|; and, if its MLP has two
     layers, mlp_half, with half(x) = A x + U f(V x), and parts (hidden, d + 2 H d_head): V times the maps by
     which mid depends on dx_t and, of each head, on the two sums of attention_change, of the first as W_v^h
-    sees it; rows_of_parts (1 + 2 H, hidden) has the norms of their rows.
+    sees it; rows_of_parts (1 + 2 H, hidden) has the norms of their rows, and what rounding may take off.
     """
     c, root, found = net.config, lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
         (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn, c.n_head)
-        OV = Wo_h @ Wv                                                # (H, d, d)
+        OV, beside = value_norms(Wo_h, Wv)
         norm = {"block": block, "c": c, "scale": c.softmax_scale * c.n_head / c.n_embd, "layer": layer,
                 "half": None, "Wo": Wo, "root_v": root(Wv),
                 "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
-                "sigma_ov_h": sigma(OV), "sigma_ov": sigma(OV.transpose(0, 1).flatten(1))}
+                "sigma_ov_h": OV, "sigma_ov": beside}
         for name, W in zip("qk", Wqk):
             norm |= {f"sigma_{name}": sigma(W), f"root_{name}": root(W)}
         if not block.mlp.mid:
             A, U, V, f = mlp_half(block.mlp, c.alpha, PROVED[c.activation])
             VO = c.alpha * c.attn_scale * V @ Wo_h                        # (H, hidden, d_head)
             parts = (1 - c.alpha) * V, *VO @ norm["root_v"].mT, *VO
+            off = V.numel() * EPS * c.alpha * c.attn_scale * norm["sigma_o_h"]
+            off = torch.cat((off.new_zeros(1), off * norm["sigma_v"], off))[:, None] * V.norm(dim=1)
             norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U),
                      "parts": torch.cat(parts, dim=1), "widths": torch.tensor([p.shape[1] for p in parts]),
-                     "rows_of_parts": torch.stack([part.norm(dim=1) for part in parts])}
+                     "rows_of_parts": torch.stack([part.norm(dim=1) for part in parts]) + off}
         found.append(norm)
     return found
 
@@ -438,12 +440,14 @@ def score_output(at, e, by_k, cross, off, delta):
       gives b Cov_p(v, k) dq, at most b sigma(Cov_p(v, k) R_t W_q) delta_t, the rest is at most by_k + cross;
       and |rem_s| <= exp(e_s) / (2 - E exp(e)) - 1 - e_s - E e while E exp(e) < 2, as the power series of
       exp(a_s) / (1 - E(exp(a) - 1)) without its terms of order 0 and 1 is, with plus for all signs and e for
-      |a|, that of the right side.
+      |a|, that of the right side; computed as a sum of what is not negative, as small ones would cancel.
     And one on what is not of first order, its part by cross and rem.
     """
     shares = mean(at, off * at.apart)[..., 0]
-    mean_up = mean(at, e.exp())
-    rest = torch.where(mean_up < 2, e.exp() / (2 - mean_up) - 1 - e - mean(at, e), math.inf)
+    second = torch.where(e < 1e-3, e.square() / 2 * e.exp(), e.expm1() - e)  # exp(e) - 1 - e, from above
+    grown = mean(at, e.expm1())
+    rest = (second + mean(at, second) + grown * (e + mean(at, e))) / (1 - grown)
+    rest = torch.where(grown < 1, rest, math.inf)
     beyond = mean(at, (cross + rest) * at.apart)[..., 0]
     series = at.scale * at.cov * delta[:, None] + mean(at, by_k * at.apart)[..., 0] + beyond
     return torch.minimum(at.apart.amax(-1), torch.minimum(shares, series)), beyond
@@ -657,7 +661,8 @@ def deciding(net, layers, ids):
 def moves(at, embeddings):
     """(V, T, T): how far another token in the place of token i at s moves attention's output at t, at most,
     if scores do not depend on tokens; the moves of all s add. It is the largest norm, over the embeddings
-    e_j, (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i).
+    e_j, (V, d) in all, of sum_h p_h,ts W_o^h W_v^h (e_j - e_i), with what rounding may take off where heads
+    cancel.
     """
     p = at.p[0].permute(1, 2, 0)                                                # (T, T, H)
     (Wv, ), _, Wo_h = head_weights(at.block.attn, at.c.n_head)                  # with the heads' gains
@@ -666,7 +671,8 @@ def moves(at, embeddings):
         apart = values - values[:, i, None]
         gram = torch.einsum("hjd,gjd->hjg", apart, apart).flatten(1)            # (H, V H)
         squares = ((p @ gram).unflatten(-1, (-1, len(Wv))) * p[:, :, None]).sum(-1)  # (T, T, V)
-        found.append(squares.amax(dim=-1).clamp_min(0).sqrt())
+        off = (apart.shape[-1] + 2 * len(Wv) + 8) * EPS * (p @ apart.norm(dim=-1)).square()
+        found.append((squares + off).amax(dim=-1).clamp_min(0).sqrt())
     return torch.stack(found)
 
 
