@@ -444,8 +444,7 @@ def attention_norms(attn, c):
     """
     H = c.n_head
     (*Wqk, Wv), Wo, Wo_h = head_weights(attn, H)
-    v = sigma(Wv)                                                          # (H,)
-    OV, beside = value_norms(Wo_h, Wv)
+    _, v, OV, beside = value_norms(Wo_h, Wv)
     A_V = min(sigma(Wo) * v.norm(), OV.sum(), math.sqrt(H) * beside).item()
     if not Wqk:
         return c.attn_scale * A_V, 0.0
@@ -459,12 +458,13 @@ def attention_norms(attn, c):
 
 
 def value_norms(Wo_h, Wv):
-    """sigma of the heads' W_o^h W_v^h (H,) and of these side by side, with what rounding may take off where
-    products cancel.
+    """sigma of the heads' W_o^h, W_v^h and W_o^h W_v^h, each (H,), and of these products side by side; the
+    products' with what rounding may take off where they cancel.
     """
+    o, v = sigma(Wo_h), sigma(Wv)
     OV = Wo_h @ torch.linalg.qr(Wv.mT, mode="r").R.mT           # (H, d, d_head): W_o^h L_h, W_v^h = L_h Q_h
-    off = Wv[0].numel() * EPS * sigma(Wo_h) * sigma(Wv)
-    return sigma(OV) + off, sigma(OV.transpose(0, 1).flatten(1)) + off.norm()
+    off = Wv[0].numel() * EPS * o * v
+    return o, v, sigma(OV) + off, sigma(OV.transpose(0, 1).flatten(1)) + off.norm()
 
 
 def head_weights(attn, H):

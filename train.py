@@ -605,15 +605,15 @@ class Run:
     def evaluated(self, found):
         """Log an evaluation, save, and only then print: no fault of the output loses it."""
         tokens = self.config.batch_size * self.config.block_size
-        line = {"step": self.step, "train_loss": mean(self.losses), **found,
+        line = {"train_loss": mean(self.losses), **found,
                 "tokens_per_second": tokens / median(self.step_seconds),
                 "seconds": time.perf_counter() - self.started}
-        self.write(line)
+        self.write({"step": self.step, **line})
         self.losses, self.step_seconds = [], []
         self.save()
         if rank() == 0:
             numbers = [f"{name} {x:.5g}" for name, x in line.items() if isinstance(x, Real)]
-            say(f"step {self.step}: {', '.join(numbers[1:])}")  # the first is the step
+            say(f"step {self.step}: {', '.join(numbers)}")
 
     def check(self, name, loss, lr):
         if not math.isfinite(loss):

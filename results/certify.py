@@ -229,19 +229,18 @@ def block_norms(net, layers):
     c, root, found = net.config, lambda W: torch.linalg.qr(W.mT, mode="r").R, []
     for block, layer in zip(net.blocks, layers):
         (*Wqk, Wv), Wo, Wo_h = head_weights(block.attn, c.n_head)
-        OV, beside = value_norms(Wo_h, Wv)
+        o, v, OV, beside = value_norms(Wo_h, Wv)
         norm = {"block": block, "c": c, "scale": c.softmax_scale * c.n_head / c.n_embd, "layer": layer,
                 "half": None, "Wo": Wo, "root_v": root(Wv),
-                "sigma_v": sigma(Wv), "sigma_o": sigma(Wo), "sigma_o_h": sigma(Wo_h),
-                "sigma_ov_h": OV, "sigma_ov": beside}
+                "sigma_v": v, "sigma_o": sigma(Wo), "sigma_o_h": o, "sigma_ov_h": OV, "sigma_ov": beside}
         for name, W in zip("qk", Wqk):
             norm |= {f"sigma_{name}": sigma(W), f"root_{name}": root(W)}
         if not block.mlp.mid:
             A, U, V, f = mlp_half(block.mlp, c.alpha, PROVED[c.activation])
             VO = c.alpha * c.attn_scale * V @ Wo_h                        # (H, hidden, d_head)
             parts = (1 - c.alpha) * V, *VO @ norm["root_v"].mT, *VO
-            off = V.numel() * EPS * c.alpha * c.attn_scale * norm["sigma_o_h"]
-            off = torch.cat((off.new_zeros(1), off * norm["sigma_v"], off))[:, None] * V.norm(dim=1)
+            off = V.numel() * EPS * c.alpha * c.attn_scale * o
+            off = torch.cat((off.new_zeros(1), off * v, off))[:, None] * V.norm(dim=1)
             norm |= {"half": (A, U, V, f), "rows": V.norm(dim=1), "sigma_V": sigma(V), "sigma_U": sigma(U),
                      "parts": torch.cat(parts, dim=1), "widths": torch.tensor([p.shape[1] for p in parts]),
                      "rows_of_parts": torch.stack([part.norm(dim=1) for part in parts]) + off}
@@ -444,8 +443,9 @@ def score_output(at, e, by_k, cross, off, delta):
     And one on what is not of first order, its part by cross and rem.
     """
     shares = mean(at, off * at.apart)[..., 0]
-    second = torch.where(e < 1e-3, e.square() / 2 * e.exp(), e.expm1() - e)  # exp(e) - 1 - e, from above
-    grown = mean(at, e.expm1())
+    grown = e.expm1()
+    second = torch.where(e < 1e-3, e.square() / 2 * e.exp(), grown - e)      # exp(e) - 1 - e, from above
+    grown = mean(at, grown)
     rest = (second + mean(at, second) + grown * (e + mean(at, e))) / (1 - grown)
     rest = torch.where(grown < 1, rest, math.inf)
     beyond = mean(at, (cross + rest) * at.apart)[..., 0]

@@ -51,6 +51,11 @@ def read(path):
     return records
 
 
+def current(path):
+    """The records of a file but those of parts that are no more, which were measured otherwise."""
+    return [r for r in read(path) if r["part"] in PARTS]
+
+
 def of_part(part):
     """The records of a part."""
     return [r for r in read(RESULTS / f"{PARTS[part].records}.jsonl") if r["part"] == part]

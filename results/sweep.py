@@ -29,7 +29,7 @@ from certify import alarms
 from measure import measurements
 from model import load_checkpoint
 from optim import keep_memory
-from parts import PARTS, append_line, read, read_lines
+from parts import PARTS, append_line, current, read_lines
 from prepare import Parser, UserError, commit, number, one_line_errors, open_data, say
 from train import configure
 
@@ -67,8 +67,7 @@ def run(part, options, threads):
     """
     options, path = PARTS[part].complete(options), RESULTS / f"{PARTS[part].records}.jsonl"
     with lock:
-        known = [r for r in read(path) if r["part"] in PARTS]  # others were measured otherwise
-        record = next((r for r in known if r["options"] == options), None)
+        record = next((r for r in current(path) if r["options"] == options), None)
     if record is None:
         record = new_record(part, options, threads)
         with lock:
