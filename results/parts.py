@@ -393,8 +393,9 @@ LEVELS = ({"logit_scale": 7.99, "lr": 0.025}, {"logit_scale": 1.99, "lr": 0.05},
 TIGHT_RUNS = [{"max_steps": TIGHT_STEPS} | level | {"seed": seed} for level in LEVELS for seed in (0, 1, 2)]
 
 # The first with what might look farther, or give up what cannot be predicted
+DISTANCES = {"n_layer": 2, "mlp_layers": 2}, {"n_head": 16}
 FARTHER_RUNS = [TIGHT_RUNS[0] | change for change in (
-    {"n_layer": 2, "mlp_layers": 2}, {"n_head": 16}, {"gce": 0.5})]
+    *DISTANCES, {"gce": 0.5}, {"n_head": 24, "n_embd": 768})]
 
 # Trained for a radius; accuracies on the first 32,768 characters
 RADIUS_RUNS = [{"max_steps": TIGHT_STEPS, "lr": 0.025, "radius": radius, "logit_scale": scale}
@@ -468,7 +469,8 @@ BOOKS_RUNS = [{"max_steps": steps, **options} for steps in (2560, 10_240) for op
     {"preset": "tight"}, FOR_RADIUS, CONTENT)]
 BOOKS_RUNS += [run | {"seed": seed} for run in BOOKS_RUNS for seed in (1, 2)  # those not only for comparison
                if run["max_steps"] == 10_240 and not {"method", "w_max"} & set(run)]
-BOOKS_RUNS += [{"preset": "tight-radius", "max_steps": 2560, "seed": seed} for seed in (0, 1)]
+BOOKS_RUNS += [{"preset": "tight-radius", "max_steps": 2560, "seed": seed} for seed in (0, 1, 2)]
+BOOKS_RUNS += [{"preset": "tight", "max_steps": 2560} | change for change in DISTANCES]
 
 # The 145 M presets narrowed: are they stable? What made the first such run unstable: its learning rate was
 # 0.13 for all matrices, the head too, and its scores were not scaled down. And longer, on a GPU, 16 million
