@@ -268,11 +268,13 @@ def facts_at(net, norms, X):
             (q, k), eye = qk, torch.eye(v.shape[-1], dtype=x.dtype)
             back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]                 # R_t^T, of each t
             of_q, of_k = (root[:, None] @ back for root in (at.root_q, at.root_k))   # (H, T, d_head, d_head)
-            mean_k = p @ k
-            at.q, at.k = through(of_k, q, 0 * q).mT, through(of_q, k, mean_k)
+            mean_k, size = p @ k, x.norm(dim=-1).amax(dim=1)[:, None]                # (B, 1)
+            off = (T + v.shape[-1] * x.shape[-1]) * EPS * at.sigma_q * at.sigma_k * size  # where they cancel
+            at.q, at.k = (product + off[..., None, None] for product in (
+                through(of_k, q, 0 * q).mT, through(of_q, k, mean_k)))
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
             cov = p @ pairs - (at.o[..., :, None] * mean_k[..., None, :]).flatten(-2)
-            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT)
+            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT) + (off * at.sigma_v * size)[..., None]
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
         if at.half is not None:
             at.z = mid @ at.half[2].T                                                # (B, T, hidden)

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from decimal import Decimal, localcontext
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,22 @@ def test_what_softmax_leaves_of_higher_order_is_never_too_small():
                 mean = lambda f: sum(a * f(b) for a, b in zip(p_t, e_t)) / sum(p_t)
                 exact = mean(lambda b: b.exp() / (2 - mean(Decimal.exp)) - 1 - b - mean(lambda x: x))
                 assert exact * (1 - Decimal(1e-12)) <= found <= exact * (1 + Decimal(1e-3))
+
+
+def test_keys_and_values_that_are_nearly_alike_count_as_far_apart_as_they_are():
+    """Two tokens beside each other along one axis, which queries do not see, with scores of 0: k and v are
+    half of the distance from their means, the covariance is its square over 4.
+    """
+    net = certify.exact_model(gpt(H=1, d=2, T=2, L=1))
+    net.cos.fill_(1), net.sin.fill_(0)
+    net.blocks[0].attn.qkv.weight.copy_(torch.tensor([[[0, 1], [0, 0]], [[1, 0], [0, 0]], [[1, 0], [0, 0]]]))
+    norms = certify.block_norms(net, constrain.layer_norms(net))
+    for a in torch.rand(50).double() + 1:
+        for apart in torch.logspace(-15, -7, 9).tolist():
+            X = torch.stack((a, a * (1 + apart)))[None, :, None] * torch.tensor([1.0, 0.0])
+            at, (low, high) = certify.facts_at(net, norms, X)[0], map(Fraction, X[0, :, 0].tolist())
+            assert at.k[0, 0, 1].min().item() >= (high - low) / 2
+            assert at.cov[0, 0, 1].item() >= (high - low) ** 2 / 4
 
 
 def test_heads_that_cancel_move_what_they_move():
