@@ -1,6 +1,6 @@
 """Train a Lipschitz-bounded transformer: Muon or AdamW, and a weight constraint after every step.
 
-    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 1 to 5 minutes on 2 CPU cores
+    python train.py      # Shakespeare, Muon, soft cap: 55 % accuracy in 2 to 6 minutes on 2 CPU cores
     python train.py --help                                              # all options; examples: README.md
     python train.py --resume                                            # go on from out_dir/ckpt.pt
     torchrun --standalone --nproc_per_node=8 train.py --preset=fineweb-w1   # on 8 GPUs

@@ -73,9 +73,9 @@ def with_ball(model, layers, train, val):
 
 def measurements(model, ckpt, names):
     """Scores on the whole validation split, or 2^17 tokens of it, 2^15 of GPT-2's (train.py's are on
-    eval_tokens), an attack, and the accuracy that float8 costs. With "radii" a larger attack, float8 on as
-    many tokens, 5,337 of GPT-2's, and certified radii; with "local" those at the text too, with "all" as
-    well those of all predictions; with "ball" what one would do to the certificate.
+    eval_tokens), an attack, and what accuracy float8 costs on 2^14 tokens. With "radii" float8 on 2^17
+    tokens, 5,337 of GPT-2's, a larger attack, but for GPT-2's, and certified radii; with "local" those at the
+    text too, with "all" as well those of all predictions; with "ball" what one would do to the certificate.
     """
     model.requires_grad_(False)
     _, train, text = open_data(ROOT / "data" / ckpt["config"]["dataset"], like=ckpt["meta"])

@@ -36,7 +36,7 @@ WIDEST = 20  # log10 of the largest bound that is drawn
 # --- Records ------------------------------------------------------------------------------------------------
 
 def load():
-    """{part: records}, those of speed.jsonl under "speed, WHAT"."""
+    """{part: records}, those of speed.jsonl under "speed, WHAT", of gpu.jsonl under "gpu, JOB"."""
     runs = defaultdict(list)
     for name in ("shakespeare", "tight", "cifar", "books", "published", "deciding"):
         for record in read(RESULTS / f"{name}.jsonl"):
