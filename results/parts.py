@@ -256,7 +256,7 @@ SPHERES = [{"method": method, "tangent": tangent, "optimizer": "muon"} for metho
 
 def best_of_kinds():
     """The run of the smallest training loss of each of the paper's methods with Muon, and of SPHERES."""
-    kinds = [({"method": method, "optimizer": "muon"}, of_part("grid")) for method in METHODS
+    kinds = [(as_kind((method, "muon")), of_part("grid")) for method in METHODS
              if method != "svd_cap"]  # hard_cap's reference
     kinds += [(kind, of_part("sphere-grid")) for kind in SPHERES]
     return [min(found, key=tuning_loss) for kind, records in kinds

@@ -7,8 +7,8 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from parts import (ABLATIONS, ASKED, BOUNDS, FIRST, LETTER, LIMITS, METHODS, OPTIMIZERS, PAPER, PARTS,
-                   SPHERES, WIDTHS, best_final, best_short, best_under, chosen_lr, finals, frontier, of_kind,
-                   pairs, seeds, trained, tuning_loss, unscaled)
+                   SPHERES, TIGHT_RUNS, WIDTHS, as_kind, best_final, best_short, best_under, chosen_lr,
+                   finals, frontier, of_kind, pairs, seeds, trained, tuning_loss, unscaled)
 from constrain import RADII
 
 LABELS = {name: name.replace("_", " ") for name in (*METHODS, "spectral_sphere", "hyperball")}
@@ -23,7 +23,7 @@ IMAGE_RADII = 36, 72, 108  # in 255ths of a pixel's range
 # --- Records, and how runs are called -----------------------------------------------------------------------
 
 def of_pair(records, method, optimizer):
-    return of_kind(records, {"method": method, "optimizer": optimizer})
+    return of_kind(records, as_kind((method, optimizer)))
 
 
 def by_strength(records, method, optimizer):
@@ -89,6 +89,8 @@ def book_name(run):
     detail = f" at a bound of {options['logit_scale']:g}" if "logit_scale" in options else ""
     if "radius" in options:
         detail = f", radius {options['radius']:g}"
+    if "n_layer" in options:
+        detail += f", {options['n_layer']} layers"
     return preset + detail if preset else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
 
@@ -295,7 +297,7 @@ def width_tables(runs):
 def grid_tables(runs):
     grid, first = trained(runs["grid"]), first_seeds(runs)
     yield "learning rates", markdown(["", *OPTIMIZER_LABELS.values()], [
-        [LABELS[m], *(chosen_lr({"method": m, "optimizer": o}, runs["lr"]) or "unfinished"
+        [LABELS[m], *(chosen_lr(as_kind((m, o)), runs["lr"]) or "unfinished"
                       for o in OPTIMIZERS)] for m in METHODS])
     of_seeds = {id(r): row for row in seeds(first + trained(runs["seeds"])) for r in row}
     for bound, label in BOUND_LABELS.items():
@@ -306,7 +308,7 @@ def grid_tables(runs):
             accuracy=lambda row: COLUMNS["accuracy"](of_seeds[id(row[0])]))
         best = lambda m, o, limit: best_under(of_pair(grid, m, o), bound, limit)
         yield f"best accuracy under a {label}", markdown(["", *(f"≤ {limit:g}" for limit in LIMITS)], [
-            [who({"method": m, "optimizer": o}),
+            [who(as_kind((m, o))),
              *(f"{r['val_acc']:.2%}" if (r := best(m, o, limit)) else "none" for limit in LIMITS)]
             for m, o in pairs()])
 
@@ -331,7 +333,7 @@ def grid_tables(runs):
 
 def sphere_kinds(runs):
     """[(kind, its runs of the grid)] of the constraints of 2026, and of the paper's with Muon."""
-    paper = [({"method": m, "optimizer": "muon"}, trained(runs["grid"])) for m in METHODS]
+    paper = [(as_kind((m, "muon")), trained(runs["grid"])) for m in METHODS]
     kinds = paper + [(kind, trained(runs["sphere-grid"])) for kind in SPHERES]
     return [(kind, of_kind(records, kind)) for kind, records in kinds]
 
@@ -420,6 +422,11 @@ def tight_tables(runs):
     yield "tight, at several bounds", numbered(presets, (
         "accuracy", "loss", "paper protocol", "certified", "attack", "median radius", "float8 loses"),
         ("options", ))
+    known = PARTS["farther"].complete(TIGHT_RUNS[0])
+    farther = of_kind(runs["tight"], known) + runs["farther"] + runs["bands"]
+    yield "tight, farther", table(
+        each(farther), "changes", "accuracy", "loss", "training loss", "attack", RADIUS,
+        changes=lambda row: row[0].get("name") or settings(row[0]["options"], known) or "none")
     yield "tight, trained for a radius", numbered(presets + robust, (
         "accuracy", RADIUS, "an attack leaves", "certified of 2,048", "certified"),
         ("options", "steps", "loss"))
@@ -464,7 +471,7 @@ def cifar_tables(runs):
                                "certified"), ("options", ))
     cell = lambda r: f"{r['val_acc']:.1%} at {power(r['log10_certified'])}" if "val_acc" in r else "diverged"
     yield "CIFAR-10, accuracy and bound", markdown(["", "lr", "strongest constraint", "", "", "weakest"], [
-        [who({"method": m, "optimizer": o}), chosen_lr({"method": m, "optimizer": o}, runs["cifar-lr"]),
+        [who(as_kind((m, o))), chosen_lr(as_kind((m, o)), runs["cifar-lr"]),
          *map(cell, by_strength(grid, m, o))] for m, o in pairs()])
     yield "CIFAR-10, pairs of equal accuracy", numbered(
         seeds(runs["cifar-pairs"]), ("accuracy", "certified", PIXELS, "attacked at 36, 72, 108, 255"),
