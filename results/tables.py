@@ -89,7 +89,7 @@ def book_name(run):
     detail = f" at a bound of {options['logit_scale']:g}" if "logit_scale" in options else ""
     if "radius" in options:
         detail = f", radius {options['radius']:g}"
-    if "n_layer" in options:
+    if preset == "tight" and options.get("n_layer", 1) > 1:
         detail += f", {options['n_layer']} layers"
     return preset + detail if preset else f"paper's, soft cap at {options.get('w_max', 6):g}"
 
