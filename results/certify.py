@@ -254,7 +254,7 @@ def facts_at(net, norms, X):
     block_norms for each block its input x, that with attention, mid, and that of the ball, out, (B, T, d),
     for all but the last near_gain, and for every head attention p (B, H, T, T) of queries t to keys s and,
     unless scores are free of content, with RoPE's rotations R: |W_k^T R_s^T q_t|, |W_q^T R_t^T (k_s - E_p
-    k)|, |v_s - o_t| and sigma(Cov_p(v, k) R_t W_q).
+    k)|, |v_s - o_t| and sigma(Cov_p(v, k) R_t W_q), rounded up, as they may be of what cancels.
     """
     T, x, facts, alpha, ball = X.shape[1], X, [], net.config.alpha, net.config.ball
     cos, sin, seen = net.cos[:T], net.sin[:T], ~later(T, X.device)
@@ -268,13 +268,14 @@ def facts_at(net, norms, X):
             (q, k), eye = qk, torch.eye(v.shape[-1], dtype=x.dtype)
             back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]                 # R_t^T, of each t
             of_q, of_k = (root[:, None] @ back for root in (at.root_q, at.root_k))   # (H, T, d_head, d_head)
-            mean_k, size = p @ k, x.norm(dim=-1).amax(dim=1)[:, None]                # (B, 1)
-            off = (T + v.shape[-1] * x.shape[-1]) * EPS * at.sigma_q * at.sigma_k * size  # where they cancel
-            at.q, at.k = (product + off[..., None, None] for product in (
-                through(of_k, q, 0 * q).mT, through(of_q, k, mean_k)))
+            mean_k, size = p @ k, x.norm(dim=-1).cummax(dim=1).values[:, None]       # (B, 1, T)
+            off = (T + v.shape[-1] * x.shape[-1]) * EPS * size  # times norms: the most that rounding costs
+            off_qk = (at.sigma_q * at.sigma_k)[:, None] * off                        # (B, H, T)
+            at.q = through(of_k, q, 0 * q).mT + off_qk[..., None]
+            at.k = through(of_q, k, mean_k) + off_qk[..., None]
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
             cov = p @ pairs - (at.o[..., :, None] * mean_k[..., None, :]).flatten(-2)
-            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT) + (off * at.sigma_v * size)[..., None]
+            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT) + off_qk * at.sigma_v[:, None] * size
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
         if at.half is not None:
             at.z = mid @ at.half[2].T                                                # (B, T, hidden)
