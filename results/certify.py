@@ -269,13 +269,12 @@ def facts_at(net, norms, X):
             back = rotate(eye.expand(1, T, *eye.shape), cos, sin)[0]                 # R_t^T, of each t
             of_q, of_k = (root[:, None] @ back for root in (at.root_q, at.root_k))   # (H, T, d_head, d_head)
             mean_k, size = p @ k, x.norm(dim=-1).cummax(dim=1).values[:, None]       # (B, 1, T)
-            off = (T + v.shape[-1] * x.shape[-1]) * EPS * size  # times norms: the most that rounding costs
-            off_qk = (at.sigma_q * at.sigma_k)[:, None] * off                        # (B, H, T)
-            at.q = through(of_k, q, 0 * q).mT + off_qk[..., None]
-            at.k = through(of_q, k, mean_k) + off_qk[..., None]
+            off = (T + v.shape[-1] * x.shape[-1]) * EPS * (at.sigma_q * at.sigma_k)[:, None] * size
+            at.q = through(of_k, q, 0 * q).mT + off[..., None]                       # off is (B, H, T)
+            at.k = through(of_q, k, mean_k) + off[..., None]
             pairs = (v[..., :, None] * k[..., None, :]).flatten(-2)                  # (B, H, T, d_head^2)
             cov = p @ pairs - (at.o[..., :, None] * mean_k[..., None, :]).flatten(-2)
-            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT) + off_qk * at.sigma_v[:, None] * size
+            at.cov = sigma(cov.unflatten(-1, eye.shape) @ of_q.mT) + off * at.sigma_v[:, None] * size
             at.apart = distances(at.o, v).masked_fill(~seen, 0.0)
         if at.half is not None:
             at.z = mid @ at.half[2].T                                                # (B, T, hidden)

@@ -229,7 +229,7 @@ def main(args):
         if start > end - 5:
             return say(f"no time is left for {', '.join(args.jobs[i:])}")
         try:
-            result = JOBS[name](name, args, min(600, end - start))  # seconds: a machine is lent for few more
+            result = JOBS[name](name, args, min(600, end - start))  # a call on a lent machine is as long
         except UserError as e:
             result = {"error": str(e)}
         record = {"job": name, "device": device, "torch": torch.__version__, "commit": commit(),

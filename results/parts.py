@@ -444,7 +444,7 @@ CHANGES = ({"n_layer": 3, "n_head": 4, "n_embd": 256, "softmax_scale": 1.0, "pos
 BACK = ({"activation": "gelu"}, {"alpha": 0.5}, {"per_head": False, "attn_scale": 8 ** -0.5},
         {"method": "soft_cap"}, {"method": "hard_cap"}, {"method": "spectral_normalize"},
         {"softmax_scale": 0.25}, {"mlp_layers": 2}, {"mlp_layers": 6}, {"n_head": 4}, {"n_head": 16},
-        {"n_layer": 2, "mlp_layers": 2}, {"optimizer": "adamw", "lr": 0.002})
+        TWO_LAYERS, {"optimizer": "adamw", "lr": 0.002})
 ALONE = ({"activation": "maxmin"}, {"per_head": True, "attn_scale": 1.0}, {"attn_scale": 0.5}, {"alpha": 1.0},
          {"n_layer": 1, "n_embd": 400}, {"mlp_layers": 4, "mlp_ratio": 1}, {"method": "stiefel"},
          {"w_max_mlp": 2.0}, {"w_max": 2.0}, {"w_max": 2.0, "ball": 1.0})
